@@ -1,0 +1,68 @@
+"""Progress of long work: a bar for a reader at the keyboard, a status file for the batch runner.
+
+The runner names a file in ``$OVERPARAM_PROGRESS``; then nothing is printed, so that executed notebooks stay
+readable, and the file always holds one JSON line with the current step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+_WRITE_EVERY = 0.5  # seconds
+
+
+def note(text: str) -> None:
+    """Say one thing that happens once, such as a download or a conversion."""
+    target = _status_file()
+    if target is None:
+        tqdm.write(text)
+        return
+    with target.with_name(target.name + ".notes").open("a") as notes:
+        notes.write(json.dumps({"note": text}) + "\n")
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` while showing how many are done and how long the rest will take.
+
+    Args:
+        items: What to loop over.
+        label: The step's name.
+        total: Number of items, when `items` has no length.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    target = _status_file()
+    if target is None:
+        yield from tqdm(items, desc=label, total=total, leave=False)
+        return
+    started = last = time.monotonic()
+    _write(target, label, 0, total, 0.0)
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= _WRITE_EVERY or done == total:
+            _write(target, label, done, total, now - started)
+            last = now
+
+
+def _status_file() -> Path | None:
+    name = os.environ.get("OVERPARAM_PROGRESS")
+    return Path(name) if name else None
+
+
+def _write(target: Path, label: str, done: int, total: int | None, seconds: float) -> None:
+    remaining = seconds / done * (total - done) if total and done else None
+    line = {"label": label, "done": done, "total": total, "seconds": seconds, "remaining": remaining}
+    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(line))
+    temporary.replace(target)
