@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         label: The step's name.
         total: Number of items, when `items` has no length.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     target = _status_file()
     if target is None:
@@ -45,10 +45,8 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         return
     started = last = time.monotonic()
     _write(target, label, 0, total, 0.0)
-    done = 0
-    for item in items:
+    for done, item in enumerate(items, start=1):
         yield item
-        done += 1
         now = time.monotonic()
         if now - last >= _WRITE_EVERY or done == total:
             _write(target, label, done, total, now - started)

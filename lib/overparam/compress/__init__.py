@@ -1,0 +1,1 @@
+"""Algorithms that make a model smaller."""

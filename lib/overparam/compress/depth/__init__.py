@@ -1,0 +1,39 @@
+"""Trailing-layer pruning of text encoders: embeddings at every depth, where to cut, and the cut itself.
+
+Depth counts blocks: depth 0 is the embedding layer, depth L the whole model of L blocks. The method is L3Prune
+(arXiv 2410.14578); the other rules are Block Influence (ShortGPT, arXiv 2403.03853) and the angular distance
+of Gromov et al. (arXiv 2403.17887).
+"""
+
+from overparam.compress.depth.embeddings import POOLINGS, layer_embeddings
+from overparam.compress.depth.selection import (
+    Cuts,
+    LayerLoss,
+    initial_loss,
+    l3prune,
+    pick_frequencies,
+)
+from overparam.compress.depth.similarity import (
+    LayerSimilarity,
+    keep_by_angular_distance,
+    keep_by_block_influence,
+    keep_random,
+    layer_similarity,
+)
+from overparam.compress.depth.truncation import truncate
+
+__all__ = [
+    "POOLINGS",
+    "Cuts",
+    "LayerLoss",
+    "LayerSimilarity",
+    "initial_loss",
+    "keep_by_angular_distance",
+    "keep_by_block_influence",
+    "keep_random",
+    "l3prune",
+    "layer_embeddings",
+    "layer_similarity",
+    "pick_frequencies",
+    "truncate",
+]

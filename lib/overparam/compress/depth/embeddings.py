@@ -1,0 +1,122 @@
+"""Embeddings at every depth from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import progress
+from overparam.compress.depth.tokens import batches
+from overparam.models import blocks
+
+POOLINGS = ("weighted_mean", "mean", "last")
+
+
+def layer_embeddings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    pooling: str = "weighted_mean",
+    instruction: str | None = None,
+    batch_tokens: int = 2048,
+    max_length: int = 512,
+) -> NDArray[np.float32]:
+    """Embed `texts` at every depth of `model`, from the embedding layer to the last block, in one pass.
+
+    Row `k` is what the model truncated to its first `k` blocks gives for the same batch: where the architecture
+    norms the last block's output, that norm is applied at every depth. Each depth is pooled as soon as it is
+    computed, so that memory does not grow with the number of layers.
+
+    Args:
+        model: A text encoder or a decoder without its head (`models.load`).
+        tokenizer: Its tokenizer.
+        texts: Non-empty texts; those over `max_length` tokens are cut.
+        pooling: ``weighted_mean`` weighs token i (from 1) by i, as L3Prune and sentence-transformers do; ``mean``;
+            ``last``.
+        instruction: Put before every text; attended to, but not pooled. Positions are still counted from the
+            first token, as sentence-transformers does when a prompt is excluded.
+        batch_tokens: Tokens of a batch, padding included.
+        max_length: Tokens of a text.
+
+    Returns:
+        float32 [texts, L + 1, hidden]; not normalised.
+
+    Raises:
+        ValueError: If a text is empty, the pooling is unknown, or a number is not finite.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    prepared = batches(
+        tokenizer, texts, instruction=instruction, batch_tokens=batch_tokens, max_length=max_length
+    )
+    stack = blocks(model)
+    out = np.empty(
+        (len(texts), len(stack.layers) + 1, model.config.get_text_config().hidden_size), np.float32
+    )
+    weights = torch.empty(0)
+    pooled: list[torch.Tensor] = []  # of the current batch, by depth
+
+    def pool(_: int, hidden: torch.Tensor) -> None:
+        normed = hidden if stack.norm is None else stack.norm(hidden)  # [texts, tokens, hidden]
+        pooled.append(torch.bmm(weights, normed.to(weights.dtype)).squeeze(1))
+
+    with torch.inference_mode(), each_depth(model, pool):
+        for batch in progress.track(prepared, "embedding every depth"):
+            weights = _weights(pooling, batch.attention_mask, batch.pooled_mask).to(model.device)
+            pooled.clear()
+            model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                **_no_cache(model),
+            )
+            out[batch.rows] = torch.stack(pooled, dim=1).float().cpu().numpy()
+    if not np.isfinite(out).all():
+        depth = int(np.argwhere(~np.isfinite(out))[0][1])
+        raise ValueError(
+            f"embeddings are not finite from depth {depth} on; load the model in float32 or bfloat16"
+        )
+    return out
+
+
+@contextmanager
+def each_depth(model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``visit(depth, hidden_states)`` for depth 0 … L during every forward pass; states are before the final norm."""
+    layers = blocks(model).layers
+
+    def before_first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visit(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(depth: int) -> Callable[[Any, Any, Any], None]:
+        return lambda _, __, output: visit(depth, output[0] if isinstance(output, tuple) else output)
+
+    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(depth)) for depth, layer in enumerate(layers, start=1)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor) -> torch.Tensor:
+    """Pooling weights that sum to one. float32 [texts, 1, tokens]."""
+    mask = pooled_mask.float()
+    if pooling == "weighted_mean":
+        mask = mask * torch.arange(1, mask.shape[1] + 1)
+    elif pooling == "last":
+        last = attention_mask.sum(1, keepdim=True) - 1
+        mask = torch.zeros_like(mask).scatter_(1, last, 1.0)
+    return (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return (
+        {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
+    )

@@ -1,0 +1,234 @@
+"""L3Prune: where to cut, from the contrastive loss of every depth before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam.compress.depth.embeddings import layer_embeddings
+
+
+class _Triplet(Protocol):
+    @property
+    def query(self) -> str: ...
+    @property
+    def positive(self) -> str: ...
+    @property
+    def negative(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """The initial loss of every depth.
+
+    Attributes:
+        per_query: InfoNCE of each query at each depth, in nats. float64 [n, L + 1]
+        mean: Its mean over queries. float64 [L + 1]
+        low: Lower end of the 95 % percentile bootstrap interval of the mean over queries (candidates held
+            fixed). float64 [L + 1]
+        high: Its upper end. float64 [L + 1]
+        seed: Of the shuffling into batches and of the bootstrap.
+        batch_size: Queries that share their candidates: each sees `batch_size` positives and as many negatives.
+        scale: The factor on the cosine (1 / temperature).
+    """
+
+    per_query: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    seed: int
+    batch_size: int
+    scale: float
+
+    @property
+    def n(self) -> int:
+        """Number of queries."""
+        return len(self.per_query)
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        return int(self.per_query.shape[1]) - 1
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The two picks of L3Prune, as numbers of blocks kept.
+
+    Attributes:
+        small: Depth with the least loss in the first half, 1 … L // 2.
+        large: Depth with the least loss in the second half, L // 2 + 1 … L.
+        interior_small: Whether `small` is a local minimum of the whole curve, not just the edge of its half.
+        interior_large: The same for `large`. False for `large` = L: then nothing is pruned.
+    """
+
+    small: int
+    large: int
+    interior_small: bool
+    interior_large: bool
+
+
+def initial_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    triplets: Sequence[_Triplet],
+    *,
+    batch_size: int = 64,
+    scale: float = 20.0,
+    pooling: str = "weighted_mean",
+    instruction: str | None = None,
+    seed: int = 42,
+    batch_tokens: int = 2048,
+    max_length: int = 512,
+) -> LayerLoss:
+    """Measure the contrastive loss of every depth of an untrained encoder (L3Prune, arXiv 2410.14578).
+
+    Queries are shuffled into batches over all sources, as in the official code; within a batch each query is
+    scored against all positives and all hard negatives by cosine × `scale`, and the loss is the cross-entropy
+    of its own positive. Every distinct text is encoded once, for all depths together.
+
+    Args:
+        model: A text encoder or a decoder without its head.
+        tokenizer: Its tokenizer.
+        triplets: Objects with ``query``, ``positive`` and ``negative`` texts.
+        batch_size: Queries a batch. A last, smaller batch is left out: its loss would be on another scale.
+        scale: 20 in the official README, 50 in the official training script.
+        pooling: See `layer_embeddings`.
+        instruction: Put before queries, not before documents.
+        seed: Of the shuffling and the bootstrap.
+        batch_tokens: See `layer_embeddings`.
+        max_length: See `layer_embeddings`.
+
+    Raises:
+        ValueError: If there are fewer triplets than one batch needs, or a loss is not finite.
+    """
+    if len(triplets) < batch_size or batch_size < 2:
+        raise ValueError(
+            f"initial_loss needs at least one batch of {batch_size} (2 or more) triplets, got {len(triplets)}"
+        )
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(triplets))[: len(triplets) // batch_size * batch_size]
+    chosen = [triplets[index] for index in order]
+
+    def embed(texts: list[str], prompt: str | None) -> torch.Tensor:
+        distinct = list(dict.fromkeys(texts))
+        row = {text: index for index, text in enumerate(distinct)}
+        vectors = torch.from_numpy(
+            layer_embeddings(
+                model,
+                tokenizer,
+                distinct,
+                pooling=pooling,
+                instruction=prompt,
+                batch_tokens=batch_tokens,
+                max_length=max_length,
+            )
+        )
+        unit = torch.nn.functional.normalize(vectors, dim=-1)
+        return unit[[row[text] for text in texts]].transpose(0, 1)  # [L + 1, texts, hidden]
+
+    count = len(chosen)
+    if instruction is None:
+        every = embed(
+            [t.query for t in chosen] + [t.positive for t in chosen] + [t.negative for t in chosen], None
+        )
+        queries, documents = every[:, :count], every[:, count:]
+    else:
+        queries = embed([t.query for t in chosen], instruction)
+        documents = embed([t.positive for t in chosen] + [t.negative for t in chosen], None)
+    per_query = np.concatenate(
+        [
+            info_nce(
+                queries[:, start : start + batch_size],
+                documents[:, start : start + batch_size],
+                documents[:, count + start : count + start + batch_size],
+                scale=scale,
+            )
+            for start in range(0, count, batch_size)
+        ]
+    )
+    if not np.isfinite(per_query).all():
+        depth = int(np.argwhere(~np.isfinite(per_query))[0][1])
+        raise ValueError(f"the loss at depth {depth} is not finite; load the model in float32 or bfloat16")
+    means = _resampled_means(per_query, generator)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return LayerLoss(per_query, per_query.mean(axis=0), low, high, seed, batch_size, scale)
+
+
+def info_nce(
+    queries: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, *, scale: float
+) -> NDArray[np.float64]:
+    """InfoNCE of each query against all positives and negatives of its batch, query to document only.
+
+    Args:
+        queries: Unit vectors. [depths, batch, hidden]
+        positives: [depths, batch, hidden]
+        negatives: [depths, batch, hidden]
+        scale: Factor on the cosine.
+
+    Returns:
+        float64 [batch, depths], in nats.
+    """
+    logits = scale * (queries @ torch.cat([positives, negatives], dim=1).transpose(1, 2)).double()
+    own = torch.diagonal(logits, dim1=1, dim2=2)  # [depths, batch]
+    return (torch.logsumexp(logits, dim=2) - own).T.numpy()
+
+
+def l3prune(layer_loss: LayerLoss) -> Cuts:
+    """Pick the depth of least loss in each half of the model (L3Prune, algorithm 1); ties go to the shallower.
+
+    Raises:
+        ValueError: If the model has fewer than two blocks or a mean loss is not finite.
+    """
+    mean = layer_loss.mean
+    if not np.isfinite(mean).all():
+        raise ValueError(f"the loss is not finite at depths {np.flatnonzero(~np.isfinite(mean)).tolist()}")
+    if len(mean) < 3:
+        raise ValueError(f"l3prune needs at least 2 blocks, got {len(mean) - 1}")
+    small, large = _halves(mean[None])[0]
+    return Cuts(int(small), int(large), _is_interior(mean, int(small)), _is_interior(mean, int(large)))
+
+
+def pick_frequencies(layer_loss: LayerLoss, *, n_resamples: int = 2000) -> dict[str, NDArray[np.float64]]:
+    """How often each depth is picked when queries are resampled: the stability of the two picks.
+
+    Returns:
+        ``{"small": [L + 1], "large": [L + 1]}``; each sums to one.
+    """
+    means = _resampled_means(layer_loss.per_query, np.random.default_rng(layer_loss.seed), n_resamples)
+    picks = _halves(means)
+    size = layer_loss.layers + 1
+    return {
+        name: np.bincount(picks[:, column], minlength=size) / len(picks)
+        for column, name in enumerate(("small", "large"))
+    }
+
+
+def _halves(means: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Depth of the least loss in each half. [resamples, L + 1] -> [resamples, 2]."""
+    middle = (means.shape[1] - 1) // 2
+    small = means[:, 1 : middle + 1].argmin(axis=1) + 1
+    large = means[:, middle + 1 :].argmin(axis=1) + middle + 1
+    return np.stack([small, large], axis=1)
+
+
+def _is_interior(mean: NDArray[np.float64], depth: int) -> bool:
+    if depth == len(mean) - 1:
+        return False
+    return bool(mean[depth - 1] > mean[depth] and mean[depth] < mean[depth + 1])
+
+
+def _resampled_means(
+    per_query: NDArray[np.float64], generator: np.random.Generator, n_resamples: int = 2000
+) -> NDArray[np.float64]:
+    """Means over resampled queries. [n, depths] -> [n_resamples, depths]."""
+    counts = generator.multinomial(
+        len(per_query), np.full(len(per_query), 1 / len(per_query)), size=n_resamples
+    )
+    return np.asarray(counts @ per_query / len(per_query))

@@ -1,0 +1,86 @@
+"""Tiny twins: randomly initialised models with the exact architecture of large ones, and a byte tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+
+_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+_DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+}
+_ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+
+# model type -> (model_type of transformers, what differs from its defaults)
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _DECODER),
+    "mistral": ("mistral", {**_DECODER, "sliding_window": 16}),
+    "qwen2": ("qwen2", _DECODER),
+    "qwen3": ("qwen3", _DECODER),
+    "phi3": ("phi3", {key: value for key, value in _DECODER.items() if key != "head_dim"}),
+    "gemma3": ("gemma3_text", {**_DECODER, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "bert": ("bert", _ENCODER),
+    "modernbert": ("modernbert", {**_ENCODER, "local_attention": 16, "global_attn_every_n_layers": 3}),
+}
+
+
+def tiny_twin(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Build a randomly initialised model of a known architecture, small enough for a test.
+
+    Norm weights are drawn too (transformers sets them to a constant), so that a step that forgets a norm shows.
+
+    Args:
+        model_type: One of `TWINS`.
+        seed: Seed of the weights.
+        overrides: Fields of the configuration, such as ``num_hidden_layers=6``.
+
+    Raises:
+        ValueError: If the architecture is unknown.
+    """
+    if model_type not in TWINS:
+        near = difflib.get_close_matches(model_type, TWINS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no tiny twin of {model_type!r}{hint} (there are {', '.join(TWINS)})")
+    name, fields = TWINS[model_type]
+    tokens = dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))
+    if model_type in ("bert", "modernbert"):
+        tokens |= {"cls_token_id": 1, "sep_token_id": 2}
+    config = AutoConfig.for_model(name, vocab_size=256 + len(_SPECIALS), **tokens, **{**fields, **overrides})
+    generator_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if "norm" in parameter_name.lower() and parameter.ndim == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    finally:
+        torch.set_rng_state(generator_state)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer: 256 bytes and four special tokens, so that any script has tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*_SPECIALS, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=2048,
+    )
