@@ -1,0 +1,14 @@
+"""Evaluation of embeddings: local tasks and hub tasks, both scored by mteb."""
+
+LOCAL_TASKS = (
+    "LeeSTS",
+    "ReutersR8",
+    "ReutersR52",
+    "NewsgroupsClustering",
+    "VerseParaphrase",
+    "VerseCrossReference",
+    "VerseFrench",
+    "VerseGerman",
+    "VersePairs",
+)
+"""Names of the tasks that need no network, readable without importing mteb."""
