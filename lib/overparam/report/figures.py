@@ -1,0 +1,117 @@
+"""The only way to save a figure: PDF, PNG and the CSV of its points under one stem, traceable to its run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from cycler import cycler
+
+from overparam.report.record import Figure, Recorder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure as MplFigure
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 85 / 25.4  # inches: one column
+
+_RC: dict[Any, Any] = {
+    "figure.figsize": (WIDTH, 0.68 * WIDTH),
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 300,
+    "font.size": 8,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that bytes agree between machines
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=OKABE_ITO) + cycler(marker=MARKERS),
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "errorbar.capsize": 2,
+}
+_SAVE_RC: dict[Any, Any] = {"pdf.fonttype": 42, "savefig.dpi": 300, "savefig.bbox": None}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw for print: 85 mm wide, 8-pt type, Okabe–Ito colours with markers that differ too."""
+    with mpl.rc_context(_RC):
+        yield
+
+
+def save(
+    fig: MplFigure, stem: str, *, data: pd.DataFrame, caption: str, id: str, recorder: Recorder
+) -> dict[str, str]:
+    """Save a figure as ``<stem>.pdf``, ``.png`` and ``.csv``, and register it in the record.
+
+    The same figure from the same code and key gives the same bytes. Id, git sha and key are in the metadata
+    of PDF and PNG.
+
+    Args:
+        fig: The figure; without a title, since that is what the caption is for.
+        stem: File name without ending.
+        data: Exactly the points that are drawn.
+        caption: What a reader needs to know to read it.
+        id: Stable id such as ``fig:layers-initial-loss``.
+        recorder: Of the running job.
+
+    Returns:
+        {file name: SHA-256}.
+
+    Raises:
+        ValueError: for a malformed id or stem, an empty caption, no data, or a title inside the figure.
+    """
+    if not re.fullmatch(r"fig:[a-z0-9]+(-[a-z0-9]+)*", id):
+        raise ValueError(f"id must look like 'fig:layers-initial-loss', got {id!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", stem):
+        raise ValueError(f"stem must be letters, digits, - and _, got {stem!r}")
+    if not caption.strip() or data.empty:
+        raise ValueError(f"{id} needs a caption and the data that it draws")
+    if fig.get_suptitle() or (len(fig.axes) == 1 and fig.axes[0].get_title()):
+        raise ValueError(f"{id} has a title inside: put it into caption=")
+    run = recorder.record
+    described = f"git {run.provenance['git']['sha']}, key {run.key}, study {run.study}"
+    software = f"overparam with matplotlib {mpl.__version__}"
+    pdf, png = io.BytesIO(), io.BytesIO()
+    with mpl.rc_context(_SAVE_RC):
+        fig.savefig(
+            pdf,
+            format="pdf",
+            metadata={
+                "Title": id,
+                "Subject": described,
+                "Creator": software,
+                "Producer": software,
+                "CreationDate": None,
+                "ModDate": None,
+            },
+        )
+        fig.savefig(png, format="png", metadata={"Title": id, "Description": described, "Software": software})
+    contents = {
+        f"{stem}.pdf": pdf.getvalue(),
+        f"{stem}.png": png.getvalue(),
+        f"{stem}.csv": data.to_csv(index=False, lineterminator="\n").encode(),
+    }
+    others = [f for f in run.figures if f.id != id]
+    taken = [f.id for f in others if set(f.files) & set(contents)]
+    if taken or f"{stem}.csv" in {ref.file for ref in run.tables.values()}:
+        raise ValueError(f"stem {stem!r} of {id} is taken by {', '.join(taken) or 'a table'}: choose another")
+    for name, content in contents.items():
+        recorder.write_file(name, content)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    recorder.figure(Figure(id, caption, files))
+    return files

@@ -1,0 +1,110 @@
+"""The results table of the README, made from records and never by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from overparam.report.claims import Claim
+from overparam.report.record import Record, find, write_atomic
+
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+_HEAD = "| claim | published | model | measured [95 % CI] | verdict |\n|---|---|---|---|---|"
+
+
+def fill(readme_path: str | Path, results_dir: str | Path) -> bool:
+    """Replace the README's results table by the one made from the records; return whether anything changed.
+
+    Raises:
+        ValueError: when the README lacks the two marks around the table.
+    """
+    path = Path(readme_path)
+    before = path.read_text()
+    after = _filled(path, before, Path(results_dir))
+    if after == before:
+        return False
+    write_atomic(path, after.encode())
+    return True
+
+
+def stale(readme_path: str | Path, results_dir: str | Path) -> bool:
+    """Tell whether the README's table differs from the one that the records give now."""
+    path = Path(readme_path)
+    text = path.read_text()
+    return _filled(path, text, Path(results_dir)) != text
+
+
+def table(results_dir: str | Path, relative_to: str | Path) -> str:
+    """Return the table of all claims in a results folder, with links relative to a folder."""
+    records = sorted(find(results_dir), key=lambda record: (record.study, record.slug, record.key))
+    rows = []
+    for study in dict.fromkeys(record.study for record in records):
+        of_study = [record for record in records if record.study == study]
+        for claim_id in dict.fromkeys(claim.id for record in of_study for claim in record.claims):
+            rows += [
+                _row(claim, record, Path(relative_to))
+                for record in of_study
+                for claim in record.claims
+                if claim.id == claim_id
+            ]
+    if not rows:
+        name = Path(results_dir).name
+        return f"No results yet: `python run_all.py --profile {name}` makes them."
+    return "\n".join([_HEAD, *rows, "", _origin(records)])
+
+
+def _filled(path: Path, text: str, results_dir: Path) -> str:
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"{path} needs one line {START} and, below it, one line {END}")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{table(results_dir, path.parent)}\n{END}{after}"
+
+
+def _row(claim: Claim, record: Record, base: Path) -> str:
+    assert record.path is not None  # `find` reads from files
+    folder = record.path.parent
+    links = [("record", record.path)]
+    pngs = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
+    links = [("figure", folder / name) for name in pngs if name.endswith(".png")] + links
+    linked = ", ".join(f"[{label}]({_relative(path, base)})" for label, path in links)
+    cells = [claim.statement, claim.published, record.slug, f"{_measured(claim)} ({linked})", claim.verdict]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _measured(claim: Claim) -> str:
+    if claim.measured is None:
+        return "—"
+    m = claim.measured
+    digits = 2 if max(abs(end) for end in (m.value, m.low, m.high) if math.isfinite(end)) < 10 else 1
+    value, low, high = (_number(number, digits) for number in (m.value, m.low, m.high))
+    return f"{value} [{low}, {high}] {claim.unit}".strip()
+
+
+def _number(value: float, digits: int) -> str:
+    if math.isinf(value):
+        return "−∞" if value < 0 else "∞"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def _origin(records: list[Record]) -> str:
+    machines = {
+        f"{hw['cpu']} ({hw['logical_cores']} logical cores, {hw['ram_gib']:g} GiB)"
+        for hw in (record.provenance["hardware"] for record in records)
+    }
+    states = {
+        (git["sha"] or "unknown")[:10] + (" with uncommitted changes" if git["dirty"] else "")
+        for git in (record.provenance["git"] for record in records)
+    }
+    return (
+        f"Made by `python run_all.py report` from {len(records)} record{'s' if len(records) > 1 else ''}; "
+        f"measured on {' and '.join(sorted(machines))} by commit {', '.join(sorted(states))}."
+    )
+
+
+def _relative(path: Path, base: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), base.resolve())).as_posix().replace(" ", "%20")
