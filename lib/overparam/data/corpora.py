@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from numpy.typing import NDArray
 
 from overparam import packages
-from overparam.unpack import TRANSLATIONS as TRANSLATIONS
+from overparam.unpack import TRANSLATIONS
 
 Part = Literal["train", "test"]
 LANGUAGES = {"web": "en", "kjv": "en", "bbe": "en", "lsg": "fr", "elb": "de", "rv1909": "es", "diodati": "it"}

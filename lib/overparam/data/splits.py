@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from overparam.data.corpora import TRANSLATIONS, Verse, known, normalise, verses
+from overparam.data.corpora import LANGUAGES, Verse, known, normalise, verses
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -49,7 +49,7 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
         return key
 
     first: dict[str, str] = {}
-    for translation in TRANSLATIONS:
+    for translation in LANGUAGES:
         for verse in verses(translation):
             text = normalise(verse.text)
             one, other = find(verse.id), find(f"text {text}")

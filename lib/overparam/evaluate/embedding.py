@@ -294,14 +294,18 @@ def _makers(
 
 
 def _check_name(name: str) -> None:
-    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)} | set(LOCAL_TASKS)
-    if name not in known:
-        lower = {task.lower(): task for task in sorted(known)}
+    """Raise for a name that is neither a local task's nor one of mteb's."""
+    try:
+        if name not in TASKS:
+            mteb.get_task(name)
+    except KeyError:
+        names = [*LOCAL_TASKS, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+        lower = {task.lower(): task for task in names}
         near = difflib.get_close_matches(str(name).lower(), lower, n=1)
         hint = f"; did you mean {lower[near[0]]!r}?" if near else "."
         raise ValueError(
             f"unknown task {name!r}{hint} Local tasks: {', '.join(LOCAL_TASKS)}. Others are MTEB tasks on the model hub."
-        )
+        ) from None
 
 
 def _hub_maker(name: str, seed: int, languages: Sequence[str] | None) -> Callable[[], AbsTask]:

@@ -1,0 +1,1 @@
+"""What running costs: time, memory, energy, bytes on disk."""

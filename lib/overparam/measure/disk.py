@@ -1,0 +1,27 @@
+"""Bytes on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def disk_bytes(path: Path | str) -> int:
+    """Size of a file, or of all files in a folder; one that is linked to several times counts once.
+
+    Args:
+        path: File or folder. Symbolic links to files are followed, as hub caches consist of them.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder at {path}")
+    files = [path] if path.is_file() else [Path(root) / name for root, _, names in os.walk(path) for name in names]
+    sizes = {}
+    for file in files:
+        if file.exists():  # a dangling link has no bytes
+            status = file.stat()
+            sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())

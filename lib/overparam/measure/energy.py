@@ -1,0 +1,104 @@
+"""Energy of a step, by codecarbon's offline tracker. No network is used and nothing is written.
+
+Where the processor has energy counters that can be read (RAPL), its energy is measured, for the whole machine.
+Elsewhere (most virtual machines, and Linux kernels that let only root read them) it is an estimate: CPU time of this
+process and its children × the processor's rated power. `Energy.method` says which. Memory is always an estimate.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+_SHORTEST = 0.06  # seconds; codecarbon leaves out what is shorter than 0.05 s
+_MODES = {
+    "intel_rapl": "CPU measured with RAPL, whole machine",
+    "windows_emi": "CPU measured with the Windows energy meter, whole machine",
+    "intel_power_gadget": "CPU measured with Intel Power Gadget, whole machine",
+    "cpu_load": "CPU estimated from CPU time of the process and rated power ({watts:.0f} W{guess})",
+    "constant": "CPU estimated as a constant share of rated power ({watts:.0f} W{guess})",
+}
+
+
+@dataclass
+class Energy:
+    """Energy of a block, filled in when it ends.
+
+    Attributes:
+        kwh: Kilowatt-hours in all.
+        seconds: How long the block took.
+        method: How the energy was come by: what was measured, what estimated.
+        cpu_kwh: Part of the processor.
+        memory_kwh: Part of the memory.
+        gpu_kwh: Part of the graphics processors.
+    """
+
+    kwh: float = float("nan")
+    seconds: float = float("nan")
+    method: str = "not finished"
+    cpu_kwh: float = float("nan")
+    memory_kwh: float = float("nan")
+    gpu_kwh: float = float("nan")
+
+
+@contextmanager
+def energy() -> Iterator[Energy]:
+    """Count the energy of a block: `with energy() as used: …`, then `used.kwh`.
+
+    Blocks can be nested; the outer one includes the inner one. A block that raises is counted as well.
+
+    Raises:
+        RuntimeError: codecarbon could not count.
+    """
+    from codecarbon import OfflineEmissionsTracker
+
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)
+    tracker = OfflineEmissionsTracker(
+        country_iso_code="FRA",  # only for emissions, which are not reported here
+        tracking_mode="process",
+        log_level="error",
+        allow_multiple_runs=True,
+        # named so that no configuration file of the user's can turn them on
+        output_methods=[],
+        emissions_endpoint=False,
+        electricitymaps_api_token="",
+    )
+    used = Energy()
+    tracker.start()
+    start = time.perf_counter()
+    failed = True
+    try:
+        yield used
+        failed = False
+    finally:
+        used.seconds = time.perf_counter() - start
+        time.sleep(max(0.0, _SHORTEST - used.seconds))
+        tracker.stop()
+        data = getattr(tracker, "final_emissions_data", None)  # codecarbon logs errors instead of raising them
+        if data is not None:
+            used.kwh, used.cpu_kwh = data.energy_consumed, data.cpu_energy
+            used.memory_kwh, used.gpu_kwh = data.ram_energy, data.gpu_energy
+            used.method = _method(tracker)
+        elif not failed:
+            raise RuntimeError("codecarbon could not count the energy; call energy() with logging on to see why")
+
+
+def _method(tracker: Any) -> str:
+    """What codecarbon used, read off its hardware objects."""
+    parts = []
+    for item in tracker._hardware:
+        kind = type(item).__name__
+        if kind == "CPU":
+            guess = ", a generic value" if item._is_generic_tdp else ""
+            parts.append(_MODES.get(item._mode, f"CPU by {item._mode}").format(watts=item._tdp or 0, guess=guess))
+        elif kind == "GPU":
+            parts.append("GPU measured with its own counters")
+        elif kind == "RAM":
+            parts.append("memory estimated from its size")
+        else:
+            parts.append(f"{item.chip_part} measured with the chip's own counters")
+    return "; ".join(sorted(parts))
