@@ -1,12 +1,11 @@
 """Loading and saving checkpoints, counting their parameters, and tiny twins of big architectures."""
 
 from overparam.models.counts import ParameterCounts, count_parameters
-from overparam.models.load import BUNDLED, bf16_is_fast, load, provenance, random_twin, required_memory
+from overparam.models.load import bf16_is_fast, load, provenance, random_twin, required_memory
 from overparam.models.structure import Blocks, blocks
 from overparam.models.twins import TWINS, tiny_tokenizer, tiny_twin
 
 __all__ = [
-    "BUNDLED",
     "TWINS",
     "Blocks",
     "ParameterCounts",

@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from overparam import packages, progress
+from overparam.catalogue import PACKAGED
 
-PACKAGE = "gemma-3-270m-gguf"
 _VERSION = 1  # raise it when the conversion changes
 
 
@@ -24,7 +24,7 @@ def converted_folder() -> Path:
     target = parent / f"gemma-3-270m-v{_VERSION}"
     if target.exists():
         return target
-    source = packages.fetch(PACKAGE)
+    source = packages.fetch(PACKAGED["gemma-3-270m"])
     parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if target.exists():  # another process has made it meanwhile

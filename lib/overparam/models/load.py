@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import packages
+from overparam.catalogue import PACKAGED, TINY, check_model_name
 from overparam.models import gguf
-from overparam.models.twins import TWINS, tiny_tokenizer, tiny_twin
-
-_TINY = "tiny-"
-
-# name -> (package set, folder of the checkpoint)
-_PACKAGED: dict[str, tuple[str, Callable[[], Path]]] = {
-    "gemma-3-270m": (gguf.PACKAGE, gguf.converted_folder),
-    "all-MiniLM-L6-v2": ("all-minilm-l6-v2", lambda: _checkpoint("all-minilm-l6-v2")),
-    "all-mpnet-base-v2": ("all-mpnet-base-v2", lambda: _checkpoint("all-mpnet-base-v2")),
-}
-BUNDLED: tuple[str, ...] = (*_PACKAGED, *(_TINY + name for name in TWINS))
+from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 
 def load(
@@ -31,7 +20,7 @@ def load(
     """Load a text encoder (or a decoder without its head) and its tokenizer.
 
     Args:
-        name: A bundled name (`BUNDLED`), a local folder, or a hub id ``owner/model``.
+        name: A bundled name (`catalogue.BUNDLED`), a local folder, or a hub id ``owner/model``.
         dtype: Of the weights; float32 by default.
         device: Where to put the model; the CPU by default.
 
@@ -43,8 +32,8 @@ def load(
         OSError: If a hub model is neither cached nor within reach.
     """
     dtype = dtype or torch.float32
-    if name in BUNDLED and name.startswith(_TINY):
-        model = tiny_twin(name.removeprefix(_TINY), num_hidden_layers=6).to(dtype=dtype)
+    if name.startswith(TINY):
+        model = tiny_twin(name.removeprefix(TINY), num_hidden_layers=6).to(dtype=dtype)
         return model.to(device or "cpu"), tiny_tokenizer()
     source = _source(name)
     local = isinstance(source, Path)
@@ -62,10 +51,10 @@ def load(
 
 def provenance(name: str) -> dict[str, str]:
     """Return what identifies the weights of `name`: SHA-256 per file, or the hub commit."""
-    if name.startswith(_TINY):
+    if name.startswith(TINY):
         return {name: "random weights, seed 0"}
-    if name in _PACKAGED:
-        return packages.hashes(_PACKAGED[name][0])
+    if name in PACKAGED:
+        return packages.hashes(PACKAGED[name])
     source = _source(name)
     if isinstance(source, Path):
         files = sorted(source.glob("*.safetensors"))
@@ -76,7 +65,7 @@ def provenance(name: str) -> dict[str, str]:
 
 def required_memory(name: str, *, dtype: torch.dtype | None = None) -> int:
     """Return the bytes that the weights of `name` take in memory, without loading them."""
-    if name.startswith(_TINY):
+    if name.startswith(TINY):
         model, _ = load(name)
     else:
         config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
@@ -104,24 +93,15 @@ def bf16_is_fast() -> bool:
 
 
 def _source(name: str) -> Path | str:
-    if name in _PACKAGED:
-        return _PACKAGED[name][1]()
+    """Where the checkpoint is: a folder, or a hub id."""
+    check_model_name(name)
+    if name == "gemma-3-270m":
+        return gguf.converted_folder()
+    if name in PACKAGED:
+        configs = packages.fetch(PACKAGED[name]).rglob("config.json")  # its modules have theirs in folders below
+        return min(configs, key=lambda path: len(path.parts)).parent
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    near = difflib.get_close_matches(name, BUNDLED, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"unknown model {name!r}{hint} It is neither bundled ({', '.join(_PACKAGED)}, {_TINY}<architecture>), "
-        "nor a folder here, nor a hub id of the form owner/model."
-    )
-
-
-def _checkpoint(package: str) -> Path:
-    configs = packages.fetch(package).rglob("config.json")  # its modules have theirs in folders below
-    return min(configs, key=lambda path: len(path.parts)).parent
+    return folder if folder.is_dir() else name
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,31 @@
+"""Names of the models that come with the suite; light, so that a plan can be checked without loading a library."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+PACKAGED: dict[str, str] = {  # model -> package set that holds its weights
+    "gemma-3-270m": "gemma-3-270m-gguf",
+    "all-MiniLM-L6-v2": "all-minilm-l6-v2",
+    "all-mpnet-base-v2": "all-mpnet-base-v2",
+}
+TINY = "tiny-"
+TWIN_NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "bert", "modernbert")
+BUNDLED = (*PACKAGED, *(TINY + name for name in TWIN_NAMES))
+
+
+def check_model_name(name: str) -> str:
+    """Return `name` when it can name a model: a bundled one, a folder that exists, or a hub id ``owner/model``.
+
+    Raises:
+        ValueError: Otherwise; names the nearest bundled model.
+    """
+    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if name in BUNDLED or Path(name).expanduser().is_dir() or looks_like_hub:
+        return name
+    near = difflib.get_close_matches(name, BUNDLED, n=1)
+    raise ValueError(
+        f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} It is neither bundled "
+        f"({', '.join(PACKAGED)}, {TINY}<architecture>), nor a folder here, nor a hub id owner/model"
+    )

@@ -1,0 +1,94 @@
+"""Trailing-layer pruning of text encoders: what L3Prune (arXiv 2410.14578) claims, measured on any model.
+
+This module is light: it holds the parameters. The steps are in `study`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from overparam.catalogue import check_model_name
+from overparam.evaluate import LOCAL_TASKS
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Params(BaseModel):
+    """Parameters of the study; every count is a whole number, every share is named so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("gemma-3-270m", description="bundled name, hub id or folder")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    pooling: Literal["weighted_mean", "mean", "last"] = "weighted_mean"
+    instructions: bool = Field(False, description="put each task's instruction before its texts")
+    max_length: Count = Field(128, description="tokens of a text")
+    batch_tokens: Count = Field(2048, description="tokens of an encoding batch, padding included")
+    seed: int = Field(42, description="of data, batches and bootstrap")
+
+    tasks: tuple[str, ...] = Field(LOCAL_TASKS, min_length=1, description="local or MTEB tasks")
+    max_items: Annotated[int, Field(ge=20)] | None = Field(60, description="items judged a task; null: all, at most 1000")
+
+    training_data: str | None = Field(None, description="folder or hub id of published triplets; null: packaged texts")
+    max_chars: Annotated[int, Field(ge=16)] = Field(160, description="characters of a training text")
+    loss_triplets: Count = Field(192, description="triplets of the initial loss")
+    loss_batch_size: Annotated[int, Field(ge=2)] = 64
+    loss_scale: Annotated[float, Field(gt=0)] = Field(20.0, description="factor on the cosine, 1 / temperature")
+
+    extra_depths: tuple[Count, ...] = Field((), description="train at these depths too, counts of blocks kept")
+    train_seeds: tuple[int, ...] = Field((42,), min_length=1)
+    train_steps: Count = 24
+    train_batch_size: Annotated[int, Field(ge=2)] = 12
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    train_scale: Annotated[float, Field(gt=0)] = 20.0
+
+    rule_tasks: tuple[str, ...] = Field(
+        ("VerseParaphrase", "VerseFrench", "VerseGerman", "VersePairs"),
+        description="tasks on which rules that keep other than leading layers are compared; a subset of tasks",
+    )
+    random_seeds: Annotated[int, Field(ge=3)] = Field(3, description="random choices of layers")
+    cost_texts: Annotated[int, Field(ge=2)] = Field(16, description="texts of a batch when costs are measured")
+    cost_repeats: Annotated[int, Field(ge=3)] = 5
+
+    negligible_margin: Annotated[float, Field(ge=0)] = Field(
+        1.5, description="points: the largest published loss of a `large` pick (Llama-3-8B)"
+    )
+    modest_margin: Annotated[float, Field(ge=0)] = Field(
+        6.9, description="points: the largest published loss of a `small` pick (Llama-3-8B)"
+    )
+    export: bool = Field(True, description="save the trained picks as sentence-transformers folders in the user's cache")
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        return check_model_name(value)
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(value) <= set(LOCAL_TASKS):
+            from overparam.evaluate.embedding import check_tasks  # loads mteb, which local tasks need not pay for
+
+            check_tasks(value)
+        if len(set(value)) < len(value):
+            raise ValueError("tasks repeat")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        outside = [task for task in self.rule_tasks if task not in self.tasks]
+        if outside:
+            raise ValueError(f"rule_tasks must be among tasks, {outside[0]!r} is not")
+        if self.warmup_steps >= self.train_steps:
+            raise ValueError(f"warmup_steps must be below train_steps = {self.train_steps}, got {self.warmup_steps}")
+        if self.loss_triplets < self.loss_batch_size:
+            raise ValueError(f"loss_triplets must be at least loss_batch_size = {self.loss_batch_size}")
+        return self
+
+    def slug(self) -> str:
+        """Short name of a parameter set: the model's."""
+        return Path(self.model).name
