@@ -31,7 +31,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def many():
-    return triplets(8000, max_chars=200)
+    return triplets(8000, max_chars=120)
 
 
 def test_sources_take_equal_turns(many):
@@ -64,7 +64,7 @@ def test_no_text_is_long_empty_or_repeated(many):
     for each in many:
         assert len({plain(each.positive), plain(each.negative)}) == 2
         assert plain(each.query) != plain(each.negative)
-        assert all(1 <= len(text) <= 200 for text in (each.query, each.positive, each.negative))
+        assert all(1 <= len(text) <= 120 for text in (each.query, each.positive, each.negative))
 
 
 @pytest.mark.parametrize("split", splits.SPLITS)

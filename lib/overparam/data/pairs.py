@@ -91,7 +91,11 @@ def _verse_triplets(
 ) -> Iterator[Triplet]:
     """Go through the verses in random order, once for each pair of versions, starting with any pair."""
     splits = verse_splits()
-    shown, chapters = _verse_pool(tuple(dict.fromkeys(itertools.chain(*pairs))), split, max_chars)
+    shown = {version: _shown(version, split, max_chars) for version in itertools.chain(*pairs)}
+    chapters: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for version, texts in shown.items():
+        for id_ in texts:
+            chapters[version, id_.rpartition(".")[0]].append(id_)
     ids = [id_ for id_ in splits if splits[id_] == split]
     start = {id_: rng.randrange(len(pairs)) for id_ in ids}
     for turn in range(len(pairs)):
@@ -109,25 +113,21 @@ def _verse_triplets(
                 yield Triplet(query, positive, negative, source)
 
 
-@functools.lru_cache(maxsize=8)
-def _verse_pool(
-    versions: tuple[str, ...], split: str, max_chars: int
-) -> tuple[dict[str, dict[str, str]], dict[tuple[str, str], list[str]]]:
-    """Cut verses of one split by version and id, and the ids of each version's chapters."""
+@functools.lru_cache(maxsize=16)
+def _shown(version: str, split: str, max_chars: int) -> dict[str, str]:
+    """The cut verses of one version and split by id, without those that read like a held-out one."""
+    held = _held_out_verses(split, max_chars)
     splits = verse_splits()
-    texts = {version: {verse.id: verse.text for verse in verses(version)} for version in versions}
-    held = _held_out(
-        (text for each in texts.values() for id_, text in each.items() if splits[id_] != split), max_chars
-    )
-    shown: dict[str, dict[str, str]] = {version: {} for version in versions}
-    chapters: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for version, each in texts.items():
-        for id_, text in each.items():
-            short = cut(text, max_chars)
-            if splits[id_] == split and normalise(short) not in held:
-                shown[version][id_] = short
-                chapters[version, id_.rpartition(".")[0]].append(id_)
-    return shown, chapters
+    mine = ((verse.id, cut(verse.text, max_chars)) for verse in verses(version) if splits[verse.id] == split)
+    return {id_: text for id_, text in mine if normalise(text) not in held}
+
+
+@functools.lru_cache(maxsize=4)
+def _held_out_verses(split: str, max_chars: int) -> set[str]:
+    splits = verse_splits()
+    versions = dict.fromkeys(itertools.chain(*itertools.chain(*_VERSIONS.values())))
+    every = (verse for version in versions for verse in verses(version))
+    return _held_out((verse.text for verse in every if splits[verse.id] != split), max_chars)
 
 
 def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Triplet]:
