@@ -107,7 +107,11 @@ def fetch(name: str) -> Path:
 
 
 def verify(name: str) -> list[str]:
-    """Compare every member with its SHA-256, fetch again what differs, and return the members repaired."""
+    """Compare every member with its SHA-256 and fetch again what differs; fetches a set that is not there.
+
+    Returns:
+        The members that were repaired: the manifest when there was none.
+    """
     _package_set(name)
     damaged = _damaged(_folder(name), full=True)
     if damaged:

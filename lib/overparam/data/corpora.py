@@ -45,10 +45,21 @@ class Verse:
         return self.id.rpartition(".")[0]
 
 
+class _Letters(dict[int, str]):
+    """A translation table that turns what is neither letter nor digit into a space, filled as it is used."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = chr(code) if chr(code).isalnum() else " "
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
 def normalise(text: str) -> str:
     """What makes two texts the same: letters and digits, case-folded, without punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded)) or " ".join(folded.split())
+    return " ".join(folded.translate(_LETTERS).split()) or " ".join(folded.split())
 
 
 def verses(translation: str) -> list[Verse]:
@@ -129,9 +140,7 @@ def reuters(which: str, split: str) -> Dataset:
     Returns:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
     """
-    return _topics(
-        f"reuters-{known(which, ('r8', 'r52'), 'version of Reuters')}", split, ("reuters-r8", "reuters-r52")
-    )
+    return _topics(f"reuters-{known(which, ('r8', 'r52'), 'version of Reuters')}", split)
 
 
 def newsgroups(split: str) -> Dataset:
@@ -143,21 +152,28 @@ def newsgroups(split: str) -> Dataset:
     Returns:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
     """
-    return _topics("20newsgroups", split, ("20newsgroups",))
+    return _topics("20newsgroups", split)
 
 
-def _topics(corpus: str, split: str, family: tuple[str, ...]) -> Dataset:
-    part = known(split, get_args(Part), "split")
-    rows = _table(corpus, part)
+def _topics(corpus: str, split: str) -> Dataset:
+    rows = topic_rows(corpus, split)
     names = sorted({label for each in get_args(Part) for label, _ in _table(corpus, each)})
-    if part == "train":
-        held_out = {normalise(text) for relative in family for _, text in _table(relative, "test")}
-        rows = tuple((label, text) for label, text in rows if normalise(text) not in held_out)
     number = {name: index for index, name in enumerate(names)}
     return Dataset.from_dict(
         {"text": [text for _, text in rows], "label": [number[label] for label, _ in rows]},
         features=Features({"text": Value("string"), "label": ClassLabel(names=names)}),
     )
+
+
+@functools.cache
+def topic_rows(corpus: str, split: str) -> tuple[tuple[str, str], ...]:
+    """(topic, text) of one split of "reuters-r8", "reuters-r52" or "20newsgroups", without the overlaps."""
+    rows = _table(corpus, known(split, get_args(Part), "split"))
+    if split == "test":
+        return rows
+    family = ("reuters-r8", "reuters-r52") if corpus.startswith("reuters") else (corpus,)
+    held_out = {normalise(text) for relative in family for _, text in _table(relative, "test")}
+    return tuple((label, text) for label, text in rows if normalise(text) not in held_out)
 
 
 @functools.cache

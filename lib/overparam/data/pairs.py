@@ -1,4 +1,4 @@
-"""Training triplets (query, positive, hard negative) made of the packaged texts, or read from published ones."""
+"""Training triplets (query, positive, hard negative) made of the packaged texts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import functools
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from overparam.data.corpora import known, newsgroups, normalise, reuters, verses
+from overparam.data.corpora import known, normalise, topic_rows, verses
 from overparam.data.published import Triplet, cut, hub_triplets
 from overparam.data.splits import SPLITS, split_of, verse_splits
 
-__all__ = ["ENGLISH", "SOURCES", "Triplet", "cut", "hub_triplets", "triplets"]
+__all__ = ["SOURCES", "Triplet", "cut", "hub_triplets", "triplets"]
 
 SOURCES = ("paraphrase", "topic", "fr", "de")
-ENGLISH = ("web", "kjv", "bbe")
-_TARGET = {"fr": "lsg", "de": "elb"}
+_VERSIONS = {  # of the query, of the positive
+    "paraphrase": [("web", "kjv"), ("kjv", "bbe"), ("bbe", "web")],
+    "fr": [("web", "lsg")],
+    "de": [("web", "elb")],
+}
 
 
 def triplets(
@@ -24,20 +27,21 @@ def triplets(
 ) -> list[Triplet]:
     """Make `n` triplets, as many from each source (one more from the first ones when `n` does not divide).
 
-    paraphrase: a verse in one English version, the same verse in another; negative: another verse of the same
-    chapter in the positive's version. fr, de: a verse of the World English Bible, the same in French or German;
-    negative: another verse of that chapter in that language. topic: two posts of one topic, 20 Newsgroups and
-    Reuters by turns, topics by turns; negative: a post on another topic of the same collection.
+    - paraphrase: a verse in one English version, the same verse in another; the negative is another verse of
+      the same chapter in the positive's version.
+    - fr, de: a verse of the World English Bible, the same verse in French or German; the negative is another
+      verse of that chapter in that language.
+    - topic: two posts of one topic, 20 Newsgroups and Reuters by turns, and their topics by turns; the
+      negative is a post on another topic of the same collection.
 
-    No normalised query occurs twice within a source, and no positive does, so that in-batch negatives of a
-    single-source batch are not equal to a positive. The triplets are in random order except that the sources
-    take turns: the first m are balanced too.
+    Within a source no normalised query occurs twice, and no positive does, so that no in-batch negative of a
+    single-source batch equals the positive. Sources take turns: the first m triplets are balanced too.
 
     Args:
         n: Number of triplets.
         sources: Some of `SOURCES`.
-        split: "train", "validation" or "test"; no text of a triplet is, whole or cut to `max_chars`, in a test
-            split unless `split` is "test", and likewise for the others.
+        split: "train", "validation" or "test": no text of a triplet is in another split, neither whole nor
+            cut to `max_chars`.
         seed: Another seed gives other triplets; the same seed, the same ones.
         max_chars: Texts are cut at the last word that ends within so many characters.
 
@@ -54,13 +58,12 @@ def triplets(
     for position, source in enumerate(sources):
         known(source, SOURCES, "source of triplets")
         wanted = n // len(sources) + (position < n % len(sources))
-        makers: dict[str, Callable[..., Iterator[Triplet]]] = {
-            "paraphrase": _paraphrases,
-            "topic": _topic_posts,
-        }
-        maker = makers.get(source, functools.partial(_translations, source=source))
-        candidates = _unrepeated(maker(split, random.Random(f"{seed} {source}"), max_chars))
-        found = list(itertools.islice(candidates, wanted))
+        rng = random.Random(f"{seed} {source}")
+        if source == "topic":
+            candidates = _topic_posts(split, rng, max_chars)
+        else:
+            candidates = _verse_triplets(source, _VERSIONS[source], split, rng, max_chars)
+        found = list(itertools.islice(_unrepeated(candidates), wanted))
         if len(found) < wanted:
             raise ValueError(
                 f"{source!r} gives {len(found)} triplets in the {split} split, got n={n} over {len(sources)} "
@@ -83,37 +86,15 @@ def _unrepeated(candidates: Iterable[Triplet]) -> Iterator[Triplet]:
         yield triplet
 
 
-def _paraphrases(split: str, rng: random.Random, max_chars: int) -> Iterator[Triplet]:
-    return _verse_triplets(
-        "paraphrase", list(itertools.pairwise([*ENGLISH, ENGLISH[0]])), split, rng, max_chars
-    )
-
-
-def _translations(split: str, rng: random.Random, max_chars: int, *, source: str) -> Iterator[Triplet]:
-    return _verse_triplets(source, [(ENGLISH[0], _TARGET[source])], split, rng, max_chars)
-
-
 def _verse_triplets(
     source: str, pairs: list[tuple[str, str]], split: str, rng: random.Random, max_chars: int
 ) -> Iterator[Triplet]:
-    """Go through all verses in random order, once for each pair of versions, each verse starting with another."""
+    """Go through the verses in random order, once for each pair of versions, starting with any pair."""
     splits = verse_splits()
-    versions = dict.fromkeys(version for pair in pairs for version in pair)
-    texts = {version: {verse.id: verse.text for verse in verses(version)} for version in versions}
-    held = _held_out(
-        (text for each in texts.values() for id_, text in each.items() if splits[id_] != split), max_chars
-    )
-    shown = {
-        version: {
-            id_: short
-            for id_, text in each.items()
-            if splits[id_] == split and normalise(short := cut(text, max_chars)) not in held
-        }
-        for version, each in texts.items()
-    }
+    shown = {version: _shown(version, split, max_chars) for version in itertools.chain(*pairs)}
     chapters: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for version, each in shown.items():
-        for id_ in each:
+    for version, texts in shown.items():
+        for id_ in texts:
             chapters[version, id_.rpartition(".")[0]].append(id_)
     ids = [id_ for id_ in splits if splits[id_] == split]
     start = {id_: rng.randrange(len(pairs)) for id_ in ids}
@@ -132,9 +113,27 @@ def _verse_triplets(
                 yield Triplet(query, positive, negative, source)
 
 
+@functools.lru_cache(maxsize=16)
+def _shown(version: str, split: str, max_chars: int) -> dict[str, str]:
+    """The cut verses of one version and split by id, without those that read like a held-out one."""
+    held = _held_out_verses(split, max_chars)
+    splits = verse_splits()
+    mine = ((verse.id, cut(verse.text, max_chars)) for verse in verses(version) if splits[verse.id] == split)
+    return {id_: text for id_, text in mine if normalise(text) not in held}
+
+
+@functools.lru_cache(maxsize=4)
+def _held_out_verses(split: str, max_chars: int) -> set[str]:
+    splits = verse_splits()
+    versions = dict.fromkeys(itertools.chain(*itertools.chain(*_VERSIONS.values())))
+    every = (verse for version in versions for verse in verses(version))
+    return _held_out((verse.text for verse in every if splits[verse.id] != split), max_chars)
+
+
 def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Triplet]:
     """Take 20 Newsgroups and Reuters by turns, and within each its topics by turns."""
-    collections = [_posts("20newsgroups", split, max_chars), _posts("reuters-r52", split, max_chars)]
+    pools = [_posts(collection, split, max_chars) for collection in ("20newsgroups", "reuters-r52")]
+    collections = [{topic: list(each) for topic, each in pool.items()} for pool in pools]
     orders = []
     for posts in collections:
         topics = sorted(topic for topic, each in posts.items() if len(each) > 1)
@@ -156,20 +155,16 @@ def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Tri
 @functools.cache
 def _published(collection: str) -> dict[str, list[tuple[str, str]]]:
     """(topic, text) by split; validation is taken out of the published training split."""
-    loaded = {
-        part: newsgroups(part) if collection == "20newsgroups" else reuters("r52", part)
-        for part in ("train", "test")
-    }
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    for part, table in loaded.items():
-        names = table.features["label"].names
-        for text, label in zip(table["text"], table["label"], strict=True):
-            rows["test" if part == "test" else split_of(text, test=0.0)].append((names[label], text))
+    for row in topic_rows(collection, "train"):
+        rows[split_of(row[1], test=0.0)].append(row)
+    rows["test"] = list(topic_rows(collection, "test"))
     return rows
 
 
+@functools.lru_cache(maxsize=8)
 def _posts(collection: str, split: str, max_chars: int) -> dict[str, list[str]]:
-    """Distinct posts of one split by topic, without those that have two topics or read like a held-out one."""
+    """Distinct posts of a split by topic, without those that have two topics or read like a held-out one."""
     published = _published(collection)
     held = _held_out((text for part in SPLITS if part != split for _, text in published[part]), max_chars)
     topics: dict[str, set[str]] = defaultdict(set)
@@ -187,5 +182,5 @@ def _posts(collection: str, split: str, max_chars: int) -> dict[str, list[str]]:
 
 
 def _held_out(texts: Iterable[str], max_chars: int) -> set[str]:
-    """Texts of other splits as a reader of them would see them: whole (when they are not much longer), and cut."""
-    return {normalise(shown) for text in texts for shown in (cut(text, max_chars), text[: 2 * max_chars])}
+    """Texts of other splits as one may come across them: cut, and whole when that is not much longer."""
+    return {normalise(shown) for text in texts for shown in {cut(text, max_chars), text[: 2 * max_chars]}}

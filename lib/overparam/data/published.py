@@ -38,8 +38,8 @@ def hub_triplets(
     """Read published triplets: columns or keys `query`, `positive`, `negative` (a list gives its first text).
 
     Args:
-        path: A folder of ``.jsonl`` files, one a source (the layout of echo-data, the training set of L3Prune and
-            LLM2Vec), one such file, or a data set of the hub, whose column `source`, when it has one, is kept.
+        path: A folder of ``.jsonl`` files, one a source (the layout of echo-data, on which L3Prune trains),
+            one such file, or a data set of the hub, whose column `source`, when it has one, is kept.
         n: Number of triplets, balanced over the sources as far as they go; all when None.
         name: Configuration on the hub.
         split: Split on the hub.
@@ -55,10 +55,8 @@ def hub_triplets(
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 or None, got {n}")
     rows: Mapping[str, _File | _Rows]
-    if Path(path).exists():
-        rows = _local_rows(Path(path))
-    else:
-        rows = _hub_rows(str(path), name, split, revision)
+    local = Path(path).exists()
+    rows = _local_rows(Path(path)) if local else _hub_rows(str(path), name, split, revision)
     for source in sources or ():
         known(source, sorted(rows), "source of triplets")
     chosen = {source: rows[source] for source in (sources or sorted(rows))}
@@ -71,7 +69,7 @@ def hub_triplets(
 
 
 def _shares(sizes: Mapping[str, int], n: int | None, path: str) -> dict[str, int]:
-    """How many of each source make `n`: equal shares, and what small sources lack is taken from larger ones."""
+    """How many of each source make `n`: equal shares; what small sources lack is taken from larger ones."""
     total = sum(sizes.values())
     wanted = total if n is None else n
     if wanted > total or not total:
@@ -135,7 +133,8 @@ def _triplet(row: Any, where: str, source: str, max_chars: int | None) -> Triple
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: a triplet needs a text under {key!r}, got {text!r}")
         texts.append(text.strip() if max_chars is None else cut(text.strip(), max_chars))
-    return Triplet(*texts, source)
+    query, positive, negative = texts
+    return Triplet(query, positive, negative, source)
 
 
 def _local_rows(path: Path) -> Mapping[str, _File]:
