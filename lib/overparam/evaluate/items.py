@@ -1,16 +1,19 @@
 """Per-item scores of an mteb run, from the predictions that mteb saves.
 
-`mteb.evaluate(prediction_folder=…)` is mteb's public way to what a model predicted for each item, and works alike for
-local and hub tasks. From it comes, for each type of task, an array whose statistic is mteb's own main score:
+`mteb.evaluate(prediction_folder=…)` is mteb's public way to what a model predicted for each item, and works
+alike for local and hub tasks. From it comes, for each type of task, an array whose statistic is mteb's main
+score:
 
-| type | items | statistic |
-|---|---|---|
-| STS | [pairs, 2]: cosine, human score | Spearman |
-| pair classification | [pairs, 2]: score, label. `max_ap` is the best of five similarities; the score is that one's | average precision |
-| classification | [texts, 1]: share of the experiments that named the right class | mean |
-| retrieval, reranking | [queries, 1]: nDCG (or MAP, recall) of the query at the metric's depth; mteb rounds the mean to 5 digits | mean |
-| bitext mining | [sentences, 1]: F1 of the sentence as a class, 2 · hit ÷ (1 + times it was chosen) | mean |
-| clustering | [experiments, 1]: v-measure of each. They redraw the same texts: not independent items | mean |
+- STS: [pairs, 2], cosine and human score; Spearman correlation.
+- Pair classification: [pairs, 2], similarity and label; average precision. mteb's `max_ap` is the best over
+  five similarities, and the similarity given is that one.
+- Classification: [texts, 1], share of mteb's repeated experiments that named the right class; mean.
+- Retrieval and reranking: [queries, 1], nDCG (or MAP, recall) at the depth of the main score; mean, which
+  mteb rounds to 5 digits.
+- Bitext mining: [sentences, 1], F1 of the sentence as a class, 2 · hit / (1 + times it was chosen); mean.
+  Through the second term items depend on each other a little.
+- Clustering: [experiments, 1], v-measure of each of mteb's experiments; mean. They redraw the same texts and
+  are not independent items: an interval from them is about the draws, not about other texts.
 """
 
 from __future__ import annotations
@@ -43,7 +46,11 @@ _PAIRS = {  # similarity -> sign that makes higher mean more alike, in mteb's or
     "euclidean_distances": -1,
     "dot_scores": 1,
 }
-_PAIR_METRICS = {"max_ap": tuple(_PAIRS), "cosine_ap": ("cosine_scores",), "similarity_ap": ("similarity_scores",)}
+_PAIR_METRICS = {
+    "max_ap": tuple(_PAIRS),
+    "cosine_ap": ("cosine_scores",),
+    "similarity_ap": ("similarity_scores",),
+}
 _RETRIEVAL = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall"}
 
 
@@ -68,8 +75,8 @@ def statistic_of(task: AbsTask) -> str:
         return "v_measure_mean"
     kind = task.metadata.type
     raise ValueError(
-        f"task {task.metadata.name!r} ({kind}, scored by {metric}) has no per-item scores here; STS, pair classification, "
-        "classification by accuracy, retrieval, bitext mining and clustering by v-measure have"
+        f"task {task.metadata.name!r} ({kind}, scored by {metric}) has no per-item scores here; STS, "
+        "pair classification, classification by accuracy, retrieval, bitext mining and clustering have"
     )
 
 
@@ -91,14 +98,15 @@ def items_of(task: AbsTask, data: Any, predictions: Any, scores: dict[str, Any])
     if isinstance(task, AbsTaskPairClassification):
         return _pairs(task, data, predictions)
     if isinstance(task, AbsTaskClassification):
-        hits = np.asarray(predictions) == np.asarray(data[task.label_column_name])[None, :]  # [experiments, n]
-        return hits.mean(axis=0)[:, None].astype(np.float64)
+        labels = np.asarray(data[task.label_column_name])
+        hits: NDArray[np.bool_] = np.asarray(predictions) == labels  # [experiments, n]
+        return np.asarray(hits.mean(axis=0)[:, None], dtype=np.float64)
     if isinstance(task, AbsTaskRetrieval):
         return _retrieval(task, data, predictions)
     if isinstance(task, AbsTaskBitextMining):
         chosen = np.asarray([neighbour["corpus_id"] for neighbour in predictions["sentence1-sentence2"]])
         times = np.bincount(chosen, minlength=len(chosen))
-        return (2.0 * (chosen == np.arange(len(chosen))) / (1 + times))[:, None]
+        return np.asarray(2.0 * (chosen == np.arange(len(chosen))) / (1 + times))[:, None]
     measures = scores["v_measures"]  # one list, or one a level of the hierarchy
     flat = [v for level in measures.values() for v in level] if isinstance(measures, dict) else measures
     return np.asarray(flat, dtype=np.float64)[:, None]
@@ -108,7 +116,9 @@ def _pairs(task: AbsTaskPairClassification, data: Dataset, predictions: dict[str
     if len(data) == 1:  # mteb's older form keeps all pairs in one row
         data = Dataset.from_dict(data[0])
     labels = np.asarray(data[task.label_column_name], dtype=np.int64)
-    candidates = [_PAIRS[name] * np.asarray(predictions[name]) for name in _PAIR_METRICS[task.metadata.main_score]]
+    candidates = [
+        _PAIRS[name] * np.asarray(predictions[name]) for name in _PAIR_METRICS[task.metadata.main_score]
+    ]
     best = max(candidates, key=lambda scores: average_precision_score(labels, scores))
     return np.column_stack([best, labels]).astype(np.float64)
 

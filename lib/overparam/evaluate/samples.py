@@ -94,8 +94,9 @@ def cut(text: str, characters: int) -> str:
 def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
     """Training and test articles of Reuters-R8 or -R52, balanced over their classes.
 
-    Classes with fewer than 8 training articles are left out of both (15 of the 52), and test articles that occur
-    in the training part too. The training part holds 8 to 40 articles of each class, growing with `size`.
+    Classes with fewer than 8 training articles are left out of both (15 of the 52), and test articles that
+    occur in the training part too. The training part holds 8 to 40 articles of each class, growing with
+    `size`.
     """
     train = unseen(corpora.reuters(which, "train"), ARTICLE_CHARACTERS)
     test = unseen(corpora.reuters(which, "test"), ARTICLE_CHARACTERS, train.texts)
@@ -134,7 +135,9 @@ def verses(size: int, seed: int) -> Verses:
     aligned = sorted(order, key=lambda verse: verse not in links)[:size]
     neighbour = {verse: _neighbour(verse, texts["web"]) for verse in aligned}
     related = {verse: tuple(sorted(links[verse], key=_place)) for verse in aligned if verse in links}
-    searched = dict.fromkeys([*aligned, *neighbour.values(), *(v for linked in related.values() for v in linked)])
+    searched = dict.fromkeys(
+        [*aligned, *neighbour.values(), *(v for linked in related.values() for v in linked)]
+    )
     for verse in order:
         if len(searched) >= SEARCHED * len(aligned):
             break
@@ -144,7 +147,7 @@ def verses(size: int, seed: int) -> Verses:
 
 @lru_cache(maxsize=1)
 def _test_verses() -> dict[str, dict[str, str]]:
-    """Version -> id -> text, for test verses that all versions have and whose text no other of them repeats."""
+    """Version -> id -> text, for test verses that all versions have and whose texts no other repeats."""
     versions = {name: {verse.id: verse.text for verse in splits.verses_in(name, "test")} for name in VERSIONS}
     kept: list[str] = []
     seen: set[str] = set()

@@ -1,26 +1,21 @@
 """Local embedding tasks: real mteb tasks over packaged texts, so that no hub is needed.
 
-Sizes. `size` bounds what a task judges: queries, texts to classify or cluster, aligned verses, documents. Samples
-are prefixes of one shuffled order, so that a larger size contains the smaller one. The verse tasks use the same
+`size` bounds what a task judges: queries, texts to classify or cluster, verses, documents. Samples are
+prefixes of one shuffled order, so that a larger size contains a smaller one. The verse tasks use the same
 verses, so that an embedding pass which embeds each text once pays for them once.
 
-Texts. Verses and the Lee documents are whole; Reuters articles are cut to their first 256 characters (headline and
-opening sentence) and newsgroup posts to 384, at a word boundary, because time on a CPU is counted in tokens. All
-verses are of the test split, and no article or post that also occurs in its corpus' training part is judged.
+Verses and the Lee documents are whole; Reuters articles are cut to their first 256 characters (headline and
+opening sentence) and newsgroup posts to 384, because time on a CPU is counted in tokens. All verses are of
+the test split, and no article or post that also occurs in its corpus' training part is judged.
 
 The SHA-256 of a task's rows is its data set revision, so that a result says which texts it is about.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-from datasets import Dataset, DatasetDict
 from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
@@ -29,94 +24,16 @@ from mteb.abstasks import (
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
-from mteb.abstasks.task_metadata import TaskMetadata
 
 from overparam.data import corpora
 from overparam.evaluate import samples
-
-Side = str | None  # "query" or "document" in retrieval, None elsewhere
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a task holds: `rows` in plain Python by part, every text it encodes, and settings of the task class."""
-
-    rows: dict[str, Any]
-    texts: tuple[tuple[str, Side], ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def revision(self) -> str:
-        """SHA-256 of the rows and settings: the identity of the data."""
-        return hashlib.sha256(json.dumps([self.rows, self.settings]).encode()).hexdigest()
+from overparam.evaluate.local import Content, LocalRetrieval, LocalTask, describe, plain
 
 
-class LocalTask:
-    """Mixin that gives an mteb task its content instead of a hub data set."""
+class LeeSTS(LocalTask, AbsTaskSTS):  # type: ignore[misc]
+    """Similarity of all pairs of up to 50 short news documents, against the mean human judgement."""
 
-    metadata: ClassVar[TaskMetadata]
-
-    def __init__(self, size: int, seed: int = 42) -> None:
-        self.content = self.build(size, seed)
-        dataset = {"path": "local", "revision": self.content.revision}
-        self.metadata = type(self).metadata.model_copy(update={"dataset": dataset})  # type: ignore[misc]
-        super().__init__(seed=seed)  # type: ignore[call-arg]
-        for name, value in self.content.settings.items():
-            setattr(self, name, value)
-
-    @staticmethod
-    def build(size: int, seed: int) -> Content:
-        """Choose the task's texts."""
-        raise NotImplementedError
-
-    def texts(self) -> tuple[tuple[str, Side], ...]:
-        """Every text that the task encodes, with its side."""
-        return self.content.texts
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Build the data sets in the shape that mteb expects."""
-        self.dataset: Any = DatasetDict({part: Dataset.from_dict(v) for part, v in self.content.rows.items()})
-        self.data_loaded = True
-
-
-class LocalRetrieval(LocalTask):
-    """Retrieval whose rows are ids and texts of queries and corpus, and the relevant ids of each query."""
-
-    k_values: ClassVar[Sequence[int]] = (1, 10, 20)
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Build the nested shape of mteb's retrieval tasks."""
-        rows = self.content.rows
-        part = {
-            "corpus": Dataset.from_dict(rows["corpus"]),
-            "queries": Dataset.from_dict(rows["queries"]),
-            "relevant_docs": {query: dict.fromkeys(ids, 1) for query, ids in rows["relevant"].items()},
-            "top_ranked": None,
-        }
-        self.dataset = {"default": {"test": part}}
-        self.data_loaded = True
-
-
-def _metadata(
-    name: str, kind: str, metric: str, description: str, prompt: str | dict[str, str], *languages: str
-) -> TaskMetadata:
-    return TaskMetadata(
-        name=name,
-        description=description,
-        type=kind,
-        category="t2c" if kind in ("Classification", "Clustering") else "t2t",
-        eval_splits=["test"],
-        eval_langs=list(languages) or ["eng-Latn"],
-        main_score=metric,
-        prompt=prompt,
-        dataset={"path": "local", "revision": "unset"},
-    )
-
-
-class LeeSTS(LocalTask, AbsTaskSTS):
-    """Similarity of every pair of 50 short news documents, against the mean human judgement."""
-
-    metadata = _metadata(
+    metadata = describe(
         "LeeSTS",
         "STS",
         "cosine_spearman",
@@ -126,9 +43,7 @@ class LeeSTS(LocalTask, AbsTaskSTS):
     min_score, max_score = 0, 1
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` documents (there are 50) and all pairs of them."""
+    def _build(size: int, seed: int) -> Content:
         documents, similarities = corpora.lee()
         documents = [" ".join(document.split()) for document in documents]
         chosen = sorted(samples.shuffled(range(len(documents)), seed)[:size])
@@ -138,13 +53,13 @@ class LeeSTS(LocalTask, AbsTaskSTS):
             "sentence2": [documents[j] for _, j in pairs],
             "score": [float(similarities[i, j]) for i, j in pairs],
         }
-        return Content({"test": rows}, _plain(documents[i] for i in chosen))
+        return Content({"test": rows}, plain(documents[i] for i in chosen))
 
 
-class ReutersR8(LocalTask, AbsTaskClassification):
-    """Topic of a Reuters article, 8 classes, judged on equally many articles of each class."""
+class ReutersR8(LocalTask, AbsTaskClassification):  # type: ignore[misc]
+    """Topic of a Reuters article, 8 classes; `size` test articles, as many of each class as there are."""
 
-    metadata = _metadata(
+    metadata = describe(
         "ReutersR8",
         "Classification",
         "accuracy",
@@ -154,9 +69,7 @@ class ReutersR8(LocalTask, AbsTaskClassification):
     samples_per_label = samples.SAMPLES_PER_LABEL
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` test articles, balanced over classes."""
+    def _build(size: int, seed: int) -> Content:
         return _classification("r8", size, seed)
 
     def _calculate_scores(self, y_test: Any, y_pred: Any) -> Any:
@@ -165,9 +78,9 @@ class ReutersR8(LocalTask, AbsTaskClassification):
 
 
 class ReutersR52(ReutersR8):
-    """The same with 52 classes, without those that have fewer than 8 training articles (37 remain)."""
+    """The same for 52 classes, without the 15 that have fewer than 8 training articles."""
 
-    metadata = _metadata(
+    metadata = describe(
         "ReutersR52",
         "Classification",
         "accuracy",
@@ -176,16 +89,18 @@ class ReutersR52(ReutersR8):
     )
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` test articles, balanced over classes."""
+    def _build(size: int, seed: int) -> Content:
         return _classification("r52", size, seed)
 
 
-class NewsgroupsClustering(LocalTask, AbsTaskClustering):
-    """Clusters of newsgroup posts against their 20 groups; all posts are embedded, not mteb's default of 4 %."""
+class NewsgroupsClustering(LocalTask, AbsTaskClustering):  # type: ignore[misc]
+    """Clusters of `size` newsgroup posts, balanced over the 20 groups, against the groups.
 
-    metadata = _metadata(
+    All posts are embedded, not mteb's default of 4 %; each of mteb's 10 experiments redraws as many of them
+    with replacement.
+    """
+
+    metadata = describe(
         "NewsgroupsClustering",
         "Clustering",
         "v_measure",
@@ -196,37 +111,39 @@ class NewsgroupsClustering(LocalTask, AbsTaskClustering):
     max_document_to_embed = None
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` posts, balanced over groups; each of mteb's 10 experiments redraws as many with replacement."""
+    def _build(size: int, seed: int) -> Content:
         posts = samples.newsgroups(size, seed)
         rows = {"sentences": posts.texts, "labels": posts.labels}
-        return Content({"test": rows}, _plain(posts.texts), {"max_documents_per_cluster": len(posts.texts)})
+        return Content({"test": rows}, plain(posts.texts), {"max_documents_per_cluster": len(posts.texts)})
 
 
-class VerseParaphrase(LocalRetrieval, AbsTaskRetrieval):
-    """Find a verse of the Bible in Basic English in the World English Bible."""
+class VerseParaphrase(LocalRetrieval, AbsTaskRetrieval):  # type: ignore[misc]
+    """Find each of `size` verses of the Bible in Basic English in the World English Bible.
 
-    metadata = _metadata(
+    Searched are three times as many verses, the nearest neighbours of the right ones among them.
+    """
+
+    metadata = describe(
         "VerseParaphrase",
         "Retrieval",
         "ndcg_at_10",
-        "Retrieve the verse of the World English Bible that says what one of the Bible in Basic English says.",
+        "Retrieve the verse of the World English Bible that says what one in Basic English says.",
         {"query": "Given a Bible verse, retrieve the same verse in another translation."},
     )
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` queries and three times as many verses to search, same-chapter neighbours among them."""
+    def _build(size: int, seed: int) -> Content:
         pool = samples.verses(size, seed)
         return _retrieval(pool, pool.texts["bbe"], {verse: [verse] for verse in pool.aligned})
 
 
-class VerseCrossReference(LocalRetrieval, AbsTaskRetrieval):
-    """Find the verses that people linked to a verse (one English version; the verse itself is left out)."""
+class VerseCrossReference(LocalRetrieval, AbsTaskRetrieval):  # type: ignore[misc]
+    """Find the verses that editors linked to a verse, among those of `VerseParaphrase` but the verse itself.
 
-    metadata = _metadata(
+    Queries are verses of the test split that are linked to another of them: there are few, whatever the size.
+    """
+
+    metadata = describe(
         "VerseCrossReference",
         "Retrieval",
         "ndcg_at_10",
@@ -236,17 +153,17 @@ class VerseCrossReference(LocalRetrieval, AbsTaskRetrieval):
     ignore_identical_ids = True
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take up to `size` queries: as many test verses as have a cross reference to another test verse."""
+    def _build(size: int, seed: int) -> Content:
         pool = samples.verses(size, seed)
-        return _retrieval(pool, pool.texts["web"], {v: pool.related[v] for v in pool.aligned if v in pool.related})
+        return _retrieval(
+            pool, pool.texts["web"], {v: pool.related[v] for v in pool.aligned if v in pool.related}
+        )
 
 
-class VerseFrench(LocalTask, AbsTaskBitextMining):
-    """Find the French verse (Segond 1910) for each English one."""
+class VerseFrench(LocalTask, AbsTaskBitextMining):  # type: ignore[misc]
+    """Find the French verse (Segond 1910) for each of `size` English ones."""
 
-    metadata = _metadata(
+    metadata = describe(
         "VerseFrench",
         "BitextMining",
         "f1",
@@ -257,16 +174,14 @@ class VerseFrench(LocalTask, AbsTaskBitextMining):
     )
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` aligned verses."""
+    def _build(size: int, seed: int) -> Content:
         return _bitext(size, seed, "lsg")
 
 
-class VerseGerman(LocalTask, AbsTaskBitextMining):
-    """Find the German verse (Elberfelder 1905) for each English one."""
+class VerseGerman(LocalTask, AbsTaskBitextMining):  # type: ignore[misc]
+    """Find the German verse (Elberfelder 1905) for each of `size` English ones."""
 
-    metadata = _metadata(
+    metadata = describe(
         "VerseGerman",
         "BitextMining",
         "f1",
@@ -277,27 +192,23 @@ class VerseGerman(LocalTask, AbsTaskBitextMining):
     )
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` aligned verses."""
+    def _build(size: int, seed: int) -> Content:
         return _bitext(size, seed, "elb")
 
 
-class VersePairs(LocalTask, AbsTaskPairClassification):
-    """Tell two versions of a verse from two neighbouring verses of a chapter."""
+class VersePairs(LocalTask, AbsTaskPairClassification):  # type: ignore[misc]
+    """Tell two versions of a verse from two neighbouring verses; `size` verses are in a pair of each kind."""
 
-    metadata = _metadata(
+    metadata = describe(
         "VersePairs",
         "PairClassification",
         "max_ap",
-        "Is a verse of the World English Bible the given one of the Bible in Basic English, or a neighbour of it?",
+        "Is a verse of the World English Bible the given one in Basic English, or a neighbour of it?",
         "Retrieve parallel sentences.",
     )
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def build(size: int, seed: int) -> Content:
-        """Take `size` verses, each once with its paraphrase and once with a neighbour."""
+    def _build(size: int, seed: int) -> Content:
         pool = samples.verses(size, seed)
         bbe, web = pool.texts["bbe"], pool.texts["web"]
         pairs = [(bbe[v], web[v], 1) for v in pool.aligned] + [
@@ -305,11 +216,7 @@ class VersePairs(LocalTask, AbsTaskPairClassification):
         ]
         first, second, labels = (list(column) for column in zip(*pairs, strict=True))
         rows = {"sentence1": first, "sentence2": second, "labels": labels}
-        return Content({"test": rows}, _plain([*first, *second]))
-
-
-def _plain(texts: Iterable[str]) -> tuple[tuple[str, Side], ...]:
-    return tuple((text, None) for text in dict.fromkeys(texts))
+        return Content({"test": rows}, plain([*first, *second]))
 
 
 def _classification(which: str, size: int, seed: int) -> Content:
@@ -321,7 +228,7 @@ def _classification(which: str, size: int, seed: int) -> Content:
     }
     # with 8 training articles a class, every draw of 8 is the same
     draws = samples.EXPERIMENTS if len(train.texts) > samples.SAMPLES_PER_LABEL * len(names) else 1
-    return Content(rows, _plain([*train.texts, *test.texts]), {"n_experiments": draws})
+    return Content(rows, plain([*train.texts, *test.texts]), {"n_experiments": draws})
 
 
 def _retrieval(pool: samples.Verses, queries: dict[str, str], relevant: dict[str, Sequence[str]]) -> Content:
@@ -331,14 +238,16 @@ def _retrieval(pool: samples.Verses, queries: dict[str, str], relevant: dict[str
         "queries": {"id": list(relevant), "text": [queries[verse] for verse in relevant]},
         "relevant": {verse: list(ids) for verse, ids in relevant.items()},
     }
-    sides = [(queries[verse], "query") for verse in relevant] + [(text, "document") for text in corpus.values()]
+    sides = [(queries[verse], "query") for verse in relevant] + [
+        (text, "document") for text in corpus.values()
+    ]
     return Content(rows, tuple(sides))
 
 
 def _bitext(size: int, seed: int, language: str) -> Content:
     pool = samples.verses(size, seed)
     english, other = ([pool.texts[version][verse] for verse in pool.aligned] for version in ("web", language))
-    return Content({"test": {"sentence1": english, "sentence2": other}}, _plain([*english, *other]))
+    return Content({"test": {"sentence1": english, "sentence2": other}}, plain([*english, *other]))
 
 
 TASKS: dict[str, type[LocalTask]] = {

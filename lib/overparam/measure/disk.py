@@ -18,7 +18,11 @@ def disk_bytes(path: Path | str) -> int:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no file or folder at {path}")
-    files = [path] if path.is_file() else [Path(root) / name for root, _, names in os.walk(path) for name in names]
+    files = (
+        [path]
+        if path.is_file()
+        else [Path(root) / name for root, _, names in os.walk(path) for name in names]
+    )
     sizes = {}
     for file in files:
         if file.exists():  # a dangling link has no bytes

@@ -1,8 +1,10 @@
 """Energy of a step, by codecarbon's offline tracker. No network is used and nothing is written.
 
-Where the processor has energy counters that can be read (RAPL), its energy is measured, for the whole machine.
-Elsewhere (most virtual machines, and Linux kernels that let only root read them) it is an estimate: CPU time of this
-process and its children × the processor's rated power. `Energy.method` says which. Memory is always an estimate.
+Where the processor has energy counters that can be read (RAPL), its energy is measured, for the whole
+machine. Elsewhere (most virtual machines, and Linux kernels that let only root read them) it is an estimate:
+CPU time of this process and its children × the processor's rated power (TDP), which is itself a guess of 4 W
+a thread for processors that codecarbon does not know. `Energy.method` says all this. Memory is always an
+estimate.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 _SHORTEST = 0.06  # seconds; codecarbon leaves out what is shorter than 0.05 s
@@ -19,8 +22,8 @@ _MODES = {
     "intel_rapl": "CPU measured with RAPL, whole machine",
     "windows_emi": "CPU measured with the Windows energy meter, whole machine",
     "intel_power_gadget": "CPU measured with Intel Power Gadget, whole machine",
-    "cpu_load": "CPU estimated from CPU time of the process and rated power ({watts:.0f} W{guess})",
-    "constant": "CPU estimated as a constant share of rated power ({watts:.0f} W{guess})",
+    "cpu_load": "CPU estimated from CPU time of the process and TDP ({watts:.0f} W{guess})",
+    "constant": "CPU estimated as a constant share of TDP ({watts:.0f} W{guess})",
 }
 
 
@@ -47,9 +50,11 @@ class Energy:
 
 @contextmanager
 def energy() -> Iterator[Energy]:
-    """Count the energy of a block: `with energy() as used: …`, then `used.kwh`.
+    """Count the energy of a `with` block; what it is given as holds the result afterwards.
 
-    Blocks can be nested; the outer one includes the inner one. A block that raises is counted as well.
+    Blocks can be nested; the outer one includes the inner one. A block that raises is counted as well. In a
+    block of less than about 0.1 s most of the energy is the counting itself: repeat the step inside the block
+    instead.
 
     Raises:
         RuntimeError: codecarbon could not count.
@@ -78,13 +83,13 @@ def energy() -> Iterator[Energy]:
         used.seconds = time.perf_counter() - start
         time.sleep(max(0.0, _SHORTEST - used.seconds))
         tracker.stop()
-        data = getattr(tracker, "final_emissions_data", None)  # codecarbon logs errors instead of raising them
+        data = getattr(tracker, "final_emissions_data", None)  # codecarbon hides its own errors
         if data is not None:
             used.kwh, used.cpu_kwh = data.energy_consumed, data.cpu_energy
             used.memory_kwh, used.gpu_kwh = data.ram_energy, data.gpu_energy
             used.method = _method(tracker)
         elif not failed:
-            raise RuntimeError("codecarbon could not count the energy; call energy() with logging on to see why")
+            raise RuntimeError("codecarbon could not count the energy of the block")
 
 
 def _method(tracker: Any) -> str:
@@ -93,8 +98,10 @@ def _method(tracker: Any) -> str:
     for item in tracker._hardware:
         kind = type(item).__name__
         if kind == "CPU":
-            guess = ", a generic value" if item._is_generic_tdp else ""
-            parts.append(_MODES.get(item._mode, f"CPU by {item._mode}").format(watts=item._tdp or 0, guess=guess))
+            guess = ", a generic value" if item._is_generic_tdp or not _known(item._model) else ""
+            parts.append(
+                _MODES.get(item._mode, f"CPU by {item._mode}").format(watts=item._tdp or 0, guess=guess)
+            )
         elif kind == "GPU":
             parts.append("GPU measured with its own counters")
         elif kind == "RAM":
@@ -102,3 +109,12 @@ def _method(tracker: Any) -> str:
         else:
             parts.append(f"{item.chip_part} measured with the chip's own counters")
     return "; ".join(sorted(parts))
+
+
+@cache
+def _known(model: str) -> bool:
+    """Whether codecarbon's table has the processor's rated power."""
+    from codecarbon.core import cpu
+    from codecarbon.core.hardware_cache import get_cached_tdp
+
+    return get_cached_tdp(cpu)._get_cpu_power_from_registry(model) is not None

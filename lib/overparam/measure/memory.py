@@ -1,7 +1,8 @@
 """Peak memory of a step, in a process of its own so that nothing run before counts.
 
-On Linux the kernel's high-water mark of resident memory (`VmHWM`) is reset right before the step; elsewhere, and where
-the reset is refused, the mark of the whole process (`ru_maxrss`, `VmHWM`) is returned, which includes loading.
+On Linux the kernel's high-water mark of resident memory (`VmHWM`) is reset right before the step; elsewhere,
+and where the reset is refused, the mark of the whole process (`ru_maxrss`, `VmHWM`) is returned, which
+includes loading.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Memory:
         return max(0, self.peak_bytes - self.baseline_bytes)
 
 
-def peak_memory(target: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> Memory:
+def peak_memory(
+    target: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None
+) -> Memory:
     """Run a function in a fresh process and return the peak memory of its step.
 
     What the step is follows from the function, so that loading a model need not count:
@@ -71,7 +74,9 @@ def peak_memory(target: str, kwargs: Mapping[str, Any] | None = None, *, timeout
     if not (module and function.isidentifier()):
         raise ValueError(f"target must look like 'package.module:function', got {target!r}")
     try:
-        job = json.dumps({"module": module, "function": function, "kwargs": dict(kwargs or {}), "path": sys.path})
+        job = json.dumps(
+            {"module": module, "function": function, "kwargs": dict(kwargs or {}), "path": sys.path}
+        )
     except TypeError as error:
         raise ValueError(f"kwargs must hold what JSON can (text, numbers, lists, dicts): {error}") from error
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +109,9 @@ def _child() -> None:
     job = json.loads(sys.stdin.read())
     sys.path[:] = job["path"]
     try:
-        answer = asdict(_measure(getattr(importlib.import_module(job["module"]), job["function"]), job["kwargs"]))
+        answer = asdict(
+            _measure(getattr(importlib.import_module(job["module"]), job["function"]), job["kwargs"])
+        )
     except BaseException:
         answer = {"error": traceback.format_exc()}
     file = Path(sys.argv[1])
