@@ -85,10 +85,10 @@ def test_the_batch_runner_decides_folder_key_and_command(tmp_path, monkeypatch, 
 
 
 def test_by_hand_it_goes_to_scratch_with_a_command_that_repeats_it(tmp_path, monkeypatch, make_record):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "SCRATCH", tmp_path / "scratch")
     made = record.load(make_record(None))
     assert made.profile == "interactive"
-    assert made.path.parent.parent.as_posix() == "results/scratch/layers"
+    assert made.path.parent.parent == tmp_path / "scratch" / "layers"
     assert made.path.parent.name == f"tiny-{made.key[:8]}"
     assert made.command == (
         "python run_all.py --only layers --set layers.model='\"tiny\"' --set layers.seed=3"

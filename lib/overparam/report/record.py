@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILE_NAME = "record.json"
 NOTEBOOK_NAME = "executed.ipynb"
+SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
 UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
 
 
@@ -213,15 +214,23 @@ def start(
     if directory is None and runner_directory:
         working = Path(runner_directory)
     else:
-        final = Path(directory or Path("results", "scratch", study, f"{slug}-{key[:8]}"))
+        final = Path(directory or SCRATCH / study / f"{slug}-{key[:8]}")
         working = final.with_name(f".{final.name}.partial")
         shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True, exist_ok=True)
     return Recorder(record, working, final)
 
 
-def seal(directory: Path, notebook: bytes) -> Record:
+def seal(
+    directory: Path, notebook: bytes, *, slug: str | None = None, key_parts: Mapping[str, Any] | None = None
+) -> Record:
     """Add the executed notebook to a finished record, and write ``record.json`` again as the last file.
+
+    Args:
+        directory: The job's folder.
+        notebook: The executed notebook, written as ``executed.ipynb``.
+        slug: The batch runner's name of the parameter set.
+        key_parts: What the key was made from; kept in the provenance under "key".
 
     Raises:
         FileNotFoundError: when the job left no record.
@@ -230,10 +239,12 @@ def seal(directory: Path, notebook: bytes) -> Record:
     record = load(directory)
     write_atomic(directory / NOTEBOOK_NAME, notebook)
     record.notebook = FileRef(NOTEBOOK_NAME, hashlib.sha256(notebook).hexdigest())
+    record.slug = slug or record.slug
+    if key_parts is not None:
+        record.provenance["key"] = dict(key_parts)
     write(record, directory)
-    problems = _problems(record, directory)
-    if problems:
-        raise ValueError("; ".join(problems))
+    if found := problems(record):
+        raise ValueError("; ".join(found))
     return record
 
 
@@ -307,17 +318,29 @@ def find(results_dir: str | Path) -> list[Record]:
 def missing_or_orphaned(results_dir: str | Path) -> list[str]:
     """List what is wrong with a results folder: files missing or changed, and files that no record names."""
     root = Path(results_dir)
-    problems: list[str] = []
+    found: list[str] = []
     named: set[Path] = set()
     for record in find(root):
         assert record.path is not None  # `find` reads from files
-        folder = record.path.parent
-        named |= {record.path, *(folder / name for name in record.files())}
-        problems += _problems(record, folder)
+        named |= {record.path, *(record.path.parent / name for name in record.files())}
+        found += problems(record)
     for path in sorted(root.rglob("*")):
         if path.is_file() and path not in named and not _unfinished(path.relative_to(root)):
-            problems.append(f"{path}: no record names this file")
-    return problems
+            found.append(f"{path}: no record names this file")
+    return found
+
+
+def problems(record: Record) -> list[str]:
+    """List the files of a record that are missing or changed since it was written."""
+    assert record.path is not None  # only a record that was read has files
+    found = []
+    for name, expected in record.files().items():
+        path = record.path.parent / name
+        if not path.is_file():
+            found.append(f"{path}: named by the record, but missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
+    return found
 
 
 def digest(values: Any) -> str:
@@ -337,17 +360,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _problems(record: Record, folder: Path) -> list[str]:
-    problems = []
-    for name, expected in record.files().items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: named by the record, but missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            problems.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
-    return problems
 
 
 def _unfinished(relative: Path) -> bool:
