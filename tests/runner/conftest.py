@@ -17,16 +17,22 @@ class Params(BaseModel, extra="forbid"):
     keep_layers: int = Field(3, ge=1, le=18)
     margin: float = 1.0
     depths: tuple[int, ...] = (1, 2)
-    mode: Literal["ok", "fail", "silent", "die", "sleep", "liar"] = "ok"
+    mode: Literal["ok", "fail", "silent", "die", "sleep"] = "ok"
 """
-STEPS = "from toystudies import shared\n\ndef value(keep):\n    from .more import factor\n    return keep * factor()\n"
+STEPS = """
+from toystudies import shared
+
+def value(keep):
+    from .more import factor
+    return keep * factor()
+"""
 PARAMETERS = 'model = "alpha"\nkeep_layers = 3  # of 18\nmargin: float = 1.0\ndepths = (1, 2)\nmode = "ok"\n'
 CELLS = (
     ("markdown", "# A toy study", []),
     ("code", PARAMETERS, ["parameters"]),
     (
         "code",
-        """%matplotlib inline
+        """%xmode Plain
 import os, subprocess, sys, time
 from overparam.progress import note, track
 from overparam.report import record
@@ -40,7 +46,7 @@ print(sys.executable, os.getcwd(), __file__ if "__file__" in globals() else reco
         "code",
         """note("thinking hard")
 for _ in track(range(3), "counting"):
-    time.sleep(0.4)
+    time.sleep(0.2)
 if mode == "fail":
     raise RuntimeError("no such luck\\nsecond line")
 if mode == "die":
@@ -51,9 +57,7 @@ if mode == "sleep":
     with open(os.environ["TOY_PIDS"] + ".tmp", "w") as pids:
         pids.write(f"{os.getpid()} {ours.pid} {away.pid}")
     os.rename(os.environ["TOY_PIDS"] + ".tmp", os.environ["TOY_PIDS"])
-    time.sleep(600)
-if mode == "liar":
-    recorder.record.params["keep_layers"] = 17""",
+    time.sleep(600)""",
         [],
     ),
     (

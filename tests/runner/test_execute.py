@@ -1,7 +1,7 @@
 import io
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def ran(tmp_path_factory, toy):
     with pytest.MonkeyPatch.context() as monkeypatch:
         root = toy.write_project(tmp_path_factory.mktemp("ran") / "project")
         toy.use(root, monkeypatch)
-        modes = {"good": "ok", "bad": "fail", "mute": "silent", "dead": "die", "false": "liar"}
+        modes = {"good": "ok", "bad": "fail", "mute": "silent", "dead": "die"}
         jobs = jobs_of(root, [{"model": model, "mode": mode} for model, mode in modes.items()])
         out = io.StringIO()
         outcomes = execute.run(jobs, out=out)
@@ -57,13 +57,13 @@ def test_the_kernel_is_this_interpreter_whatever_the_notebook_says(ran):
         "".join(out["text"]) for cell in executed["cells"] for out in cell.get("outputs", []) if "text" in out
     )
     expected = sys.executable.replace(sys.prefix, "<python>")
-    assert printed.split()[0] == expected
+    assert f"{expected} ." in printed.splitlines()[-1]
 
 
 def test_the_executed_notebook_names_no_place_of_this_machine(ran):
     root, outcomes, _ = ran
     text = (outcomes["good"].job.directory / "executed.ipynb").read_text()
-    for place in (str(root), sys.prefix, str(Path.home()) + "/", "ipykernel_", os.getcwd()):
+    for place in (str(root), sys.prefix, str(Path.home()) + "/", "ipykernel_"):
         assert place not in text
     about = json.loads(text)["metadata"]["papermill"]
     assert (about["input_path"], about["output_path"]) == ("notebooks/01_toy.ipynb", "executed.ipynb")
@@ -75,7 +75,6 @@ def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran
         "bad": "RuntimeError: no such luck",
         "mute": "the notebook ended without a record: it must call finish() on its recorder",
         "dead": "Kernel died: the kernel crashed or was killed (out of memory?)",
-        "false": "the record's parameters are not the job's",
     }
     for slug, reason in reasons.items():
         assert outcomes[slug].ending == "failed"
@@ -85,22 +84,16 @@ def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran
         assert job.command in (failed / "error.txt").read_text()
         assert (failed / "executed.ipynb").exists()
         assert not job.directory.exists()
-    assert (
-        "line 4" in (root / "x").name
-        or "RuntimeError"
-        in (
-            outcomes["bad"].job.directory.with_name(outcomes["bad"].job.directory.name + ".failed")
-            / "error.txt"
-        ).read_text()
-    )
+        if slug == "bad":
+            assert 'raise RuntimeError("no such luck' in (failed / "error.txt").read_text()
     assert not list((root / "results").rglob("*.partial"))
 
 
 def test_progress_and_notes_are_shown_as_plain_lines(ran):
     _, _, shown = ran
-    assert re.search(r"^\[1/5\] toy/good  thinking hard$", shown, re.MULTILINE)
-    assert re.search(r"^\[1/5\] toy/good  cell 4/5  counting  \d/3, .*elapsed$", shown, re.MULTILINE)
-    assert "[2/5] toy/bad  failed: RuntimeError: no such luck" in shown
+    assert re.search(r"^\[1/4\] toy/good  thinking hard$", shown, re.MULTILINE)
+    assert re.search(r"^\[1/4\] toy/good  cell 4/5  counting  \d/3, .*elapsed$", shown, re.MULTILINE)
+    assert "[2/4] toy/bad  failed: RuntimeError: no such luck" in shown
     assert "\r" not in shown
 
 
@@ -125,45 +118,73 @@ def test_a_second_run_does_only_what_is_missing(ran, monkeypatch, toy):
     assert time.monotonic() - started < 1
 
 
-def test_a_damaged_record_is_due(ran, monkeypatch, toy):
-    root, before, _ = ran
+@pytest.fixture
+def copy(ran, tmp_path, monkeypatch, toy):
+    """The project with its results, to be changed, and the good job's parameters."""
+    root = shutil.copytree(ran[0], tmp_path / "project")
     toy.use(root, monkeypatch)
-    notebook = before["good"].job.directory / "executed.ipynb"
-    content = notebook.read_bytes()
-    notebook.write_bytes(b"edited")
-    (job,) = jobs_of(root, [before["good"].job.params])
-    notebook.write_bytes(content)
+    return root, ran[1]["good"].job.params
+
+
+def test_a_damaged_record_is_due(copy):
+    root, params = copy
+    (job,) = jobs_of(root, [params])
+    assert job.state == "up to date"
+    (job.directory / "executed.ipynb").write_bytes(b"edited")
+    (job,) = jobs_of(root, [params])
     assert job.state == "due"
     assert "SHA-256 differs" in job.reason
 
 
-def test_changed_code_gives_a_reason_and_the_new_record_replaces_the_old(project):
-    (job,) = jobs_of(project)
-    assert execute.run([job], out=io.StringIO())[0].ending == "done"
-    more = project / "lib" / "toystudies" / "toy" / "more.py"
-    more.write_text("def factor():\n    return 5\n")
-    (again,) = jobs_of(project, [{"keep_layers": 4}])
+def test_changed_code_gives_a_reason_and_the_new_record_replaces_the_old(copy):
+    root, params = copy
+    (job,) = jobs_of(root, [params])
+    (root / "lib" / "toystudies" / "toy" / "more.py").write_text("def factor():\n    return 5\n")
+    (again,) = jobs_of(root, [{**params, "keep_layers": 4}])
     assert (again.state, again.reason) == ("due", "changed: toystudies.toy.more, keep_layers")
     out = io.StringIO()
     assert execute.run([again], out=out)[0].ending == "done"
     assert f"replaced the older {job.directory.name}" in out.getvalue()
-    assert [path.name for path in again.directory.parent.iterdir()] == [again.directory.name]
+    assert [path.name for path in again.directory.parent.glob("good-*")] == [again.directory.name]
     assert record.load(again.directory).metrics["value"].value == 20
 
 
-def test_a_full_disk_keeps_the_old_result(project, monkeypatch):
-    (job,) = jobs_of(project)
-    execute.run([job], out=io.StringIO())
+def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
+    root, params = copy
+    (job,) = jobs_of(root, [params], force=True)
     old = (job.directory / "record.json").read_bytes()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(record, "write_atomic", full)
-    (outcome,) = execute.run(jobs_of(project, force=True), out=io.StringIO())
+    (outcome,) = execute.run([job], out=io.StringIO())
     assert outcome.ending == "failed"
     assert outcome.message == "OSError: [Errno 28] No space left on device"
     assert (job.directory / "record.json").read_bytes() == old
+    assert jobs_of(root, [params])[0].state == "up to date"
+
+
+@pytest.mark.parametrize(
+    ("study", "params", "key", "message"),
+    [
+        ("toy", {"keep_layers": 17}, "", "the record's parameters are not the job's: {'keep_layers': 17}"),
+        ("toy", {}, "0" * 64, "the record left is of another job: study 'toy', key 00000000"),
+        ("top", {}, "", "the record left is of another job: study 'top'"),
+    ],
+)
+def test_a_record_that_is_not_the_jobs_is_refused(project, monkeypatch, study, params, key, message):
+    (job,) = jobs_of(project)
+
+    def leave(job, partial, title, display):
+        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(partial))
+        record.start(study, params or job.params, slug="alpha", key=key or job.key).finish()
+
+    monkeypatch.setattr(execute, "_execute", leave)
+    (outcome,) = execute.run([job], out=io.StringIO())
+    assert outcome.ending == "failed"
+    assert outcome.message.startswith(message)
+    assert not job.directory.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project):
@@ -208,8 +229,7 @@ sys.exit(execute.exit_code(outcomes))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_kernel_and_all_its_children(project, monkeypatch, number):
+def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
     pids = project / "pids"
     monkeypatch.setenv("TOY_PIDS", str(pids))
     runner = subprocess.Popen(
@@ -224,7 +244,7 @@ def test_an_interrupt_ends_the_kernel_and_all_its_children(project, monkeypatch,
     family = [int(pid) for pid in pids.read_text().split()]
     assert all(psutil.pid_exists(pid) for pid in family)
     interrupted = time.monotonic()
-    runner.send_signal(number)
+    runner.send_signal(signal.SIGINT)
     shown, _ = runner.communicate(timeout=30)
     assert runner.returncode == 130, shown
     assert time.monotonic() - interrupted < 5

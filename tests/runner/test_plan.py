@@ -103,7 +103,7 @@ def test_unknown_names_get_the_nearest(project):
         "unknown parameter 'depth': did you mean 'depths'?" in problems(project, overrides=["toy.depth=3"])[0]
     )
     profile = Profile("mine", "mine.yaml", "", {"toyy": [{}]})
-    with pytest.raises(BadInput, match="unknown study 'toyy': did you mean 'toy'?"):
+    with pytest.raises(BadInput, match=r"unknown study 'toyy': did you mean 'toy'\?"):
         planning.plan(profile, notebooks_dir=project / "notebooks", studies_package="toystudies")
 
 
@@ -177,7 +177,7 @@ def test_profiles_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     path.write_text("description: one seed\njobs:\n  toy:\n    - {model: alpha}\n")
     assert load_profile("laptop") == Profile("laptop", "laptop", "one seed", {"toy": [{"model": "alpha"}]})
     assert load_profile(path).name == "laptop"
-    with pytest.raises(BadInput, match="unknown profile 'labtop': did you mean 'laptop'?"):
+    with pytest.raises(BadInput, match=r"unknown profile 'labtop': did you mean 'laptop'\?"):
         load_profile("labtop")
     with pytest.raises(BadInput, match="No such file"):
         load_profile(tmp_path / "none.yaml")
@@ -213,7 +213,8 @@ import sys
 from pathlib import Path
 from overparam.runner import execute, plan
 profile = plan.Profile("mine", "mine", "", {{"toy": [{{}}]}})
-plan.describe(plan.plan(profile, notebooks_dir=Path({str(project / "notebooks")!r}), studies_package="toystudies"))
+folder = Path({str(project / "notebooks")!r})
+plan.describe(plan.plan(profile, notebooks_dir=folder, studies_package="toystudies"))
 heavy = {{"torch", "transformers", "mteb", "papermill", "pandas", "matplotlib", "jupyter_client"}}
 print(sorted(heavy & set(sys.modules)))
 """

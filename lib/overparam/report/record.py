@@ -2,7 +2,7 @@
 
 `start` gives a `Recorder`; what it is told becomes files in the job's folder, and `Recorder.finish` writes
 ``record.json`` last, so a folder without one is unfinished. The batch runner then adds the executed notebook
-with `seal` and gives the folder its final name with `publish`; a run by hand publishes by itself.
+with `seal` and gives the folder its final name with `files.publish`; a run by hand publishes by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overparam.report.claims import Claim
-from overparam.report.provenance import provenance
+from overparam.report.files import digest, publish, write_atomic
+from overparam.report.provenance import machine, provenance
 from overparam.report.stats import Estimate
 
 if TYPE_CHECKING:
@@ -148,6 +149,10 @@ class Recorder:
         """Register a saved figure (called by `figures.save`); the same id again replaces it."""
         self.record.figures = [*(f for f in self.record.figures if f.id != figure.id), figure]
 
+    def input(self, name: str, sha256: str) -> None:
+        """Record the SHA-256 of weights or data that the job found out while it ran."""
+        self.record.provenance["inputs"][name] = sha256
+
     def write_file(self, name: str, data: bytes) -> FileRef:
         """Write one file of the record's folder, at once or not at all."""
         if Path(name).name != name or name in (FILE_NAME, NOTEBOOK_NAME):
@@ -159,6 +164,7 @@ class Recorder:
         """Write ``record.json`` as the last file, and return its path."""
         self.record.seconds = round(time.monotonic() - self._clock, 3)
         self.record.status = "complete"
+        self.record.provenance |= machine()  # again: by now torch is loaded, and knows GPUs and threads
         write(self.record, self.directory)
         if self._final is not None:
             publish(self.directory, self._final)
@@ -248,22 +254,6 @@ def seal(
     return record
 
 
-def publish(working: Path, final: Path) -> None:
-    """Give a finished folder its final name; the folder that had it stays until then, and on any error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(f".{final.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        working.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write(record: Record, directory: Path) -> None:
     """Write ``record.json``."""
     values = asdict(record) | {"claims": [claim.to_dict() for claim in record.claims]}
@@ -341,25 +331,6 @@ def problems(record: Record) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
     return found
-
-
-def digest(values: Any) -> str:
-    """Return the SHA-256 of plain values, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _unfinished(relative: Path) -> bool:

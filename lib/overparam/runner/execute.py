@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from overparam.report import record
+from overparam.report import files, record
 from overparam.runner import notebook as notebooks_
 from overparam.runner.display import Display, duration
 from overparam.runner.errors import BadInput
@@ -101,7 +101,7 @@ def _run_job(job: Job, title: str, display: Display) -> Outcome:
         partial.mkdir(parents=True)
         _execute(job, partial, title, display)
         _seal(job, partial)
-        record.publish(partial, job.directory)
+        files.publish(partial, job.directory)
         for old in _replaced(job):
             shutil.rmtree(old)
             display.line(f"{title}  replaced the older {old.name}")

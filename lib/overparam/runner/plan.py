@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,9 +12,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from overparam.report import record
-from overparam.runner import notebook as notebooks_
+from overparam.report import files, record
+from overparam.runner import notebook as notebooks
 from overparam.runner.errors import BadInput, nearest
+from overparam.runner.validate import parameter_sets, problem_lines
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 NOTEBOOKS = Path(__file__).resolve().parents[3] / "notebooks"
@@ -98,7 +97,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except yaml.YAMLError as error:
         raise BadInput(f"profile {given}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise BadInput(*_lines(f"profile {given}", error, _ProfileFile)) from error
+        raise BadInput(*problem_lines(f"profile {given}", error, _ProfileFile)) from error
     return Profile(path.stem, given, content.description.strip(), content.jobs)
 
 
@@ -148,7 +147,9 @@ def plan(
         elif not only or study in wanted_studies:
             try:
                 module = f"{studies_package}.{study}"
-                valid = _validated(profile, study, sets, changes.get(study, {}), found[study], module)
+                valid = parameter_sets(
+                    profile.name, study, sets, changes.get(study, {}), found[study], module
+                )
                 jobs += _jobs(
                     profile, study, valid, found[study], module, root, dict(inputs or {}), overrides
                 )
@@ -203,89 +204,6 @@ def _overrides(
     return changes, problems
 
 
-def _validated(
-    profile: Profile,
-    study: str,
-    sets: Sequence[dict[str, Any]],
-    changes: dict[str, Any],
-    notebook: Path,
-    module: str,
-) -> list[tuple[BaseModel, dict[str, Any]]]:
-    """Return each set as Params, and as plain values with every default filled in."""
-    try:
-        params_class: type[BaseModel] = importlib.import_module(module).Params
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{notebook}: {module} must export Params ({error})") from error
-    problems = _disagreements(notebook, params_class)
-    if not sets:
-        problems.append(
-            f"profile {profile.name}: {study} has no parameter sets; an empty one is written {{}}"
-        )
-    valid: list[tuple[BaseModel, dict[str, Any]]] = []
-    for number, values in enumerate(sets, 1):
-        where = f"profile {profile.name}: {study}, set {number}"
-        try:
-            # JSON, strictly: lists become tuples, but "3" or true is no number
-            params = params_class.model_validate_json(
-                json.dumps({**values, **changes}, default=str), strict=True
-            )
-        except ValidationError as error:
-            problems += _lines(where, error, params_class)
-            continue
-        plain = params.model_dump(mode="json")
-        same = next((i for i, (_, other) in enumerate(valid, 1) if other == plain), None)
-        if same:
-            problems.append(f"{where} is identical to set {same}: each job may be there once")
-        valid.append((params, plain))
-    if problems:
-        raise BadInput(*problems)
-    return valid
-
-
-def _disagreements(notebook: Path, params_class: type[BaseModel]) -> list[str]:
-    """Compare the notebook's parameters cell with Params: the same names, the same defaults."""
-    try:
-        cell = notebooks_.parameters(notebook)
-    except BadInput as error:
-        return list(error.problems)
-    fields = params_class.model_fields
-    problems = [
-        f"{notebook}: parameter {name!r} is not in Params: {nearest(name, fields)}"
-        for name in cell.keys() - fields
-    ]
-    problems += [
-        f"{notebook}: parameter {name!r} of Params is missing in the parameters cell"
-        for name in fields.keys() - cell
-    ]
-    if problems:
-        return sorted(problems)
-    required = {name: cell[name] for name, info in fields.items() if info.is_required()}
-    try:
-        shown = params_class.model_validate(cell).model_dump(mode="json")
-        defaults = params_class.model_validate(required).model_dump(mode="json")
-    except ValidationError as error:
-        return _lines(f"{notebook}: parameters cell", error, params_class)
-    return [
-        f"{notebook}: parameter {name!r} is {shown[name]!r}, but Params has {defaults[name]!r}"
-        for name in fields
-        if shown[name] != defaults[name]
-    ]
-
-
-def _lines(where: str, error: ValidationError, model: type[BaseModel]) -> list[str]:
-    lines = []
-    for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown parameter {name!r}: {nearest(name, model.model_fields)}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: {name!r} is missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {name or 'as a whole'}: {message}, got {item['input']!r}")
-    return lines
-
-
 def _jobs(
     profile: Profile,
     study: str,
@@ -297,15 +215,15 @@ def _jobs(
     overrides: Sequence[str],
 ) -> list[Job]:
     code = {
-        "notebook": notebooks_.source_hash(notebook),
-        "modules": notebooks_.reachable_modules(notebook, module),
+        "notebook": notebooks.source_hash(notebook),
+        "modules": notebooks.reachable_modules(notebook, module),
     }
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
     earlier = _earlier(root / study)
     jobs = []
     for slug, (_, params) in zip(_slugs(study, valid), valid, strict=True):
         parts = {**code, "params": params, "inputs": inputs}
-        key = record.digest(parts)
+        key = files.digest(parts)
         directory = root / study / f"{slug}-{key[:8]}"
         target = f"{study}/{slug}" if len(valid) > 1 else study
         words = ["python run_all.py --profile", shlex.quote(_shown(profile)), "--only", target]
