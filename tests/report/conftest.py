@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,25 +13,28 @@ def _no_runner(monkeypatch):
         monkeypatch.delenv(f"OVERPARAM_{name}", raising=False)
 
 
+def _draw(recorder, points):
+    with figures.style():
+        fig, ax = plt.subplots()
+        ax.plot(points["depth"], points["loss"])
+        ax.set(xlabel="depth (layers)", ylabel="loss (nats)")
+        figures.save(fig, "loss", data=points, caption="Loss.", id="fig:layers-loss", recorder=recorder)
+        plt.close(fig)
+
+
 @pytest.fixture
 def make_record():
-    """Write one finished record with a figure, a table, items and two claims."""
+    """Write one finished record with a table, items, two claims and, if asked for, a figure."""
 
-    def make(directory, slug="tiny", study="layers", finish=True):
-        import matplotlib.pyplot as plt
-
+    def make(directory, slug="tiny", study="layers", finish=True, figure=False):
         recorder = record.start(study, {"model": slug, "seed": 3}, slug=slug, directory=directory)
         points = pd.DataFrame({"depth": [0, 1, 2], "loss": [3.0, 1.0, 2.0]})
         recorder.metric("parameters", 268_000_000)
         recorder.metric("retention", Estimate(0.98, 0.95, np.inf, 40), "ratio")
         recorder.table("by_depth", points)
         recorder.items("scores", pd.DataFrame({"item": ["a", "b"], "score": [0.5, 0.25]}))
-        with figures.style():
-            fig, ax = plt.subplots()
-            ax.plot(points["depth"], points["loss"])
-            ax.set(xlabel="depth (layers)", ylabel="loss (nats)")
-            figures.save(fig, "loss", data=points, caption="Loss.", id="fig:layers-loss", recorder=recorder)
-            plt.close(fig)
+        if figure:
+            _draw(recorder, points)
         recorder.claim(
             claims.judged(
                 "large",

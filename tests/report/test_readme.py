@@ -14,7 +14,7 @@ def page(tmp_path):
 
 def test_table_comes_from_records_with_relative_links(tmp_path, page, make_record):
     results = tmp_path / "results" / "reference"
-    make_record(results / "layers" / "tiny-1", slug="tiny")
+    make_record(results / "layers" / "tiny-1", slug="tiny", figure=True)
     make_record(results / "layers" / "small-1", slug="small")
     assert readme.stale(page, results)
     assert readme.fill(page, results)

@@ -23,7 +23,7 @@ def test_record_reads_back_as_it_was(tmp_path, make_record):
 
 
 def test_every_file_is_named_with_its_hash(tmp_path, make_record):
-    folder = make_record(tmp_path / "tiny-1").parent
+    folder = make_record(tmp_path / "tiny-1", figure=True).parent
     named = record.load(folder).files()
     assert set(named) | {"record.json"} == {path.name for path in folder.iterdir()}
     for name, sha in named.items():
@@ -37,9 +37,10 @@ def test_unfinished_work_does_not_look_finished_and_the_old_result_stays(tmp_pat
     assert recorder.directory.name == ".tiny-1.partial"
     assert (tmp_path / "tiny-1" / "record.json").read_bytes() == old
     assert len(record.find(tmp_path)) == 1
+    recorder.input("weights", "0" * 64)
     recorder.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-1"]
-    assert (tmp_path / "tiny-1" / "record.json").read_bytes() != old
+    assert record.load(tmp_path / "tiny-1").provenance["inputs"] == {"weights": "0" * 64}
 
 
 def test_failed_and_partial_folders_are_left_out(tmp_path, make_record):
@@ -52,7 +53,7 @@ def test_failed_and_partial_folders_are_left_out(tmp_path, make_record):
 
 
 def test_missing_changed_and_orphaned_files_are_listed(tmp_path, make_record):
-    folder = make_record(tmp_path / "tiny-1").parent
+    folder = make_record(tmp_path / "tiny-1", figure=True).parent
     (folder / "loss.png").unlink()
     (folder / "loss.csv").write_text("edited")
     (folder / "notes.txt").write_text("mine")
@@ -64,7 +65,7 @@ def test_missing_changed_and_orphaned_files_are_listed(tmp_path, make_record):
 
 
 def test_seal_adds_the_notebook(tmp_path, make_record):
-    folder = make_record(tmp_path / "tiny-1").parent
+    folder = make_record(tmp_path / "tiny-1", figure=True).parent
     record.seal(folder, b"{}")
     assert record.load(folder).notebook.sha256 == hashlib.sha256(b"{}").hexdigest()
     assert record.missing_or_orphaned(tmp_path) == []
@@ -85,10 +86,10 @@ def test_the_batch_runner_decides_folder_key_and_command(tmp_path, monkeypatch, 
 
 
 def test_by_hand_it_goes_to_scratch_with_a_command_that_repeats_it(tmp_path, monkeypatch, make_record):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "SCRATCH", tmp_path / "scratch")
     made = record.load(make_record(None))
     assert made.profile == "interactive"
-    assert made.path.parent.parent.as_posix() == "results/scratch/layers"
+    assert made.path.parent.parent == tmp_path / "scratch" / "layers"
     assert made.path.parent.name == f"tiny-{made.key[:8]}"
     assert made.command == (
         "python run_all.py --only layers --set layers.model='\"tiny\"' --set layers.seed=3"

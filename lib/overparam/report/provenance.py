@@ -37,8 +37,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "hardware": hardware(),
-        "threads": _threads(),
+        **machine(),
         "environment": {
             name: "(path)" if os.path.isabs(value) else value  # noqa: PTH117 - a plain string test
             for name, value in sorted(os.environ.items())
@@ -69,6 +68,11 @@ def git_state(package: Path) -> dict[str, Any]:
     except subprocess.CalledProcessError:
         reason = "the package's source is not in a git repository"
     return {"sha": None, "dirty": None, "reason": reason}
+
+
+def machine() -> dict[str, Any]:
+    """Return "hardware" and "threads"; GPUs and torch's threads only once torch is loaded."""
+    return {"hardware": hardware(), "threads": _threads()}
 
 
 def hardware() -> dict[str, Any]:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from overparam.report.claims import Claim
-from overparam.report.record import Record, find, write_atomic
+from overparam.report.files import write_atomic
+from overparam.report.record import Record, find
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 _HEAD = "| claim | published | model | measured [95 % CI] | verdict |\n|---|---|---|---|---|"

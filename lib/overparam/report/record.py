@@ -2,7 +2,7 @@
 
 `start` gives a `Recorder`; what it is told becomes files in the job's folder, and `Recorder.finish` writes
 ``record.json`` last, so a folder without one is unfinished. The batch runner then adds the executed notebook
-with `seal` and gives the folder its final name with `publish`; a run by hand publishes by itself.
+with `seal` and gives the folder its final name with `files.publish`; a run by hand publishes by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overparam.report.claims import Claim
-from overparam.report.provenance import provenance
+from overparam.report.files import digest, publish, write_atomic
+from overparam.report.provenance import machine, provenance
 from overparam.report.stats import Estimate
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILE_NAME = "record.json"
 NOTEBOOK_NAME = "executed.ipynb"
+SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
 UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
 
 
@@ -147,6 +149,10 @@ class Recorder:
         """Register a saved figure (called by `figures.save`); the same id again replaces it."""
         self.record.figures = [*(f for f in self.record.figures if f.id != figure.id), figure]
 
+    def input(self, name: str, sha256: str) -> None:
+        """Record the SHA-256 of weights or data that the job found out while it ran."""
+        self.record.provenance["inputs"][name] = sha256
+
     def write_file(self, name: str, data: bytes) -> FileRef:
         """Write one file of the record's folder, at once or not at all."""
         if Path(name).name != name or name in (FILE_NAME, NOTEBOOK_NAME):
@@ -158,6 +164,7 @@ class Recorder:
         """Write ``record.json`` as the last file, and return its path."""
         self.record.seconds = round(time.monotonic() - self._clock, 3)
         self.record.status = "complete"
+        self.record.provenance |= machine()  # again: by now torch is loaded, and knows GPUs and threads
         write(self.record, self.directory)
         if self._final is not None:
             publish(self.directory, self._final)
@@ -213,15 +220,23 @@ def start(
     if directory is None and runner_directory:
         working = Path(runner_directory)
     else:
-        final = Path(directory or Path("results", "scratch", study, f"{slug}-{key[:8]}"))
+        final = Path(directory or SCRATCH / study / f"{slug}-{key[:8]}")
         working = final.with_name(f".{final.name}.partial")
         shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True, exist_ok=True)
     return Recorder(record, working, final)
 
 
-def seal(directory: Path, notebook: bytes) -> Record:
+def seal(
+    directory: Path, notebook: bytes, *, slug: str | None = None, key_parts: Mapping[str, Any] | None = None
+) -> Record:
     """Add the executed notebook to a finished record, and write ``record.json`` again as the last file.
+
+    Args:
+        directory: The job's folder.
+        notebook: The executed notebook, written as ``executed.ipynb``.
+        slug: The batch runner's name of the parameter set.
+        key_parts: What the key was made from; kept in the provenance under "key".
 
     Raises:
         FileNotFoundError: when the job left no record.
@@ -230,27 +245,13 @@ def seal(directory: Path, notebook: bytes) -> Record:
     record = load(directory)
     write_atomic(directory / NOTEBOOK_NAME, notebook)
     record.notebook = FileRef(NOTEBOOK_NAME, hashlib.sha256(notebook).hexdigest())
+    record.slug = slug or record.slug
+    if key_parts is not None:
+        record.provenance["key"] = dict(key_parts)
     write(record, directory)
-    problems = _problems(record, directory)
-    if problems:
-        raise ValueError("; ".join(problems))
+    if found := problems(record):
+        raise ValueError("; ".join(found))
     return record
-
-
-def publish(working: Path, final: Path) -> None:
-    """Give a finished folder its final name; the folder that had it stays until then, and on any error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(f".{final.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        working.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(record: Record, directory: Path) -> None:
@@ -307,47 +308,29 @@ def find(results_dir: str | Path) -> list[Record]:
 def missing_or_orphaned(results_dir: str | Path) -> list[str]:
     """List what is wrong with a results folder: files missing or changed, and files that no record names."""
     root = Path(results_dir)
-    problems: list[str] = []
+    found: list[str] = []
     named: set[Path] = set()
     for record in find(root):
         assert record.path is not None  # `find` reads from files
-        folder = record.path.parent
-        named |= {record.path, *(folder / name for name in record.files())}
-        problems += _problems(record, folder)
+        named |= {record.path, *(record.path.parent / name for name in record.files())}
+        found += problems(record)
     for path in sorted(root.rglob("*")):
         if path.is_file() and path not in named and not _unfinished(path.relative_to(root)):
-            problems.append(f"{path}: no record names this file")
-    return problems
+            found.append(f"{path}: no record names this file")
+    return found
 
 
-def digest(values: Any) -> str:
-    """Return the SHA-256 of plain values, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _problems(record: Record, folder: Path) -> list[str]:
-    problems = []
+def problems(record: Record) -> list[str]:
+    """List the files of a record that are missing or changed since it was written."""
+    assert record.path is not None  # only a record that was read has files
+    found = []
     for name, expected in record.files().items():
-        path = folder / name
+        path = record.path.parent / name
         if not path.is_file():
-            problems.append(f"{path}: named by the record, but missing")
+            found.append(f"{path}: named by the record, but missing")
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            problems.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
-    return problems
+            found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
+    return found
 
 
 def _unfinished(relative: Path) -> bool:

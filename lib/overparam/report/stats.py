@@ -61,30 +61,39 @@ def _mean(items: Array) -> Array:
 
 
 def _spearman(items: Array) -> Array:
-    from scipy.stats import rankdata  # half a second that planning need not pay
-
-    ranks = rankdata(items[..., :2], axis=-2)  # [..., n, 2], ties share their mean rank
-    centred = ranks - ranks.mean(axis=-2, keepdims=True)
-    covariance = (centred[..., 0] * centred[..., 1]).sum(axis=-1)
-    spread = np.sqrt((centred**2).sum(axis=-2).prod(axis=-1))
+    columns = np.ascontiguousarray(np.moveaxis(items[..., :2], -1, 0))  # [2, ..., n]
+    order = np.argsort(columns, axis=-1)
+    ends = _group_ends(np.take_along_axis(columns, order, axis=-1))
+    starts = np.empty_like(ends)  # of each group of ties: where the group before it ended, plus one
+    starts[..., 0] = 0
+    starts[..., 1:] = np.where(ends[..., 1:] != ends[..., :-1], ends[..., :-1] + 1, 0)
+    ranks = np.empty(columns.shape)
+    np.put_along_axis(ranks, order, (np.maximum.accumulate(starts, axis=-1) + ends) / 2, axis=-1)
+    ranks -= (items.shape[-2] - 1) / 2  # centred; ties share their mean rank
+    covariance = (ranks[0] * ranks[1]).sum(axis=-1)
+    spread = np.sqrt((ranks**2).sum(axis=-1).prod(axis=0))
     # a constant column has no rank correlation: counted as none at all
     return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0))
 
 
 def _average_precision(items: Array) -> Array:
-    n = items.shape[-2]
-    order = np.argsort(-items[..., 0], axis=-1, kind="stable")
+    order = np.argsort(-items[..., 0], axis=-1)
     scores = np.take_along_axis(items[..., 0], order, axis=-1)
     labels = np.take_along_axis(items[..., 1], order, axis=-1) > 0
     # tied scores are one threshold: each item counts with the precision at the end of its group of ties
-    last = np.ones(scores.shape, dtype=bool)
-    last[..., :-1] = scores[..., :-1] != scores[..., 1:]
-    ends = np.where(last, np.arange(n), n)
-    ends = np.minimum.accumulate(ends[..., ::-1], axis=-1)[..., ::-1]
+    ends = _group_ends(scores)
     hits = np.take_along_axis(labels.cumsum(axis=-1), ends, axis=-1)
     positives = labels.sum(axis=-1)
     total = (labels * hits / (ends + 1)).sum(axis=-1)
     return np.asarray(np.divide(total, positives, out=np.zeros_like(total), where=positives > 0))
+
+
+def _group_ends(ordered: Array) -> NDArray[np.int64]:
+    """Return for each place of sorted values ``[..., n]`` the last place that holds the same value."""
+    n = ordered.shape[-1]
+    last = np.ones(ordered.shape, dtype=bool)
+    last[..., :-1] = ordered[..., :-1] != ordered[..., 1:]
+    return np.minimum.accumulate(np.where(last, np.arange(n), n)[..., ::-1], axis=-1)[..., ::-1]
 
 
 STATISTICS: dict[str, Callable[[Array], Array]] = {

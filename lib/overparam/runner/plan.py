@@ -1,0 +1,291 @@
+"""Which notebook runs are due: a plan that is complete, and validated, before anything runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from overparam.report import files, record
+from overparam.runner import notebook as notebooks
+from overparam.runner.errors import BadInput, nearest
+from overparam.runner.validate import parameter_sets, problem_lines
+
+PROFILES = Path(__file__).parents[1] / "profiles"
+NOTEBOOKS = Path(__file__).resolve().parents[3] / "notebooks"
+STUDIES = "overparam.studies"
+
+State = Literal["up to date", "due"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to run: for each study its parameter sets; `source` is what the user typed."""
+
+    name: str
+    source: str
+    description: str
+    jobs: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with one validated parameter set.
+
+    Attributes:
+        study: Name of the study.
+        slug: Short name of the parameter set, unique within study and profile.
+        notebook: The notebook.
+        params: Every parameter, as plain JSON values.
+        profile: Name of the profile.
+        key: Identity of the run.
+        parts: What the key was made from: hashes by name, and the parameters.
+        directory: Folder of the finished record.
+        command: One shell line that runs this job again.
+        state: Whether a finished record with this key is there.
+        reason: Why it is due, or empty.
+    """
+
+    study: str
+    slug: str
+    notebook: Path
+    params: dict[str, Any]
+    profile: str
+    key: str
+    parts: dict[str, Any] = field(repr=False)
+    directory: Path
+    command: str
+    state: State
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The job's name on the command line: study/slug."""
+        return f"{self.study}/{self.slug}"
+
+
+class _ProfileFile(BaseModel, extra="forbid"):
+    description: str = ""
+    jobs: dict[str, list[dict[str, Any]]]
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read a profile that comes with the package, by name, or a YAML file, by path.
+
+    Raises:
+        BadInput: for an unknown name, a missing file, or one that is no profile.
+    """
+    given = str(name_or_path)
+    path = Path(given)
+    if path.suffix not in (".yaml", ".yml") and path.name == given:
+        path = PROFILES / f"{given}.yaml"
+        if not path.is_file():
+            names = [found.stem for found in PROFILES.glob("*.yaml")]
+            raise BadInput(
+                f"unknown profile {given!r}: {nearest(given, names)} (or give a path to a .yaml file)"
+            )
+    try:
+        content = _ProfileFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadInput(f"profile {given}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"profile {given}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise BadInput(*problem_lines(f"profile {given}", error, _ProfileFile)) from error
+    return Profile(path.stem, given, content.description.strip(), content.jobs)
+
+
+def plan(
+    profile: Profile,
+    only: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    results: str | Path | None = None,
+    *,
+    force: bool = False,
+    inputs: Mapping[str, str] | None = None,
+    notebooks_dir: Path = NOTEBOOKS,
+    studies_package: str = STUDIES,
+) -> list[Job]:
+    """Make the list of jobs of a profile, each validated by its study's Params, with its state.
+
+    Args:
+        profile: From `load_profile`.
+        only: Studies, or ``study/slug``, to keep; all by default.
+        overrides: ``study.param=value``, the value in YAML; applied to every set of that study.
+        results: Results folder; by default ``results/<profile>`` beside the notebooks.
+        force: Make every job due.
+        inputs: Name → SHA-256 of weights and data, part of every key.
+        notebooks_dir: Folder with ``NN_<study>.ipynb``.
+        studies_package: Package with one light module or package a study, each with its ``Params``.
+
+    Raises:
+        BadInput: with a line for each problem found.
+    """
+    root = Path(results) if results is not None else notebooks_dir.parent / "results" / profile.name
+    found = {
+        m[1]: path
+        for path in sorted(notebooks_dir.glob("*.ipynb"))
+        if (m := re.match(r"\d+_(\w+)$", path.stem))
+    }
+    changes, problems = _overrides(overrides, profile, found)
+    wanted_studies = [name.partition("/")[0] for name in only]
+    problems += [
+        f"--only {name}: the profile {profile.name!r} has no such study: {nearest(study, profile.jobs)}"
+        for name, study in zip(only, wanted_studies, strict=True)
+        if study not in profile.jobs
+    ]
+    jobs: list[Job] = []
+    for study, sets in profile.jobs.items():
+        if study not in found:
+            problems.append(f"profile {profile.name}: unknown study {study!r}: {nearest(study, found)}")
+        elif not only or study in wanted_studies:
+            try:
+                module = f"{studies_package}.{study}"
+                valid = parameter_sets(
+                    profile.name, study, sets, changes.get(study, {}), found[study], module
+                )
+                jobs += _jobs(
+                    profile, study, valid, found[study], module, root, dict(inputs or {}), overrides
+                )
+            except BadInput as error:
+                problems += error.problems
+    names = [job.name for job in jobs]
+    problems += [
+        f"--only {name}: no such job: {nearest(name, names)}"
+        for name, study in zip(only, wanted_studies, strict=True)
+        if "/" in name and study in profile.jobs and name not in names and not problems
+    ]
+    if problems:
+        raise BadInput(*problems)
+    jobs = [job for job in jobs if not only or job.study in only or job.name in only]
+    return [replace(job, state="due", reason="forced") if force else job for job in jobs]
+
+
+def describe(jobs: Sequence[Job]) -> str:
+    """Return the plan as a table."""
+    return columns(
+        ("job", "state", "reason", "record"), [(j.name, j.state, j.reason, j.directory) for j in jobs]
+    )
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return text in aligned columns."""
+    table = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table
+    )
+
+
+def _overrides(
+    overrides: Sequence[str], profile: Profile, studies: Mapping[str, Path]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    changes: dict[str, dict[str, Any]] = {}
+    problems = []
+    for text in overrides:
+        target, equals, value = text.partition("=")
+        study, dot, param = target.strip().partition(".")
+        if not (equals and dot and study and param):
+            problems.append(f"--set {text}: must look like STUDY.PARAM=VALUE")
+        elif study not in profile.jobs:
+            what = f"profile {profile.name!r} has no jobs of" if study in studies else "unknown study"
+            problems.append(f"--set {text}: {what} {study!r}: {nearest(study, profile.jobs)}")
+        else:
+            try:
+                changes.setdefault(study, {})[param] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                problems.append(f"--set {text}: the value is not valid YAML")
+    return changes, problems
+
+
+def _jobs(
+    profile: Profile,
+    study: str,
+    valid: Sequence[tuple[BaseModel, dict[str, Any]]],
+    notebook: Path,
+    module: str,
+    root: Path,
+    inputs: dict[str, str],
+    overrides: Sequence[str],
+) -> list[Job]:
+    code = {
+        "notebook": notebooks.source_hash(notebook),
+        "modules": notebooks.reachable_modules(notebook, module),
+    }
+    sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
+    earlier = _earlier(root / study)
+    jobs = []
+    for slug, (_, params) in zip(_slugs(study, valid), valid, strict=True):
+        parts = {**code, "params": params, "inputs": inputs}
+        key = files.digest(parts)
+        directory = root / study / f"{slug}-{key[:8]}"
+        target = f"{study}/{slug}" if len(valid) > 1 else study
+        words = ["python run_all.py --profile", shlex.quote(_shown(profile)), "--only", target]
+        command = " ".join([*words, *(f"--set {text}" for text in sets)])
+        state, reason = _state(key, parts, slug, directory, earlier)
+        jobs.append(
+            Job(study, slug, notebook, params, profile.name, key, parts, directory, command, state, reason)
+        )
+    return jobs
+
+
+def _shown(profile: Profile) -> str:
+    """Return the profile as typed, without folders of this machine."""
+    path = Path(profile.source)
+    return path.name if path.is_absolute() else profile.source
+
+
+def _slugs(study: str, valid: Sequence[tuple[BaseModel, dict[str, Any]]]) -> list[str]:
+    """Name each set by ``Params.slug()``, its model, or the study; where these agree, by what differs."""
+    slugs = []
+    for params, plain in valid:
+        own = getattr(params, "slug", None)
+        name = own() if callable(own) else plain.get("model") or study
+        slugs.append(_clean(Path(str(name)).name if Path(str(name)).is_absolute() else str(name)) or study)
+    result = []
+    for slug, (_, plain) in zip(slugs, valid, strict=True):
+        alike = [other for name, (_, other) in zip(slugs, valid, strict=True) if name == slug]
+        differing = [name for name in plain if any(other[name] != plain[name] for other in alike)]
+        result.append(_clean("-".join([slug, *(f"{name}-{plain[name]}" for name in differing)])))
+    return [s if result.count(s) == 1 else f"{s}-{result[:i].count(s) + 1}" for i, s in enumerate(result)]
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80].strip("-.")
+
+
+def _earlier(folder: Path) -> list[record.Record]:
+    try:
+        return record.find(folder)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def _state(
+    key: str, parts: Mapping[str, Any], slug: str, directory: Path, earlier: Sequence[record.Record]
+) -> tuple[State, str]:
+    for found in earlier:
+        if found.key == key and found.path is not None and found.path.parent == directory:
+            damage = record.problems(found)
+            return ("due", f"damaged: {damage[0]}") if damage else ("up to date", "")
+    if directory.with_name(f"{directory.name}.failed").exists():
+        return "due", "failed last time"
+    alike = [found for found in earlier if found.slug == slug]
+    if not alike:
+        return "due", "missing"
+    before = max(alike, key=lambda found: found.started).provenance.get("key", {})
+    return "due", f"changed: {', '.join(_changes(before, parts)) or 'unknown'}"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changed = ["notebook"] if before.get("notebook") != now["notebook"] else []
+    for part in ("modules", "params", "inputs"):
+        old, new = before.get(part, {}), now[part]
+        changed += [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return changed

@@ -1,0 +1,96 @@
+"""Checking parameter sets, and the notebook's own parameters cell, against the study's Params."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from overparam.runner import notebook as notebooks
+from overparam.runner.errors import BadInput, nearest
+
+
+def parameter_sets(
+    profile: str,
+    study: str,
+    sets: Sequence[dict[str, Any]],
+    changes: dict[str, Any],
+    notebook: Path,
+    module: str,
+) -> list[tuple[BaseModel, dict[str, Any]]]:
+    """Return each set as Params, and as plain values with every default filled in."""
+    try:
+        params_class: type[BaseModel] = importlib.import_module(module).Params
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"{notebook}: {module} must export Params ({error})") from error
+    problems = _disagreements(notebook, params_class)
+    if not sets:
+        problems.append(f"profile {profile}: {study} has no parameter sets; an empty one is written {{}}")
+    valid: list[tuple[BaseModel, dict[str, Any]]] = []
+    for number, values in enumerate(sets, 1):
+        where = f"profile {profile}: {study}, set {number}"
+        try:
+            # JSON, strictly: lists become tuples, but "3" or true is no number
+            params = params_class.model_validate_json(
+                json.dumps({**values, **changes}, default=str), strict=True
+            )
+        except ValidationError as error:
+            problems += problem_lines(where, error, params_class)
+            continue
+        plain = params.model_dump(mode="json")
+        same = next((i for i, (_, other) in enumerate(valid, 1) if other == plain), None)
+        if same:
+            problems.append(f"{where} is identical to set {same}: each job may be there once")
+        valid.append((params, plain))
+    if problems:
+        raise BadInput(*problems)
+    return valid
+
+
+def _disagreements(notebook: Path, params_class: type[BaseModel]) -> list[str]:
+    """Compare the notebook's parameters cell with Params: the same names, the same defaults."""
+    try:
+        cell = notebooks.parameters(notebook)
+    except BadInput as error:
+        return list(error.problems)
+    fields = params_class.model_fields
+    problems = [
+        f"{notebook}: parameter {name!r} is not in Params: {nearest(name, fields)}"
+        for name in cell.keys() - fields
+    ]
+    problems += [
+        f"{notebook}: parameter {name!r} of Params is missing in the parameters cell"
+        for name in fields.keys() - cell
+    ]
+    if problems:
+        return sorted(problems)
+    required = {name: cell[name] for name, info in fields.items() if info.is_required()}
+    try:
+        shown = params_class.model_validate(cell).model_dump(mode="json")
+        defaults = params_class.model_validate(required).model_dump(mode="json")
+    except ValidationError as error:
+        return problem_lines(f"{notebook}: parameters cell", error, params_class)
+    return [
+        f"{notebook}: parameter {name!r} is {shown[name]!r}, but Params has {defaults[name]!r}"
+        for name in fields
+        if shown[name] != defaults[name]
+    ]
+
+
+def problem_lines(where: str, error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one readable line for each thing that pydantic found wrong."""
+    lines = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown parameter {name!r}: {nearest(name, model.model_fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {name!r} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {name or 'as a whole'}: {message}, got {item['input']!r}")
+    return lines

@@ -1,0 +1,266 @@
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from overparam.report import record
+from overparam.runner import execute
+from overparam.runner.errors import BadInput
+from overparam.runner.plan import Profile, plan
+
+
+def jobs_of(root, sets=({},), **arguments):
+    profile = Profile("mine", "mine.yaml", "", {"toy": list(sets)})
+    return plan(profile, notebooks_dir=root / "notebooks", studies_package="toystudies", **arguments)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, toy):
+    """One real run of jobs that end in every way, and what it printed."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        root = toy.write_project(tmp_path_factory.mktemp("ran") / "project")
+        toy.use(root, monkeypatch)
+        modes = {"good": "ok", "bad": "fail", "mute": "silent", "dead": "die"}
+        jobs = jobs_of(root, [{"model": model, "mode": mode} for model, mode in modes.items()])
+        out = io.StringIO()
+        outcomes = execute.run(jobs, out=out)
+        yield root, {outcome.job.slug: outcome for outcome in outcomes}, out.getvalue()
+
+
+def test_a_good_job_leaves_a_sealed_record_and_nothing_else(ran):
+    root, outcomes, _ = ran
+    job = outcomes["good"].job
+    assert outcomes["good"].ending == "done"
+    assert sorted(path.name for path in job.directory.iterdir()) == ["executed.ipynb", "record.json"]
+    left = record.load(outcomes["good"].message)
+    assert (left.key, left.profile, left.command) == (job.key, "mine", job.command)
+    assert left.params == job.params
+    assert left.metrics["value"].value == 6
+    assert left.provenance["key"]["modules"] == job.parts["modules"]
+    assert record.missing_or_orphaned(root / "results") == []
+    assert [found.slug for found in record.find(root / "results")] == ["good"]
+
+
+def test_the_kernel_is_this_interpreter_whatever_the_notebook_says(ran):
+    _, outcomes, _ = ran
+    executed = json.loads((outcomes["good"].job.directory / "executed.ipynb").read_text())
+    printed = "".join(
+        "".join(out["text"]) for cell in executed["cells"] for out in cell.get("outputs", []) if "text" in out
+    )
+    expected = sys.executable.replace(sys.prefix, "<python>")
+    assert f"{expected} ." in printed.splitlines()[-1]
+
+
+def test_the_executed_notebook_names_no_place_of_this_machine(ran):
+    root, outcomes, _ = ran
+    text = (outcomes["good"].job.directory / "executed.ipynb").read_text()
+    for place in (str(root), sys.prefix, str(Path.home()) + "/", "ipykernel_"):
+        assert place not in text
+    about = json.loads(text)["metadata"]["papermill"]
+    assert (about["input_path"], about["output_path"]) == ("notebooks/01_toy.ipynb", "executed.ipynb")
+
+
+def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran):
+    root, outcomes, _ = ran
+    reasons = {
+        "bad": "RuntimeError: no such luck",
+        "mute": "the notebook ended without a record: it must call finish() on its recorder",
+        "dead": "Kernel died: the kernel crashed or was killed (out of memory?)",
+    }
+    for slug, reason in reasons.items():
+        assert outcomes[slug].ending == "failed"
+        assert outcomes[slug].message.startswith(reason)
+        job = outcomes[slug].job
+        failed = job.directory.with_name(job.directory.name + ".failed")
+        assert job.command in (failed / "error.txt").read_text()
+        assert (failed / "executed.ipynb").exists()
+        assert not job.directory.exists()
+        if slug == "bad":
+            assert 'raise RuntimeError("no such luck' in (failed / "error.txt").read_text()
+    assert not list((root / "results").rglob("*.partial"))
+
+
+def test_progress_and_notes_are_shown_as_plain_lines(ran):
+    _, _, shown = ran
+    assert re.search(r"^\[1/4\] toy/good  thinking hard$", shown, re.MULTILINE)
+    assert re.search(r"^\[1/4\] toy/good  cell 4/5  counting  \d/3, .*elapsed$", shown, re.MULTILINE)
+    assert "[2/4] toy/bad  failed: RuntimeError: no such luck" in shown
+    assert "\r" not in shown
+
+
+def test_summary_and_exit_code(ran):
+    _, outcomes, _ = ran
+    rows = execute.summary(list(outcomes.values())).splitlines()
+    assert rows[0].split() == ["job", "state", "time", "record", "or", "error"]
+    assert rows[2].split()[:2] == ["toy/bad", "failed"]
+    assert execute.exit_code(list(outcomes.values())) == 1
+    assert execute.exit_code([outcomes["good"]]) == 0
+    assert execute.exit_code([]) == 0
+
+
+def test_a_second_run_does_only_what_is_missing(ran, monkeypatch, toy):
+    root, before, _ = ran
+    toy.use(root, monkeypatch)
+    jobs = jobs_of(root, [before["good"].job.params, before["bad"].job.params])
+    assert [(job.state, job.reason) for job in jobs] == [("up to date", ""), ("due", "failed last time")]
+    started = time.monotonic()
+    (outcome,) = execute.run(jobs[:1], out=io.StringIO())
+    assert outcome.ending == "up to date"
+    assert time.monotonic() - started < 1
+
+
+@pytest.fixture
+def copy(ran, tmp_path, monkeypatch, toy):
+    """The project with its results, to be changed, and the good job's parameters."""
+    root = shutil.copytree(ran[0], tmp_path / "project")
+    toy.use(root, monkeypatch)
+    return root, ran[1]["good"].job.params
+
+
+def test_a_damaged_record_is_due(copy):
+    root, params = copy
+    (job,) = jobs_of(root, [params])
+    assert job.state == "up to date"
+    (job.directory / "executed.ipynb").write_bytes(b"edited")
+    (job,) = jobs_of(root, [params])
+    assert job.state == "due"
+    assert "SHA-256 differs" in job.reason
+
+
+def test_changed_code_gives_a_reason_and_the_new_record_replaces_the_old(copy):
+    root, params = copy
+    (job,) = jobs_of(root, [params])
+    (root / "lib" / "toystudies" / "toy" / "more.py").write_text("def factor():\n    return 5\n")
+    (again,) = jobs_of(root, [{**params, "keep_layers": 4}])
+    assert (again.state, again.reason) == ("due", "changed: toystudies.toy.more, keep_layers")
+    out = io.StringIO()
+    assert execute.run([again], out=out)[0].ending == "done"
+    assert f"replaced the older {job.directory.name}" in out.getvalue()
+    assert [path.name for path in again.directory.parent.glob("good-*")] == [again.directory.name]
+    assert record.load(again.directory).metrics["value"].value == 20
+
+
+def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
+    root, params = copy
+    (job,) = jobs_of(root, [params], force=True)
+    old = (job.directory / "record.json").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "write_atomic", full)
+    (outcome,) = execute.run([job], out=io.StringIO())
+    assert outcome.ending == "failed"
+    assert outcome.message == "OSError: [Errno 28] No space left on device"
+    assert (job.directory / "record.json").read_bytes() == old
+    assert jobs_of(root, [params])[0].state == "up to date"
+
+
+@pytest.mark.parametrize(
+    ("study", "params", "key", "message"),
+    [
+        ("toy", {"keep_layers": 17}, "", "the record's parameters are not the job's: {'keep_layers': 17}"),
+        ("toy", {}, "0" * 64, "the record left is of another job: study 'toy', key 00000000"),
+        ("top", {}, "", "the record left is of another job: study 'top'"),
+    ],
+)
+def test_a_record_that_is_not_the_jobs_is_refused(project, monkeypatch, study, params, key, message):
+    (job,) = jobs_of(project)
+
+    def leave(job, partial, title, display):
+        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(partial))
+        record.start(study, params or job.params, slug="alpha", key=key or job.key).finish()
+
+    monkeypatch.setattr(execute, "_execute", leave)
+    (outcome,) = execute.run([job], out=io.StringIO())
+    assert outcome.ending == "failed"
+    assert outcome.message.startswith(message)
+    assert not job.directory.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project):
+    (project / "file").write_text("")
+    (job,) = jobs_of(project, results=project / "file" / "results")
+    with pytest.raises(BadInput, match=r"cannot write into .*file.*Not a directory.*--results"):
+        execute.run([job], out=io.StringIO())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_one_line_is_rewritten(tmp_path):
+    out = Terminal()
+    status = tmp_path / "progress"
+    with execute.Display(out).job("[1/1] toy/alpha", status, 7) as shown:
+        shown.cell = 3
+        status.write_text(
+            json.dumps({"label": "scoring", "done": 2, "total": 8, "seconds": 20, "remaining": 60})
+        )
+        (tmp_path / "progress.notes").write_text('{"note": "converting"}\n{"note": "unfini')
+        time.sleep(0.6)
+    text = out.getvalue()
+    assert "\r[1/1] toy/alpha  cell 3/7  scoring  2/8, 1:00 left in this step, 0:00 elapsed\x1b[K" in text
+    assert text.count("\n") == 1
+    assert "converting\n" in text
+    assert text.endswith("\r\x1b[K")
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from overparam.runner import execute, plan
+root = Path(sys.argv[1])
+profile = plan.Profile("mine", "mine.yaml", "", {"toy": [{"mode": "sleep"}, {"model": "beta"}]})
+jobs = plan.plan(profile, notebooks_dir=root / "notebooks", studies_package="toystudies")
+outcomes = execute.run(jobs)
+print(execute.summary(outcomes))
+sys.exit(execute.exit_code(outcomes))
+"""
+
+
+def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
+    pids = project / "pids"
+    monkeypatch.setenv("TOY_PIDS", str(pids))
+    runner = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(project)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
+        time.sleep(0.1)
+    family = [int(pid) for pid in pids.read_text().split()]
+    assert all(psutil.pid_exists(pid) for pid in family)
+    interrupted = time.monotonic()
+    runner.send_signal(signal.SIGINT)
+    shown, _ = runner.communicate(timeout=30)
+    assert runner.returncode == 130, shown
+    assert time.monotonic() - interrupted < 5
+    assert not [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert re.search(r"^toy/alpha +interrupted", shown, re.MULTILINE)
+    assert re.search(r"^toy/beta +not run", shown, re.MULTILINE)
+    assert "Traceback" not in shown
+    assert "Task was destroyed" not in shown
+    assert list((project / "results" / "mine" / "toy").iterdir()) == []
+
+
+def test_scrubbing_takes_whole_paths_only(project, tmp_path):
+    (job,) = jobs_of(project)
+    job = replace(job, notebook=Path("/opt/work/notebooks/01_toy.ipynb"))
+    text = json.dumps(
+        {"metadata": {}, "cells": ["/opt/work/lib/a.py /opt/workshop /tmp/ipykernel_12/34.py:1"]}
+    )
+    cleaned = json.loads(execute.scrub(text, job, tmp_path))
+    assert cleaned["cells"] == ["./lib/a.py /opt/workshop <cell>:1"]
