@@ -32,7 +32,7 @@ def makers(
             f"max_items must be a whole number from {SMALLEST_SIZE} on, or None, got {max_items!r}"
         )
     for name in tasks:
-        _check_name(name)
+        check_task(name)
     size = FULL_SIZE if max_items is None else max_items
     return {
         name: partial(TASKS[name], size, seed) if name in TASKS else _hub_maker(name, seed, languages)
@@ -40,8 +40,8 @@ def makers(
     }
 
 
-def _check_name(name: str) -> None:
-    """Raise for a name that is neither a local task's nor one of mteb's."""
+def check_task(name: str) -> None:
+    """Raise ValueError for a name that is neither a local task's nor one of mteb's."""
     try:
         if name not in TASKS:
             mteb.get_task(name)

@@ -135,8 +135,7 @@ def bootstrap(
     Raises:
         ValueError: for an unknown statistic, no items, NaN, or seeds with different items.
     """
-    points, draws, n = _sample({"": (items, items, statistic)}, n_resamples, seed)
-    return _interval(points[0], draws[0], n, confidence)
+    return suite_score({"": (items, statistic)}, n_resamples=n_resamples, seed=seed, confidence=confidence)
 
 
 def difference(
@@ -175,6 +174,15 @@ def retention(
     """
     pairs = {"": (baseline_items, compressed_items, statistic)}
     return suite_retention(pairs, n_resamples=n_resamples, seed=seed, confidence=confidence)
+
+
+def suite_score(
+    tasks: Mapping[str, tuple[Items, str]], *, n_resamples: int | None = None, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """Estimate the mean score over tasks: {task: (items, statistic)}. Arguments as in `suite_difference`."""
+    pairs = {task: (items, items, statistic) for task, (items, statistic) in tasks.items()}
+    points, draws, n = _sample(pairs, n_resamples, seed)
+    return _interval(points[0], draws[0], n, confidence)
 
 
 def suite_difference(

@@ -1,0 +1,137 @@
+"""What a depth costs: parameters, bytes, latency, throughput, memory and energy."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from overparam import measure, models, progress
+from overparam.compress import depth
+from overparam.measure import disk, energy, memory, speed
+from overparam.report import stats
+from overparam.studies.trailing_layer_pruning.study import Study, triplets
+
+_RESAMPLES = 2000
+
+
+def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Estimate]:
+    """Measure each depth in `depths`, the unpruned model among them.
+
+    Depths take turns while they are timed, so that a drift of the machine meets all alike. Peak memory is that of
+    encoding in a fresh process, loading excluded.
+
+    Returns:
+        A row a depth, and the slope of relative encoding time over relative depth (1: proportional).
+    """
+    params = study.params
+    texts = [t.query for t in triplets(params, max(params.cost_texts, 4), seed=params.seed)][: params.cost_texts]
+    tokens = sum(len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=params.max_length)["input_ids"])
+    pruned = {keep: _sharing_copy(study.model, keep) for keep in depths}
+    batch = speed.interleaved(
+        {str(keep): _encoding(study, model, texts) for keep, model in pruned.items()}, repeats=params.cost_repeats
+    )
+    single = speed.interleaved(
+        {str(keep): _encoding(study, model, texts[:1]) for keep, model in pruned.items()},
+        repeats=params.cost_repeats,
+    )
+    rows, raw = [], []
+    for keep, model in progress.track(pruned.items(), "measuring memory and energy"):
+        counts = models.count_parameters(model)
+        with energy.energy() as used:
+            for _ in range(params.cost_repeats):
+                _encoding(study, model, texts)()
+        with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+            model.save_pretrained(folder)
+            weights = disk.disk_bytes(Path(folder))
+            study.tokenizer.save_pretrained(folder)
+            used_memory = memory.peak_memory(
+                f"{__name__}:encode_saved",
+                {
+                    "folder": folder,
+                    "texts": texts,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "batch_tokens": params.batch_tokens,
+                    "max_length": params.max_length,
+                },
+            )
+        here = batch[str(keep)]
+        rows.append(
+            {
+                "depth": keep,
+                "parameters": counts.total,
+                "embedding_parameters": counts.embedding,
+                "block_parameters": counts.block,
+                "disk_bytes": weights,
+                "batch_seconds": here.median,
+                "batch_seconds_low": here.low,
+                "batch_seconds_high": here.high,
+                "tokens_per_second": tokens / here.median,
+                "single_seconds": single[str(keep)].median,
+                "peak_bytes": used_memory.peak_bytes,
+                "kwh_per_million_tokens": used.kwh / (params.cost_repeats * tokens) * 1e6,
+                "energy_method": used.method,
+            }
+        )
+        raw += [
+            {"depth": keep, "texts": len(texts) if timing is here else 1, "seconds": seconds}
+            for timing in (here, single[str(keep)])
+            for seconds in timing.values
+        ]
+    table = pd.DataFrame(rows)
+    study.recorder.table("costs", table)
+    study.recorder.table("latencies", pd.DataFrame(raw))
+    slope = proportionality({keep: batch[str(keep)].values for keep in depths})
+    study.recorder.metric("cost_slope", slope)
+    return table, slope
+
+
+def proportionality(seconds: dict[int, Sequence[float]]) -> stats.Estimate:
+    """Slope of relative time over relative depth, by least squares, with a percentile bootstrap over repeats.
+
+    Args:
+        seconds: {depth: raw times}; times are divided by the deepest one's median.
+    """
+    depths = np.array(sorted(seconds), dtype=float)
+    relative = depths / depths.max()
+    generator = np.random.default_rng(0)
+
+    def slope(medians: np.ndarray) -> np.ndarray:  # [..., depths] -> [...]
+        ratio = medians / medians[..., -1:]
+        centred = relative - relative.mean()
+        return np.asarray((ratio * centred).sum(-1) / (centred**2).sum())
+
+    columns = [np.asarray(seconds[int(keep)]) for keep in depths]
+    draws = [np.median(generator.choice(column, size=(_RESAMPLES, len(column))), axis=1) for column in columns]
+    low, high = np.percentile(slope(np.stack(draws, axis=-1)), [2.5, 97.5])
+    point = slope(np.array([np.median(column) for column in columns]))
+    return stats.Estimate(float(point), float(low), float(high), sum(len(column) for column in columns))
+
+
+def encode_saved(folder: str, texts: list[str], dtype: str, batch_tokens: int, max_length: int) -> Iterator[None]:
+    """Load a saved model, then encode: what runs in the process whose memory is measured."""
+    model, tokenizer = models.load(folder, dtype=getattr(torch, dtype))
+    _encode(model, tokenizer, texts[:2], batch_tokens, max_length)  # library set-up is not the step's
+    yield
+    _encode(model, tokenizer, texts, batch_tokens, max_length)
+
+
+def _encode(model: PreTrainedModel, tokenizer: object, texts: list[str], batch_tokens: int, max_length: int) -> None:
+    depth.encode(model, tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length)
+
+
+def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> measure.Step:
+    params = study.params
+    return lambda: _encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
+
+
+def _sharing_copy(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """Return a truncated copy that shares the weights of `model`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return depth.truncate(copy.deepcopy(model, shared), keep)

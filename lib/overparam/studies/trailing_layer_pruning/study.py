@@ -1,0 +1,252 @@
+"""The steps of the trailing-layer pruning study, in the order of the notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models, progress
+from overparam.compress import depth
+from overparam.data import corpora, pairs
+from overparam.evaluate import LOCAL_TASKS, embedding
+from overparam.report import record, stats
+from overparam.studies.trailing_layer_pruning import Params
+
+_TRAINING_FACTOR = 1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
+CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
+
+Scores = dict[str, embedding.TaskScore]
+
+
+@dataclass
+class Study:
+    """A started study: what every step needs, and the per-item scores collected so far.
+
+    Attributes:
+        params: The validated parameters.
+        recorder: Of the record that the run leaves.
+        model: The unpruned model; no step changes it.
+        tokenizer: Its tokenizer.
+        items: Per-item scores of every system that was evaluated.
+    """
+
+    params: Params
+    recorder: record.Recorder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: list[pd.DataFrame] = field(default_factory=list)
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks of the unpruned model."""
+        return len(models.blocks(self.model).layers)
+
+    def embedder(self, model: PreTrainedModel) -> embedding.Embed:
+        """Return a function that embeds texts at every depth of `model`."""
+
+        def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
+            return depth.layer_embeddings(
+                model,
+                self.tokenizer,
+                texts,
+                pooling=self.params.pooling,
+                instruction=instruction,
+                batch_tokens=self.params.batch_tokens,
+                max_length=self.params.max_length,
+            )
+
+        return embed
+
+    def score(
+        self, system: str, embed: embedding.Embed, *, views: Sequence[int] | None = None, tasks: Sequence[str] = ()
+    ) -> dict[int, Scores]:
+        """Score a system on the tasks and keep its per-item scores. Returns {view: {task: score}}."""
+        found: dict[int, Scores] = {}
+        for score in embedding.evaluate(
+            embed,
+            tasks or self.params.tasks,
+            max_items=self.params.max_items,
+            seed=self.params.seed,
+            views=views,
+            instructions=self.params.instructions,
+        ):
+            found.setdefault(score.view, {})[score.task] = score
+            columns = {f"value_{k}": score.items[:, k].astype(np.float32) for k in range(score.items.shape[1])}
+            self.items.append(
+                pd.DataFrame(
+                    {"system": system, "depth": score.view, "task": score.task, "item": range(len(score.items))}
+                    | columns
+                )
+            )
+        return found
+
+    def finish(self) -> record.Record:
+        """Write the per-item scores and the record; its last file is record.json."""
+        items = pd.concat(self.items, ignore_index=True)
+        categories = {"system": "category", "task": "category", "depth": "int16", "item": "int32"}
+        self.recorder.items("items", items.astype(categories))
+        self.recorder.finish()
+        return self.recorder.record
+
+
+def start(params: Params) -> Study:
+    """Check what can be checked at once, load the model, and open the record.
+
+    Raises:
+        ValueError: If a depth is not in 1…L.
+        MemoryError: If the model cannot fit; says what it needs.
+    """
+    dtype = _dtype(params)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        _check_memory(params, dtype)
+    model, tokenizer = models.load(params.model, dtype=dtype, device=device)
+    total = len(models.blocks(model).layers)
+    for keep in params.extra_depths:
+        if keep > total:
+            raise ValueError(f"extra_depths must be in 1..{total} for {params.model}, got {keep}")
+    if total < 4:
+        raise ValueError(f"the study needs a model of at least 4 blocks, {params.model} has {total}")
+    local = set(params.tasks) & set(LOCAL_TASKS) or params.training_data is None
+    recorder = record.start(
+        "trailing_layer_pruning",
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=models.provenance(params.model) | (corpora.provenance() if local else {}),
+        seeds=sorted({params.seed, *params.train_seeds}),
+    )
+    counts = models.count_parameters(model)
+    recorder.metric("parameters_total", counts.total)
+    recorder.metric("parameters_embedding", counts.embedding)
+    recorder.metric("blocks", total)
+    return Study(params, recorder, model, tokenizer)
+
+
+def triplets(params: Params, n: int, *, seed: int) -> list[pairs.Triplet]:
+    """Return training triplets, packaged or published, as the parameters say."""
+    if params.training_data is None:
+        return pairs.triplets(n, seed=seed, max_chars=params.max_chars)
+    return pairs.hub_triplets(params.training_data, n, seed=seed)
+
+
+def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
+    """Measure the loss of every depth before training, and make the two picks of L3Prune."""
+    params = study.params
+    loss = depth.initial_loss(
+        study.model,
+        study.tokenizer,
+        triplets(params, params.loss_triplets, seed=params.seed),
+        batch_size=params.loss_batch_size,
+        scale=params.loss_scale,
+        pooling=params.pooling,
+        seed=params.seed,
+        batch_tokens=params.batch_tokens,
+        max_length=params.max_length,
+    )
+    cuts = depth.l3prune(loss)
+    frequencies = depth.pick_frequencies(loss)
+    table = pd.DataFrame(
+        {
+            "depth": range(loss.layers + 1),
+            "loss": loss.mean,
+            "low": loss.low,
+            "high": loss.high,
+            "picked_small": frequencies["small"],
+            "picked_large": frequencies["large"],
+        }
+    )
+    study.recorder.table("initial_loss", table)
+    study.recorder.metric("pick_small", cuts.small, "blocks")
+    study.recorder.metric("pick_large", cuts.large, "blocks")
+    study.recorder.metric("pick_small_interior", cuts.interior_small)
+    study.recorder.metric("pick_large_interior", cuts.interior_large)
+    return loss, cuts
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Scores without any training.
+
+    Attributes:
+        by_depth: {depth: {task: score}} of the model.
+        untrained: The same of a twin with random weights, up to the `small` pick.
+        bag_of_words: {task: score} of hashed word counts.
+        table: Mean over tasks by system and depth, in points, with its confidence interval.
+    """
+
+    by_depth: dict[int, Scores]
+    untrained: dict[int, Scores]
+    bag_of_words: Scores
+    table: pd.DataFrame
+
+    def mean(self, keep: int) -> float:
+        """Mean over tasks at a depth, in points."""
+        return mean_points(self.by_depth[keep])
+
+
+def zero_shot(study: Study, cuts: depth.Cuts) -> ZeroShot:
+    """Score every depth without training, from one embedding pass, beside its two floors."""
+    by_depth = study.score("zero-shot", study.embedder(study.model))
+    words = study.score("bag of words", embedding.bag_of_words)[0]
+    twin = depth.truncate(models.random_twin(study.model, seed=study.params.seed), cuts.small)
+    untrained = study.score("random weights", study.embedder(twin))
+    rows = [
+        {"system": system, "depth": keep, **points(suite(scores))}
+        for system, found in (("zero-shot", by_depth), ("random weights", untrained), ("bag of words", {0: words}))
+        for keep, scores in progress.track(found.items(), f"intervals of {system}")
+    ]
+    table = pd.DataFrame(rows)
+    study.recorder.table("zero_shot", table)
+    return ZeroShot(by_depth, untrained, words, table)
+
+
+def suite(scores: Scores) -> stats.Estimate:
+    """Mean over tasks with its bootstrap interval over items."""
+    return stats.suite_score(
+        {task: (score.items, score.statistic) for task, score in scores.items()}, n_resamples=CURVE_RESAMPLES
+    )
+
+
+def points(estimate: stats.Estimate) -> dict[str, float]:
+    """An estimate as columns of a table, in points (0…100)."""
+    return {"score": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+
+
+def mean_points(scores: Scores) -> float:
+    """Mean of mteb's main scores over tasks, in points."""
+    return 100 * float(np.mean([score.score for score in scores.values()]))
+
+
+def scores_table(by_depth: dict[int, Scores]) -> pd.DataFrame:
+    """Main score by task (rows) and depth (columns), in points."""
+    return pd.DataFrame(
+        {keep: {task: 100 * score.score for task, score in scores.items()} for keep, scores in by_depth.items()}
+    )
+
+
+def _dtype(params: Params) -> torch.dtype:
+    if params.dtype == "auto":
+        return torch.bfloat16 if models.bf16_is_fast() else torch.float32
+    return torch.bfloat16 if params.dtype == "bfloat16" else torch.float32
+
+
+def _check_memory(params: Params, dtype: torch.dtype) -> None:
+    weights = models.required_memory(params.model, dtype=dtype)
+    needed = 2 * _TRAINING_FACTOR * weights  # the unpruned model stays while a copy of it is trained
+    available = psutil.virtual_memory().available
+    progress.note(
+        f"{params.model} in {str(dtype).removeprefix('torch.')}: weights {weights / 2**30:.2f} GiB, "
+        f"about {needed / 2**30:.1f} GiB with a copy in training; {available / 2**30:.1f} GiB are free"
+    )
+    if needed > available:
+        raise MemoryError(
+            f"{params.model} needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are free: "
+            "use a smaller model, dtype=bfloat16, or a machine with more memory"
+        )

@@ -1,0 +1,136 @@
+"""Prune, train and evaluate at several depths, against the unpruned model trained the same way."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from overparam import models, packages, progress
+from overparam.compress import contrastive, depth
+from overparam.report import stats
+from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points, triplets
+
+NEGLIGIBLE_SHARE = 0.30  # of the layers, said to go with negligible loss
+MODEST_SHARE = 0.80  # of the layers, said to go with a modest one
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Scores after training, by depth and seed.
+
+    Attributes:
+        scores: {depth: [{task: score}, …]}, one a training seed.
+        change: {depth: mean over tasks minus the trained unpruned model's}, in points, paired by item and seed.
+        retention: {depth: mean over tasks over the trained unpruned model's}.
+        table: One row a depth.
+    """
+
+    scores: dict[int, list[Scores]]
+    change: dict[int, stats.Estimate]
+    retention: dict[int, stats.Estimate]
+    table: pd.DataFrame
+
+
+def keep_at_most_pruned(layers: int, share: float) -> int:
+    """Fewest blocks to keep so that no more than `share` of them is pruned (30 % of 18: keep 13)."""
+    return layers - math.floor(share * layers + 1e-9)
+
+
+def trained_depths(study: Study, cuts: depth.Cuts) -> list[int]:
+    """Depths to train at: all, the two picks, the deepest cuts of the two general claims, and those asked for."""
+    total = study.layers
+    claims = (keep_at_most_pruned(total, NEGLIGIBLE_SHARE), keep_at_most_pruned(total, MODEST_SHARE))
+    return sorted({total, cuts.small, cuts.large, *claims, *study.params.extra_depths}, reverse=True)
+
+
+def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Trained:
+    """Truncate, train with LoRA and score, at each depth and with each seed; the same recipe everywhere."""
+    params = study.params
+    identity = str(models.provenance(params.model))
+    cache = packages.cache_dir() / "adapters"
+    scores: dict[int, list[Scores]] = {}
+    losses: list[dict[str, float]] = []
+    cost: dict[int, list[float]] = {}
+    for keep in trained_depths(study, cuts):
+        for seed in params.train_seeds:
+            recipe = contrastive.Recipe(
+                steps=params.train_steps,
+                batch_size=params.train_batch_size,
+                learning_rate=params.learning_rate,
+                warmup_steps=params.warmup_steps,
+                scale=params.train_scale,
+                max_length=params.max_length,
+                seed=seed,
+                bf16=models.bf16_is_fast() and params.dtype != "float32",
+            )
+            trained = contrastive.train(
+                depth.truncate(copy.deepcopy(study.model), keep),
+                study.tokenizer,
+                triplets(params, params.train_steps * params.train_batch_size, seed=seed),
+                recipe,
+                pooling=params.pooling,
+                cache=cache,
+                identity=identity,
+                label=f"training {keep} of {study.layers} layers, seed {seed}",
+            )
+            losses += [
+                {"depth": keep, "seed": seed, "step": step, "loss": loss}
+                for step, loss in enumerate(trained.losses, 1)
+            ]
+            cost.setdefault(keep, []).append(trained.seconds)
+            encoder = trained.encoder[0].model
+            found = study.score(f"trained, seed {seed}", study.embedder(encoder), views=[keep])
+            scores.setdefault(keep, []).append(found[keep])
+            if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
+                folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
+                trained.encoder.save(str(folder))
+                progress.note(f"saved the encoder with {keep} layers at {folder}")
+    study.recorder.table("training_loss", pd.DataFrame(losses))
+    return _compare(study, scores, cost, zero)
+
+
+def _compare(
+    study: Study, scores: dict[int, list[Scores]], cost: dict[int, list[float]], zero: ZeroShot
+) -> Trained:
+    full = scores[study.layers]
+    change, retention, rows = {}, {}, []
+    for keep, found in progress.track(scores.items(), "comparing with the unpruned model"):
+        pairs = {
+            task: ([one[task].items for one in full], [one[task].items for one in found], score.statistic)
+            for task, score in found[0].items()
+        }
+        change[keep] = scaled(stats.suite_difference(pairs), 100)
+        retention[keep] = stats.suite_retention(pairs)
+        means = [mean_points(one) for one in found]
+        rows.append(
+            {
+                "depth": keep,
+                "pruned": 1 - keep / study.layers,
+                "score": sum(means) / len(means),
+                "score_lowest_seed": min(means),
+                "score_highest_seed": max(means),
+                "zero_shot": zero.mean(keep),
+                "change": change[keep].value,
+                "change_low": change[keep].low,
+                "change_high": change[keep].high,
+                "retention": retention[keep].value,
+                "retention_low": retention[keep].low,
+                "retention_high": retention[keep].high,
+                "training_seconds": sum(cost[keep]) / len(cost[keep]),
+            }
+        )
+        study.recorder.metric(f"change_at_{keep}", change[keep], "points")
+        study.recorder.metric(f"retention_at_{keep}", retention[keep])
+    table = pd.DataFrame(rows)
+    study.recorder.table("trained", table)
+    return Trained(scores, change, retention, table)
+
+
+def scaled(estimate: stats.Estimate, factor: float) -> stats.Estimate:
+    """Multiply an estimate and its interval, such as by 100 for points."""
+    return stats.Estimate(
+        factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.n
+    )
