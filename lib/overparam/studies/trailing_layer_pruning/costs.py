@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import measure, models, progress
+from overparam import models, progress
 from overparam.compress import depth
 from overparam.measure import disk, energy, memory, speed
 from overparam.report import stats
@@ -31,11 +32,16 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
         A row a depth, and the slope of relative encoding time over relative depth (1: proportional).
     """
     params = study.params
-    texts = [t.query for t in triplets(params, max(params.cost_texts, 4), seed=params.seed)][: params.cost_texts]
-    tokens = sum(len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=params.max_length)["input_ids"])
+    texts = [t.query for t in triplets(params, max(params.cost_texts, 4), seed=params.seed)][
+        : params.cost_texts
+    ]
+    tokens = sum(
+        len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=params.max_length)["input_ids"]
+    )
     pruned = {keep: _sharing_copy(study.model, keep) for keep in depths}
     batch = speed.interleaved(
-        {str(keep): _encoding(study, model, texts) for keep, model in pruned.items()}, repeats=params.cost_repeats
+        {str(keep): _encoding(study, model, texts) for keep, model in pruned.items()},
+        repeats=params.cost_repeats,
     )
     single = speed.interleaved(
         {str(keep): _encoding(study, model, texts[:1]) for keep, model in pruned.items()},
@@ -102,19 +108,23 @@ def proportionality(seconds: dict[int, Sequence[float]]) -> stats.Estimate:
     relative = depths / depths.max()
     generator = np.random.default_rng(0)
 
-    def slope(medians: np.ndarray) -> np.ndarray:  # [..., depths] -> [...]
+    def slope(medians: NDArray[np.float64]) -> NDArray[np.float64]:  # [..., depths] -> [...]
         ratio = medians / medians[..., -1:]
         centred = relative - relative.mean()
         return np.asarray((ratio * centred).sum(-1) / (centred**2).sum())
 
     columns = [np.asarray(seconds[int(keep)]) for keep in depths]
-    draws = [np.median(generator.choice(column, size=(_RESAMPLES, len(column))), axis=1) for column in columns]
+    draws = [
+        np.median(generator.choice(column, size=(_RESAMPLES, len(column))), axis=1) for column in columns
+    ]
     low, high = np.percentile(slope(np.stack(draws, axis=-1)), [2.5, 97.5])
     point = slope(np.array([np.median(column) for column in columns]))
     return stats.Estimate(float(point), float(low), float(high), sum(len(column) for column in columns))
 
 
-def encode_saved(folder: str, texts: list[str], dtype: str, batch_tokens: int, max_length: int) -> Iterator[None]:
+def encode_saved(
+    folder: str, texts: list[str], dtype: str, batch_tokens: int, max_length: int
+) -> Iterator[None]:
     """Load a saved model, then encode: what runs in the process whose memory is measured."""
     model, tokenizer = models.load(folder, dtype=getattr(torch, dtype))
     _encode(model, tokenizer, texts[:2], batch_tokens, max_length)  # library set-up is not the step's
@@ -122,11 +132,20 @@ def encode_saved(folder: str, texts: list[str], dtype: str, batch_tokens: int, m
     _encode(model, tokenizer, texts, batch_tokens, max_length)
 
 
-def _encode(model: PreTrainedModel, tokenizer: object, texts: list[str], batch_tokens: int, max_length: int) -> None:
-    depth.encode(model, tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length)
+def _encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_tokens: int,
+    max_length: int,
+) -> None:
+    last = len(models.blocks(model).layers)
+    depth.layer_embeddings(
+        model, tokenizer, texts, depths=[last], batch_tokens=batch_tokens, max_length=max_length
+    )
 
 
-def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> measure.Step:
+def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
     params = study.params
     return lambda: _encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
 

@@ -59,7 +59,8 @@ def where_to_cut(
 def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
     """Remove 30 % of the layers by each rule, without training, and compare on the tasks of ``rule_tasks``.
 
-    Trailing layers, Block Influence (ShortGPT), angular distance (Gromov et al.), its inverse, and random choices. The difference is against trailing layers, paired by item.
+    Trailing layers, Block Influence (ShortGPT) and its inverse, angular distance (Gromov et al.), and random
+    choices. Differences are against trailing layers, paired by item.
     """
     params = study.params
     keep = keep_at_most_pruned(study.layers, NEGLIGIBLE_SHARE)
@@ -98,7 +99,9 @@ def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
     for rule, kept in rules.items():
         if tuple(kept) not in known:
             pruned = depth.truncate(copy.deepcopy(study.model), kept)
-            known[tuple(kept)] = study.score(f"rule {rule}", study.embedder(pruned), views=[keep], tasks=tasks)[keep]
+            known[tuple(kept)] = study.score(
+                f"rule {rule}", study.embedder(pruned, [keep]), depths=[keep], tasks=tasks
+            )[keep]
         scores = known[tuple(kept)]
         difference = stats.suite_difference(
             {task: (trailing[task].items, scores[task].items, scores[task].statistic) for task in tasks}

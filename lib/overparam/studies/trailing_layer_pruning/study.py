@@ -19,7 +19,9 @@ from overparam.evaluate import LOCAL_TASKS, embedding
 from overparam.report import record, stats
 from overparam.studies.trailing_layer_pruning import Params
 
-_TRAINING_FACTOR = 1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
+_TRAINING_FACTOR = (
+    1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
+)
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 
 Scores = dict[str, embedding.TaskScore]
@@ -48,8 +50,8 @@ class Study:
         """Number of blocks of the unpruned model."""
         return len(models.blocks(self.model).layers)
 
-    def embedder(self, model: PreTrainedModel) -> embedding.Embed:
-        """Return a function that embeds texts at every depth of `model`."""
+    def embedder(self, model: PreTrainedModel, depths: Sequence[int] | None = None) -> embedding.Embed:
+        """Return a function that embeds texts at every depth of `model`, or at those given."""
 
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
             return depth.layer_embeddings(
@@ -58,6 +60,7 @@ class Study:
                 texts,
                 pooling=self.params.pooling,
                 instruction=instruction,
+                depths=depths,
                 batch_tokens=self.params.batch_tokens,
                 max_length=self.params.max_length,
             )
@@ -65,23 +68,45 @@ class Study:
         return embed
 
     def score(
-        self, system: str, embed: embedding.Embed, *, views: Sequence[int] | None = None, tasks: Sequence[str] = ()
+        self,
+        system: str,
+        embed: embedding.Embed,
+        *,
+        depths: Sequence[int],
+        tasks: Sequence[str] = (),
     ) -> dict[int, Scores]:
-        """Score a system on the tasks and keep its per-item scores. Returns {view: {task: score}}."""
+        """Score a system on the tasks and keep its per-item scores.
+
+        Args:
+            system: Its name in the per-item scores.
+            embed: Gives one view for each of `depths`.
+            depths: What the views are.
+            tasks: All of the study's by default.
+
+        Returns:
+            {depth: {task: score}}.
+        """
         found: dict[int, Scores] = {}
         for score in embedding.evaluate(
             embed,
             tasks or self.params.tasks,
             max_items=self.params.max_items,
             seed=self.params.seed,
-            views=views,
             instructions=self.params.instructions,
         ):
-            found.setdefault(score.view, {})[score.task] = score
-            columns = {f"value_{k}": score.items[:, k].astype(np.float32) for k in range(score.items.shape[1])}
+            keep = depths[score.view]
+            found.setdefault(keep, {})[score.task] = score
+            columns = {
+                f"value_{k}": score.items[:, k].astype(np.float32) for k in range(score.items.shape[1])
+            }
             self.items.append(
                 pd.DataFrame(
-                    {"system": system, "depth": score.view, "task": score.task, "item": range(len(score.items))}
+                    {
+                        "system": system,
+                        "depth": keep,
+                        "task": score.task,
+                        "item": range(len(score.items)),
+                    }
                     | columns
                 )
             )
@@ -193,13 +218,17 @@ class ZeroShot:
 
 def zero_shot(study: Study, cuts: depth.Cuts) -> ZeroShot:
     """Score every depth without training, from one embedding pass, beside its two floors."""
-    by_depth = study.score("zero-shot", study.embedder(study.model))
-    words = study.score("bag of words", embedding.bag_of_words)[0]
+    by_depth = study.score("zero-shot", study.embedder(study.model), depths=range(study.layers + 1))
+    words = study.score("bag of words", embedding.bag_of_words, depths=[0])[0]
     twin = depth.truncate(models.random_twin(study.model, seed=study.params.seed), cuts.small)
-    untrained = study.score("random weights", study.embedder(twin))
+    untrained = study.score("random weights", study.embedder(twin), depths=range(cuts.small + 1))
     rows = [
         {"system": system, "depth": keep, **points(suite(scores))}
-        for system, found in (("zero-shot", by_depth), ("random weights", untrained), ("bag of words", {0: words}))
+        for system, found in (
+            ("zero-shot", by_depth),
+            ("random weights", untrained),
+            ("bag of words", {0: words}),
+        )
         for keep, scores in progress.track(found.items(), f"intervals of {system}")
     ]
     table = pd.DataFrame(rows)
@@ -227,7 +256,10 @@ def mean_points(scores: Scores) -> float:
 def scores_table(by_depth: dict[int, Scores]) -> pd.DataFrame:
     """Main score by task (rows) and depth (columns), in points."""
     return pd.DataFrame(
-        {keep: {task: 100 * score.score for task, score in scores.items()} for keep, scores in by_depth.items()}
+        {
+            keep: {task: 100 * score.score for task, score in scores.items()}
+            for keep, scores in by_depth.items()
+        }
     )
 
 

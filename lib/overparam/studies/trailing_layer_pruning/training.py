@@ -82,7 +82,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             ]
             cost.setdefault(keep, []).append(trained.seconds)
             encoder = trained.encoder[0].model
-            found = study.score(f"trained, seed {seed}", study.embedder(encoder), views=[keep])
+            found = study.score(f"trained, seed {seed}", study.embedder(encoder, [keep]), depths=[keep])
             scores.setdefault(keep, []).append(found[keep])
             if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
                 folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
@@ -131,6 +131,4 @@ def _compare(
 
 def scaled(estimate: stats.Estimate, factor: float) -> stats.Estimate:
     """Multiply an estimate and its interval, such as by 100 for points."""
-    return stats.Estimate(
-        factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.n
-    )
+    return stats.Estimate(factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.n)

@@ -1,0 +1,245 @@
+"""The figures of the study; each is saved with the points that it draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from overparam.compress import depth
+from overparam.report import figures
+from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, scores_table
+from overparam.studies.trailing_layer_pruning.training import Trained
+from overparam.studies.trailing_layer_pruning.verdicts import PUBLISHED
+
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = figures.OKABE_ITO[:6]
+GREY = "#777777"
+
+
+def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> Any:
+    """Draw the initial loss by depth, with both picks and the border of the two halves."""
+    data = pd.DataFrame(
+        {"depth": range(loss.layers + 1), "loss": loss.mean, "low": loss.low, "high": loss.high}
+    )
+    with figures.style():
+        figure, axes = plt.subplots()
+        axes.fill_between(data["depth"], data["low"], data["high"], color=BLUE, alpha=0.2, linewidth=0)
+        axes.plot(data["depth"], data["loss"], color=BLUE, marker="o")
+        axes.axvline(loss.layers // 2 + 0.5, color=GREY, linestyle=":", linewidth=0.8, marker="")
+        for name, keep, marker in (("small", cuts.small, "s"), ("large", cuts.large, "D")):
+            axes.plot(keep, loss.mean[keep], marker=marker, color=ORANGE, markersize=6, linestyle="")
+            side = -1 if name == "small" else 1
+            axes.annotate(
+                f"{name}: {keep}",
+                (keep, loss.mean[keep]),
+                xytext=(side * 6, -12),
+                textcoords="offset points",
+                ha="right" if side < 0 else "left",
+                color=ORANGE,
+            )
+        axes.margins(y=0.18)
+        _depth_axis(axes, loss.layers)
+        axes.set_ylabel("initial loss (nats)")
+        caption = (
+            f"Contrastive loss of {study.params.model} at every depth before any training: mean over {loss.n} "
+            f"queries, each against {2 * loss.batch_size} candidates, with 95 % bootstrap interval. L3Prune "
+            f"picks the least loss in each half (border dotted): {_interior(cuts.interior_small)} at {cuts.small} "
+            f"and {_interior(cuts.interior_large)} at {cuts.large} layers."
+        )
+        return _save(study, figure, "initial_loss", data, caption)
+
+
+def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
+    """Draw the mean score by depth without training, over its two floors."""
+    data = zero.table
+    with figures.style():
+        figure, axes = plt.subplots()
+        for (system, rows), colour, marker in zip(
+            data[data["system"] != "bag of words"].groupby("system", sort=False),
+            (BLUE, GREY),
+            "os",
+            strict=True,
+        ):
+            axes.fill_between(rows["depth"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
+            label = study.params.model if system == "zero-shot" else system
+            axes.plot(rows["depth"], rows["score"], color=colour, marker=marker, label=label)
+        words = float(data.loc[data["system"] == "bag of words", "score"].iloc[0])
+        axes.axhline(words, color=GREEN, linestyle="--", marker="", label="bag of words")
+        for keep in (cuts.small, cuts.large):
+            axes.plot(keep, zero.mean(keep), marker="D", color=ORANGE, markersize=6, linestyle="")
+        axes.plot([], [], marker="D", color=ORANGE, linestyle="", label="picks of L3Prune")
+        axes.legend(loc="lower right", fontsize=6)
+        _depth_axis(axes, study.layers)
+        axes.set_ylabel(f"mean score of {len(study.params.tasks)} tasks (points)")
+        caption = (
+            f"Mean main score of {study.params.model} over {len(study.params.tasks)} tasks at every depth, without "
+            "training, with 95 % bootstrap interval over items; floors are a twin with random weights (up to the "
+            "`small` pick) and hashed bags of words."
+        )
+        return _save(study, figure, "zero_shot", data, caption)
+
+
+def plot_tasks(study: Study, zero: ZeroShot) -> Any:
+    """Draw each task's score by depth, as a heat map; each task's best depth is marked."""
+    table = scores_table(zero.by_depth)
+    data = table.rename_axis("task").reset_index().melt("task", var_name="depth", value_name="score")
+    with figures.style():
+        figure, axes = plt.subplots(figsize=(figures.WIDTH * 1.25, figures.WIDTH * (0.2 + 0.06 * len(table))))
+        sns.heatmap(
+            table, ax=axes, cmap="viridis", cbar_kws={"label": "main score (points)"}, rasterized=True
+        )
+        for row, best in enumerate(table.to_numpy().argmax(axis=1)):
+            axes.plot(best + 0.5, row + 0.5, marker="o", color="white", markersize=3, linestyle="")
+        axes.set_xlabel("layers kept")
+        axes.set_ylabel("")
+        axes.tick_params(axis="x", rotation=0)
+        caption = (
+            f"Main score of {study.params.model} on each task by depth, without training; a white dot marks each "
+            "task's best depth. One cut for all tasks is a compromise."
+        )
+        return _save(study, figure, "tasks", data, caption)
+
+
+def plot_trained(study: Study, trained: Trained) -> Any:
+    """Draw the change after training by the share of layers removed, beside the published picks."""
+    ours = trained.table
+    data = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "series": study.params.model,
+                    "pruned_percent": 100 * ours["pruned"],
+                    "change": ours["change"],
+                    "low": ours["change_low"],
+                    "high": ours["change_high"],
+                }
+            ),
+            pd.DataFrame(
+                {
+                    "series": "published, " + PUBLISHED["model"],
+                    "pruned_percent": 100 * (1 - PUBLISHED["kept"] / PUBLISHED["layers"]),
+                    "change": PUBLISHED["change"],
+                }
+            ),
+        ],
+        ignore_index=True,
+    )
+    with figures.style():
+        figure, axes = plt.subplots()
+        axes.axhline(0, color=GREY, linewidth=0.6, marker="")
+        axes.axhspan(
+            -study.params.negligible_margin,
+            study.params.negligible_margin,
+            color=GREY,
+            alpha=0.12,
+            linewidth=0,
+        )
+        first = data[data["series"] == study.params.model]
+        errors = np.abs(first[["low", "high"]].to_numpy().T - first["change"].to_numpy())
+        axes.errorbar(
+            first["pruned_percent"],
+            first["change"],
+            yerr=errors,
+            color=BLUE,
+            marker="o",
+            label=study.params.model,
+        )
+        markers = dict(zip(PUBLISHED["model"].unique(), "s^vP", strict=True))
+        for name, marker in markers.items():
+            rows = data[data["series"] == f"published, {name}"]
+            axes.plot(
+                rows["pruned_percent"],
+                rows["change"],
+                color=ORANGE,
+                marker=marker,
+                linestyle="",
+                fillstyle="none",
+                label=f"{name} (paper)",
+            )
+        axes.legend(loc="lower left", fontsize=6)
+        axes.set_xlabel("layers pruned (%)")
+        axes.set_ylabel("change of the mean score (points)")
+        caption = (
+            f"Change against the unpruned model trained the same way, {len(study.params.train_seeds)} training "
+            f"seed(s), paired 95 % bootstrap interval over items and seeds; {study.params.train_steps} LoRA steps. "
+            "Open markers: the published picks of four models (arXiv 2410.14578, its table). Grey band: what "
+            "counts as negligible."
+        )
+        return _save(study, figure, "trained", data, caption)
+
+
+def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
+    """Draw what each rule for choosing layers costs against trailing layers."""
+    data = rules[rules["rule"] != "trailing"][["rule", "change", "change_low", "change_high"]]
+    with figures.style():
+        figure, axes = plt.subplots()
+        places = np.arange(len(data))[::-1]
+        errors = np.abs(data[["change_low", "change_high"]].to_numpy().T - data["change"].to_numpy())
+        axes.axvline(0, color=GREY, linewidth=0.6, marker="")
+        axes.errorbar(data["change"], places, xerr=errors, color=BLUE, marker="o", linestyle="")
+        axes.set_yticks(places, data["rule"])
+        axes.set_xlabel("change against trailing layers (points)")
+        kept = len(str(rules["kept"].iloc[0]).split())
+        caption = (
+            f"{study.params.model} with {kept} of {study.layers} layers, chosen by each rule, without training: "
+            f"difference of the mean score on {', '.join(study.params.rule_tasks)} to keeping the leading layers, "
+            "paired 95 % bootstrap interval over items."
+        )
+        return _save(study, figure, "rules", data, caption)
+
+
+def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
+    """Draw cost relative to the unpruned model by relative depth; the diagonal is proportional."""
+    full = costs.sort_values("depth").iloc[-1]
+    names = {
+        "encoding time": "batch_seconds",
+        "block parameters": "block_parameters",
+        "all parameters": "parameters",
+        "peak memory": "peak_bytes",
+        "energy": "kwh_per_million_tokens",
+    }
+    data = pd.DataFrame({"depth_percent": 100 * costs["depth"] / full["depth"]})
+    for name, column in names.items():
+        data[name] = 100 * costs[column] / full[column]
+    data = data.sort_values("depth_percent")
+    with figures.style():
+        figure, axes = plt.subplots()
+        axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=0.8, marker="")
+        for name, colour, marker in zip(names, figures.OKABE_ITO, figures.MARKERS, strict=False):
+            axes.plot(data["depth_percent"], data[name], color=colour, marker=marker, label=name)
+        axes.legend(loc="lower right", fontsize=6)
+        axes.set_xlim(0, 103)
+        axes.set_ylim(0, None)
+        axes.set_xlabel("layers kept (%)")
+        axes.set_ylabel("of the unpruned model (%)")
+        caption = (
+            f"Cost of {study.params.model} by depth, relative to all {int(full['depth'])} layers: median time and "
+            f"energy of encoding {study.params.cost_texts} texts, peak resident memory of a fresh process, and "
+            "parameters with and without the embedding table, which is not pruned. Dotted: proportional."
+        )
+        return _save(study, figure, "cost", data, caption)
+
+
+def _depth_axis(axes: Any, layers: int) -> None:
+    axes.set_xlabel("layers kept")
+    axes.set_xticks(range(0, layers + 1, 2 if layers > 10 else 1))
+
+
+def _interior(flag: bool) -> str:
+    return "a local minimum" if flag else "only the edge of its half"
+
+
+def _save(study: Study, figure: Any, name: str, data: pd.DataFrame, caption: str) -> Any:
+    figures.save(
+        figure,
+        f"figure_{name}",
+        data=data,
+        caption=caption,
+        id=f"fig:layers-{name.replace('_', '-')}",
+        recorder=study.recorder,
+    )
+    plt.close(figure)
+    return figure
