@@ -32,6 +32,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from overparam.evaluate import LOCAL_TASKS
@@ -244,7 +245,9 @@ def _score(task: Any, view: _View, cache_dir: Path | str | None) -> list[TaskSco
     statistic = statistic_of(task)
     if not task.data_loaded:
         task.load_data()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    # local tasks are so small that a second thread costs more than it does, and busy machines suffer most
+    threads = threadpool_limits(1 if isinstance(task, LocalTask) else None)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), threads:
         result = mteb.evaluate(
             view,
             task,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,11 +46,11 @@ def check_task(name: str) -> None:
     try:
         if name not in TASKS:
             mteb.get_task(name)
-    except KeyError:
-        names = [*LOCAL_TASKS, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
-        lower = {task.lower(): task for task in names}
-        near = difflib.get_close_matches(str(name).lower(), lower, n=1)
-        hint = f"; did you mean {lower[near[0]]!r}?" if near else "."
+    except KeyError as error:
+        lower = {task.lower(): task for task in LOCAL_TASKS}
+        near = [lower[task] for task in difflib.get_close_matches(str(name).lower(), lower, n=1)]
+        near += re.findall(r"Did you mean: '([^']+)'", str(error))  # mteb's nearest one
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"unknown task {name!r}{hint} Local tasks: {_LOCAL}. Others are MTEB tasks on the model hub."
         ) from None

@@ -90,7 +90,7 @@ def cut(text: str, characters: int) -> str:
     return text[: characters + 1].rsplit(" ", 1)[0][:characters]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
     """Training and test articles of Reuters-R8 or -R52, balanced over their classes.
 
@@ -98,8 +98,7 @@ def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
     occur in the training part too. The training part holds 8 to 40 articles of each class, growing with
     `size`.
     """
-    train = unseen(corpora.reuters(which, "train"), ARTICLE_CHARACTERS)
-    test = unseen(corpora.reuters(which, "test"), ARTICLE_CHARACTERS, train.texts)
+    train, test = _articles(which)
     counts = {label: train.labels.count(label) for label in set(train.labels)}
     kept = sorted(label for label, count in counts.items() if count >= SAMPLES_PER_LABEL)
     per_label = min(max(SAMPLES_PER_LABEL, size // len(kept)), SAMPLES_PER_LABEL * EXPERIMENTS)
@@ -114,15 +113,14 @@ def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
     return train.take(pool), test.take(judged[:size])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def newsgroups(size: int, seed: int) -> Labelled:
     """Test posts of 20 Newsgroups, balanced over the groups, none of which occurs in the training part."""
-    seen = {cut(text, POST_CHARACTERS) for text in corpora.newsgroups("train")["text"]}
-    posts = unseen(corpora.newsgroups("test"), POST_CHARACTERS, seen)
+    posts = _posts()
     return posts.take(balanced(posts.labels, seed)[:size])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def verses(size: int, seed: int) -> Verses:
     """Up to `size` aligned verses; those with cross references come first, as they are few."""
     texts = _test_verses()
@@ -143,6 +141,18 @@ def verses(size: int, seed: int) -> Verses:
             break
         searched[verse] = None
     return Verses(tuple(aligned), neighbour, related, tuple(searched), texts)
+
+
+@lru_cache(maxsize=2)
+def _articles(which: str) -> tuple[Labelled, Labelled]:
+    train = unseen(corpora.reuters(which, "train"), ARTICLE_CHARACTERS)
+    return train, unseen(corpora.reuters(which, "test"), ARTICLE_CHARACTERS, train.texts)
+
+
+@lru_cache(maxsize=1)
+def _posts() -> Labelled:
+    seen = {cut(text, POST_CHARACTERS) for text in corpora.newsgroups("train")["text"]}
+    return unseen(corpora.newsgroups("test"), POST_CHARACTERS, seen)
 
 
 @lru_cache(maxsize=1)
