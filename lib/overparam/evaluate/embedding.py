@@ -32,7 +32,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from overparam.evaluate import LOCAL_TASKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
@@ -79,7 +80,9 @@ def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        twin: PreTrainedModel = AutoModel.from_config(model.config, dtype=model.dtype).to(model.device)
+        twin: PreTrainedModel = AutoModel.from_config(copy.deepcopy(model.config), dtype=model.dtype).to(
+            model.device
+        )
         return twin.eval()
     finally:
         torch.set_rng_state(state)

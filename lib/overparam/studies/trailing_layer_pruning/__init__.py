@@ -107,7 +107,9 @@ class Params(BaseModel):
                 f"warmup_steps must be below train_steps = {self.train_steps}, got {self.warmup_steps}"
             )
         if self.training_data is None and self.train_steps < _PACKAGED_SOURCES:
-            raise ValueError(f"train_steps must be at least {_PACKAGED_SOURCES}, one for each packaged source")
+            raise ValueError(
+                f"train_steps must be at least {_PACKAGED_SOURCES}, one for each packaged source"
+            )
         if self.loss_triplets < self.loss_batch_size:
             raise ValueError(f"loss_triplets must be at least loss_batch_size = {self.loss_batch_size}")
         return self

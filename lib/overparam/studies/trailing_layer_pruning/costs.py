@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from overparam import models, progress
 from overparam.compress import depth
 from overparam.measure import disk, energy, memory, speed
 from overparam.report import stats
+from overparam.studies.trailing_layer_pruning.encoding import encode
 from overparam.studies.trailing_layer_pruning.study import Study, triplets
 
 _RESAMPLES = 2000
@@ -58,7 +58,7 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
             weights = disk.disk_bytes(Path(folder))
             study.tokenizer.save_pretrained(folder)
             used_memory = memory.peak_memory(
-                f"{__name__}:encode_saved",
+                "overparam.studies.trailing_layer_pruning.encoding:encode_saved",
                 {
                     "folder": folder,
                     "texts": texts,
@@ -122,32 +122,9 @@ def proportionality(seconds: dict[int, Sequence[float]]) -> stats.Estimate:
     return stats.Estimate(float(point), float(low), float(high), sum(len(column) for column in columns))
 
 
-def encode_saved(
-    folder: str, texts: list[str], dtype: str, batch_tokens: int, max_length: int
-) -> Iterator[None]:
-    """Load a saved model, then encode: what runs in the process whose memory is measured."""
-    model, tokenizer = models.load(folder, dtype=getattr(torch, dtype))
-    _encode(model, tokenizer, texts[:2], batch_tokens, max_length)  # library set-up is not the step's
-    yield
-    _encode(model, tokenizer, texts, batch_tokens, max_length)
-
-
-def _encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    batch_tokens: int,
-    max_length: int,
-) -> None:
-    last = len(models.blocks(model).layers)
-    depth.layer_embeddings(
-        model, tokenizer, texts, depths=[last], batch_tokens=batch_tokens, max_length=max_length
-    )
-
-
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
     params = study.params
-    return lambda: _encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
+    return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
 
 
 def _sharing_copy(model: PreTrainedModel, keep: int) -> PreTrainedModel:
