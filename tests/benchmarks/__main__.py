@@ -1,0 +1,8 @@
+"""`make bench`: every performance goal as a ratio measured in one run. Wants the machine to itself."""
+
+import sys
+
+from tests.benchmarks import trailing_layer_pruning
+
+if __name__ == "__main__":
+    sys.exit(trailing_layer_pruning.main())

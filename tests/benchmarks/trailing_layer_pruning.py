@@ -1,0 +1,185 @@
+"""Costs of the trailing-layer pruning study on Gemma 3 270M, as ratios of interleaved runs.
+
+What was tried: see the notes under `GOALS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from overparam import models
+from overparam.compress import contrastive, depth
+from overparam.data import corpora
+from overparam.evaluate import embedding
+from overparam.measure import memory, speed
+
+MODEL = "gemma-3-270m"
+TEXTS = 96
+REPEATS = 5
+BATCH_TOKENS = 2048
+BF16_TASKS = ("LeeSTS", "VerseParaphrase")
+
+
+def main() -> int:
+    """Measure, print a line a goal, and return 0 when all are met."""
+    model, tokenizer = models.load(MODEL)
+    texts = sample()
+    checks = [
+        *every_depth(model, tokenizer, texts),
+        *peak_memory(),
+        *truncated_speed(model, tokenizer, texts),
+        *against_sentence_transformers(model, tokenizer, texts),
+        *bf16(model, tokenizer, texts),
+    ]
+    for name, ratio, goal, met in checks:
+        verdict = {True: "met", False: "MISSED", None: "not required here"}[met]
+        print(f"{name:<66} {ratio:>7}   goal {goal:<10} {verdict}", flush=True)
+    return int(any(met is False for *_, met in checks))
+
+
+def sample() -> list[str]:
+    """Verses in three languages: short and long ones as they come."""
+    return [
+        verse.text
+        for version in ("web", "lsg", "elb")
+        for verse in corpora.verses(version)[:: 31100 // (TEXTS // 3)]
+    ][:TEXTS]
+
+
+def median_ratio(a: speed.Timing, b: speed.Timing) -> float:
+    """Median over pairs of neighbouring runs, so that a drift of the machine cancels."""
+    return float(np.median(np.divide(a.values, b.values)))
+
+
+def encode(model, tokenizer, texts, depths=None) -> Callable[[], np.ndarray]:  # type: ignore[no-untyped-def]
+    """A step that encodes."""
+    return lambda: depth.layer_embeddings(model, tokenizer, texts, depths=depths, batch_tokens=BATCH_TOKENS)
+
+
+def sharing_copy(model, keep):  # type: ignore[no-untyped-def]
+    """A truncated copy on the same weights."""
+    return depth.truncate(copy.deepcopy(model, {id(p): p for p in model.parameters()}), keep)
+
+
+def every_depth(model, tokenizer, texts):  # type: ignore[no-untyped-def]
+    """All depths from one pass, against truncating and encoding once a depth."""
+    total = len(models.blocks(model).layers)
+    small = [sharing_copy(model, keep) for keep in range(1, total + 1)]
+
+    def one_by_one() -> None:
+        encode(small[0], tokenizer, texts, [0])()
+        for keep, each in enumerate(small, start=1):
+            encode(each, tokenizer, texts, [keep])()
+
+    timings = speed.interleaved(
+        {"one by one": one_by_one, "one pass": encode(model, tokenizer, texts)}, warmup=1, repeats=3
+    )
+    ratio = median_ratio(timings["one by one"], timings["one pass"])
+    yield f"all {total + 1} depths: one by one / one pass", f"{ratio:.2f}", "≥ 8", ratio >= 8
+
+
+def peak_memory():  # type: ignore[no-untyped-def]
+    """Peak memory of all depths, against a plain forward pass of the same batches."""
+    here = "tests.benchmarks.trailing_layer_pruning"
+    every = memory.peak_memory(f"{here}:step_every_depth")
+    plain = memory.peak_memory(f"{here}:step_plain_forward")
+    ratio = every.peak_bytes / plain.peak_bytes
+    yield "peak memory: all depths / plain forward pass", f"{ratio:.2f}", "≤ 1.3", ratio <= 1.3
+    ratio = every.step_bytes / plain.step_bytes
+    yield "the same without the weights", f"{ratio:.2f}", "≤ 1.3", ratio <= 1.3
+
+
+def step_every_depth() -> Iterator[None]:
+    """All depths, in a process of its own."""
+    model, tokenizer = models.load(MODEL)
+    texts = sample()
+    encode(model, tokenizer, texts[:2])()
+    yield
+    encode(model, tokenizer, texts)()
+
+
+def step_plain_forward() -> Iterator[None]:
+    """The same batches through the model alone."""
+    from overparam.compress.depth.tokens import batches
+
+    model, tokenizer = models.load(MODEL)
+    texts = sample()
+    encode(model, tokenizer, texts[:2])()
+    yield
+    with torch.inference_mode():
+        for batch in batches(tokenizer, texts, batch_tokens=BATCH_TOKENS):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def truncated_speed(model, tokenizer, texts):  # type: ignore[no-untyped-def]
+    """A truncated model against the full one."""
+    total = len(models.blocks(model).layers)
+    steps = {keep: encode(sharing_copy(model, keep), tokenizer, texts, [keep]) for keep in (total, 14, 9, 4)}
+    timings = speed.interleaved({str(keep): step for keep, step in steps.items()}, warmup=1, repeats=REPEATS)
+    for keep in (14, 9, 4):
+        ratio = median_ratio(timings[str(total)], timings[str(keep)])
+        goal = 0.85 * total / keep
+        yield (
+            f"speed of {keep} of {total} layers / full model",
+            f"{ratio:.2f}",
+            f"≥ {goal:.2f}",
+            ratio >= goal,
+        )
+
+
+def against_sentence_transformers(model, tokenizer, texts):  # type: ignore[no-untyped-def]
+    """All depths, against `SentenceTransformer.encode` of the last one alone."""
+    encoder = contrastive.as_sentence_transformer(model, tokenizer)
+    timings = speed.interleaved(
+        {"ours": encode(model, tokenizer, texts), "theirs": lambda: encoder.encode(texts)},
+        warmup=1,
+        repeats=REPEATS,
+    )
+    ratio = median_ratio(timings["ours"], timings["theirs"])
+    yield (
+        "time of all depths / sentence-transformers' encode of the last",
+        f"{ratio:.2f}",
+        "≤ 1.10",
+        ratio <= 1.10,
+    )
+
+
+def bf16(model, tokenizer, texts):  # type: ignore[no-untyped-def]
+    """bfloat16 against float32; required only where the processor has it."""
+    supported = models.bf16_is_fast()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    few = texts if supported else texts[:12]
+    timings = speed.interleaved(
+        {"float32": encode(model, tokenizer, few), "bfloat16": encode(half, tokenizer, few)},
+        warmup=1,
+        repeats=3,
+    )
+    ratio = median_ratio(timings["float32"], timings["bfloat16"])
+    yield "speed of bfloat16 / float32", f"{ratio:.2f}", "≥ 1.3", ratio >= 1.3 if supported else None
+    if supported:
+        scores = [
+            np.mean(
+                [
+                    score.score
+                    for score in embedding.evaluate(embedder(each, tokenizer), BF16_TASKS, max_items=60)
+                ]
+            )
+            for each in (model, half)
+        ]
+        change = 100 * abs(scores[1] - scores[0])
+        yield (
+            f"points between them on {' and '.join(BF16_TASKS)}",
+            f"{change:.2f}",
+            "≤ 0.5",
+            bool(change <= 0.5),
+        )
+
+
+def embedder(model, tokenizer) -> embedding.Embed:  # type: ignore[no-untyped-def]
+    """Embed at the last depth."""
+    last = len(models.blocks(model).layers)
+    return lambda texts, _: depth.layer_embeddings(model, tokenizer, texts, depths=[last])

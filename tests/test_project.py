@@ -1,0 +1,77 @@
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements):
+    return {
+        re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements
+    }
+
+
+def test_conda_environment_installs_the_project_and_lists_nothing_twice():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert names(conda) == {"python", "pip"}
+    assert "-e .[dev]" in pip
+    assert all(entry.startswith("-") for entry in pip)
+
+
+def test_every_dependency_is_bounded_and_locked():
+    required = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["dev"])
+    locked = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    assert required - {"pip"} <= locked
+    assert all(re.search(r"[<>=]", entry) for entry in PROJECT["dependencies"])
+
+
+def test_fixed_packages_are_there():
+    fixed = [
+        "jupyterlab",
+        "papermill",
+        "torch",
+        "transformers",
+        "datasets",
+        "matplotlib",
+        "seaborn",
+        "evaluate",
+        "mteb",
+    ]
+    assert set(fixed) <= names(PROJECT["dependencies"])
+
+
+def test_citation_has_what_citation_file_format_requires():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert [cell["metadata"].get("tags") for cell in code].count(["parameters"]) == 1
+
+
+def test_example_in_readme_runs(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# your own model.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example.replace("gemma-3-270m", "tiny-gemma3"), scope)
+    assert (tmp_path / "pruned" / "config.json").is_file()
+    assert scope["model"].config.num_hidden_layers == scope["cuts"].large
