@@ -20,7 +20,7 @@ from overparam.measure import memory, speed
 MODEL = "gemma-3-270m"
 TEXTS = 96
 REPEATS = 5
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 BF16_TASKS = ("LeeSTS", "VerseParaphrase")
 
 

@@ -222,6 +222,7 @@ def _fit(
         }
     )
     watcher = _Watcher(recipe.steps, label)
+    encoder.model_card_data.set_widget_examples = lambda _: None  # they take seconds, and nobody reads them
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,

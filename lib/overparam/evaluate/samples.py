@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from overparam.data import corpora, splits
 
-ARTICLE_CHARACTERS = 256
-POST_CHARACTERS = 384
+ARTICLE_CHARACTERS = 160
+POST_CHARACTERS = 256
 SAMPLES_PER_LABEL = 8  # mteb's own setting
 EXPERIMENTS = 5  # classifiers trained on different draws of the training texts; mteb's default is 10
 SHORTEST_VERSE = 20  # characters, in every version used

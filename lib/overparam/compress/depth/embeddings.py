@@ -26,7 +26,7 @@ def layer_embeddings(
     pooling: str = "weighted_mean",
     instruction: str | None = None,
     depths: Sequence[int] | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> NDArray[np.float32]:
     """Embed `texts` at every depth of `model`, from the embedding layer to the last block, in one pass.

@@ -84,7 +84,7 @@ def initial_loss(
     pooling: str = "weighted_mean",
     instruction: str | None = None,
     seed: int = 42,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> LayerLoss:
     """Measure the contrastive loss of every depth of an untrained encoder (L3Prune, arXiv 2410.14578).

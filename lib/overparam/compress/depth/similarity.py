@@ -36,7 +36,7 @@ def layer_similarity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> LayerSimilarity:
     """Measure both scores in one streaming pass over `texts`, on the residual stream before the final norm."""

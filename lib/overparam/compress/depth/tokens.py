@@ -32,7 +32,7 @@ def batches(
     texts: Sequence[str],
     *,
     instruction: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> list[Batch]:
     """Tokenize `texts` and group them, longest first, so that no batch holds more than `batch_tokens` tokens.

@@ -31,7 +31,7 @@ def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> 
         axes.axvline(loss.layers // 2 + 0.5, color=GREY, linestyle=":", linewidth=0.8, marker="")
         for name, keep, marker in (("small", cuts.small, "s"), ("large", cuts.large, "D")):
             axes.plot(keep, loss.mean[keep], marker=marker, color=ORANGE, markersize=6, linestyle="")
-            side = -1 if name == "small" else 1
+            side = -1 if name == "small" or keep > 0.8 * loss.layers else 1
             axes.annotate(
                 f"{name}: {keep}",
                 (keep, loss.mean[keep]),
@@ -71,7 +71,7 @@ def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
         for keep in (cuts.small, cuts.large):
             axes.plot(keep, zero.mean(keep), marker="D", color=ORANGE, markersize=6, linestyle="")
         axes.plot([], [], marker="D", color=ORANGE, linestyle="", label="picks of L3Prune")
-        axes.legend(loc="lower right", fontsize=6)
+        _legend(figure)
         _depth_axis(axes, study.layers)
         axes.set_ylabel(f"mean score of {len(study.params.tasks)} tasks (points)")
         caption = (
@@ -159,7 +159,7 @@ def plot_trained(study: Study, trained: Trained) -> Any:
                 fillstyle="none",
                 label=f"{name} (paper)",
             )
-        axes.legend(loc="lower left", fontsize=6)
+        _legend(figure)
         axes.set_xlabel("layers pruned (%)")
         axes.set_ylabel("change of the mean score (points)")
         caption = (
@@ -210,7 +210,7 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
         axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=0.8, marker="")
         for name, colour, marker in zip(names, figures.OKABE_ITO, figures.MARKERS, strict=False):
             axes.plot(data["depth_percent"], data[name], color=colour, marker=marker, label=name)
-        axes.legend(loc="lower right", fontsize=6)
+        _legend(figure)
         axes.set_xlim(0, 103)
         axes.set_ylim(0, None)
         axes.set_xlabel("layers kept (%)")
@@ -221,6 +221,12 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
             "parameters with and without the embedding table, which is not pruned. Dotted: proportional."
         )
         return _save(study, figure, "cost", data, caption)
+
+
+def _legend(figure: Any) -> None:
+    """Put the legend above the axes, where it hides no point."""
+    figure.set_size_inches(figures.WIDTH, 0.85 * figures.WIDTH)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6)
 
 
 def _depth_axis(axes: Any, layers: int) -> None:
