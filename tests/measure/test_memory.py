@@ -1,12 +1,18 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from overparam.measure.memory import peak_memory
+from overparam.measure.memory import peak_memories, peak_memory
 
 MB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the high-water mark")
+
+
+@pytest.fixture(autouse=True)
+def _steps_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
 @linux
@@ -43,6 +49,22 @@ def test_an_error_of_the_step_arrives_with_its_traceback():
 def test_a_killed_process_is_reported():
     with pytest.raises(RuntimeError, match=r"killed, probably for lack of memory \(exit code -9\)"):
         peak_memory("steps:killed")
+
+
+@linux
+def test_several_steps_share_the_loading_of_libraries_but_not_memory():
+    asked = []
+
+    def jobs():
+        for megabytes in (90, 30):
+            asked.append(megabytes)
+            yield {"megabytes": megabytes}
+
+    found = []
+    for memory in peak_memories("steps:plain", jobs()):
+        found.append(memory.step_bytes)
+        assert len(asked) == len(found)  # the next job is asked for when this one is answered
+    assert found == pytest.approx([90 * MB, 30 * MB], abs=4 * MB)
 
 
 def test_an_endless_step_is_ended():

@@ -7,17 +7,20 @@ includes loading.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import inspect
 import json
 import os
 import resource
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ import psutil
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_CHILD = "from overparam.measure.memory import _child; _child()"
+_PARENT = "from overparam.measure.memory import _parent; _parent()"
 
 
 @dataclass(frozen=True)
@@ -70,54 +73,91 @@ def peak_memory(
         RuntimeError: The child failed; the message holds its traceback.
         TimeoutError: It took longer than `timeout`.
     """
+    return next(iter(peak_memories(target, [kwargs or {}], timeout=timeout)))
+
+
+def peak_memories(
+    target: str, jobs: Iterable[Mapping[str, Any]], *, timeout: float | None = None
+) -> Iterator[Memory]:
+    """Do as `peak_memory` for one set of arguments after the other, each in a process of its own.
+
+    The processes are forks of one that has imported the function's module, so that its libraries are loaded once.
+    The next arguments are asked for when the answer to the last ones is there.
+    """
     module, _, function = target.partition(":")
     if not (module and function.isidentifier()):
         raise ValueError(f"target must look like 'package.module:function', got {target!r}")
-    try:
-        job = json.dumps(
-            {"module": module, "function": function, "kwargs": dict(kwargs or {}), "path": sys.path}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with tempfile.TemporaryFile() as errors:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", _PARENT, module, function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
         )
-    except TypeError as error:
-        raise ValueError(f"kwargs must hold what JSON can (text, numbers, lists, dicts): {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        assert parent.stdin is not None
+        assert parent.stdout is not None
         try:
-            ended = subprocess.run(
-                [sys.executable, "-c", _CHILD, str(answer)],
-                input=job.encode(),
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{target} took longer than {timeout} s") from None
-        if not answer.exists():
-            reason = "killed, probably for lack of memory" if ended.returncode == -9 else "ended"
-            tail = ended.stderr.decode(errors="replace")[-2000:]
-            raise RuntimeError(f"the process of {target} was {reason} (exit code {ended.returncode})\n{tail}")
-        result = json.loads(answer.read_text())
-    if "error" in result:
-        raise RuntimeError(f"{target} failed in its own process:\n{result['error']}")
-    return Memory(**result)
+            for kwargs in jobs:
+                try:
+                    line = json.dumps(dict(kwargs))
+                except TypeError as error:
+                    raise ValueError(
+                        f"kwargs must hold what JSON can (text, numbers, lists, dicts): {error}"
+                    ) from error
+                with contextlib.suppress(BrokenPipeError):  # its error is read below
+                    parent.stdin.write(line.encode() + b"\n")
+                    parent.stdin.flush()
+                if timeout is not None and not select.select([parent.stdout], [], [], timeout)[0]:
+                    raise TimeoutError(f"{target} took longer than {timeout} s")
+                answer = json.loads(parent.stdout.readline() or '{"exit": null}')
+                if "exit" in answer:
+                    errors.seek(0)
+                    tail = errors.read().decode(errors="replace")[-2000:]
+                    reason = (
+                        "killed, probably for lack of memory"
+                        if answer["exit"] == -signal.SIGKILL
+                        else "ended"
+                    )
+                    raise RuntimeError(
+                        f"the process of {target} was {reason} (exit code {answer['exit']})\n{tail}"
+                    )
+                if "error" in answer:
+                    raise RuntimeError(f"{target} failed in its own process:\n{answer['error']}")
+                yield Memory(**answer)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+            parent.wait()
+            parent.stdin.close()
+            parent.stdout.close()
 
 
-def _child() -> None:
-    """Read a job from standard input and write the answer to the file named on the command line."""
-    job = json.loads(sys.stdin.read())
-    sys.path[:] = job["path"]
-    try:
-        answer = asdict(
-            _measure(getattr(importlib.import_module(job["module"]), job["function"]), job["kwargs"])
-        )
-    except BaseException:
-        answer = {"error": traceback.format_exc()}
-    file = Path(sys.argv[1])
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(answer))
-    temporary.replace(file)
+def _parent() -> None:
+    """Import the module named on the command line, then fork for each line of arguments."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the function prints is no answer
+    function = None
+    for line in sys.stdin:
+        try:
+            if function is None:
+                function = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+        except Exception:
+            print(json.dumps({"error": traceback.format_exc()}), file=answers)
+            continue
+        child = os.fork()
+        if child == 0:
+            try:
+                answer = asdict(_measure(function, json.loads(line)))
+            except BaseException:
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(json.dumps({"exit": os.waitstatus_to_exitcode(status)}), file=answers)
 
 
 def _measure(function: Any, kwargs: dict[str, Any]) -> Memory:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from overparam.studies.trailing_layer_pruning.encoding import encode
 from overparam.studies.trailing_layer_pruning.study import Study, triplets
 
 _RESAMPLES = 2000
+_STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"
 
 
 def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Estimate]:
@@ -47,26 +49,17 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
         {str(keep): _encoding(study, model, texts[:1]) for keep, model in pruned.items()},
         repeats=params.cost_repeats,
     )
+    saved: list[int] = []
+    jobs = progress.track(_memory_jobs(study, pruned, texts, saved), "measuring memory", total=len(pruned))
+    peaks = list(memory.peak_memories(_STEP, jobs))
     rows, raw = [], []
-    for keep, model in progress.track(pruned.items(), "measuring memory and energy"):
+    for (keep, model), peak, weights in zip(
+        progress.track(pruned.items(), "measuring energy"), peaks, saved, strict=True
+    ):
         counts = models.count_parameters(model)
         with energy.energy() as used:
             for _ in range(params.cost_repeats):
                 _encoding(study, model, texts)()
-        with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-            model.save_pretrained(folder)
-            weights = disk.disk_bytes(Path(folder))
-            study.tokenizer.save_pretrained(folder)
-            used_memory = memory.peak_memory(
-                "overparam.studies.trailing_layer_pruning.encoding:encode_saved",
-                {
-                    "folder": folder,
-                    "texts": texts,
-                    "dtype": str(model.dtype).removeprefix("torch."),
-                    "batch_tokens": params.batch_tokens,
-                    "max_length": params.max_length,
-                },
-            )
         here = batch[str(keep)]
         rows.append(
             {
@@ -80,7 +73,7 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
                 "batch_seconds_high": here.high,
                 "tokens_per_second": tokens / here.median,
                 "single_seconds": single[str(keep)].median,
-                "peak_bytes": used_memory.peak_bytes,
+                "peak_bytes": peak.peak_bytes,
                 "kwh_per_million_tokens": used.kwh / (params.cost_repeats * tokens) * 1e6,
                 "energy_method": used.method,
             }
@@ -120,6 +113,24 @@ def proportionality(seconds: dict[int, Sequence[float]]) -> stats.Estimate:
     low, high = np.percentile(slope(np.stack(draws, axis=-1)), [2.5, 97.5])
     point = slope(np.array([np.median(column) for column in columns]))
     return stats.Estimate(float(point), float(low), float(high), sum(len(column) for column in columns))
+
+
+def _memory_jobs(
+    study: Study, pruned: dict[int, PreTrainedModel], texts: list[str], saved: list[int]
+) -> Iterator[dict[str, Any]]:
+    """Save one model after the other and ask for its peak memory; bytes of the weights go to `saved`."""
+    for model in pruned.values():
+        with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+            model.save_pretrained(folder)
+            saved.append(disk.disk_bytes(Path(folder)))
+            study.tokenizer.save_pretrained(folder)
+            yield {
+                "folder": folder,
+                "texts": texts,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "batch_tokens": study.params.batch_tokens,
+                "max_length": study.params.max_length,
+            }
 
 
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
