@@ -64,3 +64,16 @@ def test_verses_in_a_split_keep_their_order():
         assert order == sorted(order)
     with pytest.raises(ValueError, match="did you mean 'validation'"):
         splits.verses_in("elb", "valid")
+
+
+def test_kept_splits_equal_computed_ones_and_a_broken_file_is_made_again(monkeypatch, tmp_path):
+    expected = splits.verse_splits()
+    monkeypatch.setattr(splits.packages, "cache_dir", lambda: tmp_path)
+    fresh = splits.verse_splits.__wrapped__
+    assert fresh() == expected
+    (file,) = (tmp_path / "splits").iterdir()
+    assert fresh() == expected
+    file.write_text("{")
+    assert fresh() == expected
+    assert fresh(test=0.2) != expected
+    assert len(list((tmp_path / "splits").iterdir())) == 2

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
+import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from overparam import packages, unpack
+from overparam.data import corpora
 from overparam.data.corpora import LANGUAGES, Verse, known, normalise, verses
 
 Split = Literal["train", "validation", "test"]
@@ -38,8 +45,30 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
 
     A verse falls in one split in all translations, and so do verses of equal text in any of them (parallel
     passages, "And the LORD spake unto Moses, saying"): they form groups, and a group goes where the
-    alphabetically first of its normalised texts goes (`split_of`).
+    alphabetically first of its normalised texts goes (`split_of`). The outcome is kept in the cache directory,
+    under a name that changes with the texts and with the code that splits them.
     """
+    file = packages.cache_dir() / "splits" / f"verses-{_fingerprint(test, validation)}.json"
+    try:
+        return MappingProxyType(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        made = _verse_splits(test, validation)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(made))
+        temporary.replace(file)
+    return MappingProxyType(made)
+
+
+def _fingerprint(test: float, validation: float) -> str:
+    digest = hashlib.sha256(json.dumps([packages.hashes("bible"), test, validation], sort_keys=True).encode())
+    for module in (unpack, corpora, sys.modules[__name__]):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _verse_splits(test: float, validation: float) -> dict[str, Split]:
     leader: dict[str, str] = {}
 
     def find(key: str) -> str:
@@ -59,7 +88,7 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
     split = {
         root: split_of(first[root], test=test, validation=validation) for root in {find(key) for key in ids}
     }
-    return MappingProxyType({key: split[find(key)] for key in ids})
+    return {key: split[find(key)] for key in ids}
 
 
 def verses_in(translation: str, split: str) -> list[Verse]:
