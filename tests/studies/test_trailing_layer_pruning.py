@@ -88,7 +88,7 @@ def published_data(folder):
         rows = [
             {"query": f"what is {a} {b}", "positive": f"{a} {b} is this", "negative": f"{b[::-1]} is not {a}"}
             for a in words
-            for b in words[:3]
+            for b in words[:6]
         ]
         (folder / f"{source}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return str(folder)
@@ -101,7 +101,11 @@ def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, mon
     data.mkdir()
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
     params = Params(
-        model=f"tiny-{name}", dtype="bfloat16", instructions=True, training_data=published_data(data), **TINY
+        model=f"tiny-{name}",
+        dtype="bfloat16",
+        instructions=True,
+        training_data=published_data(data),
+        **TINY | {"max_length": 256},  # an instruction takes a token a byte
     )
     run = study.start(params)
     loss, cuts = study.initial_loss(run)
