@@ -18,7 +18,7 @@ from overparam.evaluate import embedding
 from overparam.measure import memory, speed
 
 MODEL = "gemma-3-270m"
-TEXTS = 96
+TEXTS = 48
 REPEATS = 5
 BATCH_TOKENS = 1024
 BF16_TASKS = ("LeeSTS", "VerseParaphrase")
@@ -60,15 +60,10 @@ def encode(model, tokenizer, texts, depths=None) -> Callable[[], np.ndarray]:  #
     return lambda: depth.layer_embeddings(model, tokenizer, texts, depths=depths, batch_tokens=BATCH_TOKENS)
 
 
-def sharing_copy(model, keep):  # type: ignore[no-untyped-def]
-    """A truncated copy on the same weights."""
-    return depth.truncate(copy.deepcopy(model, {id(p): p for p in model.parameters()}), keep)
-
-
 def every_depth(model, tokenizer, texts):  # type: ignore[no-untyped-def]
     """All depths from one pass, against truncating and encoding once a depth."""
     total = len(models.blocks(model).layers)
-    small = [sharing_copy(model, keep) for keep in range(1, total + 1)]
+    small = [depth.truncated(model, keep) for keep in range(1, total + 1)]
 
     def one_by_one() -> None:
         encode(small[0], tokenizer, texts, [0])()
@@ -118,7 +113,9 @@ def step_plain_forward() -> Iterator[None]:
 def truncated_speed(model, tokenizer, texts):  # type: ignore[no-untyped-def]
     """A truncated model against the full one."""
     total = len(models.blocks(model).layers)
-    steps = {keep: encode(sharing_copy(model, keep), tokenizer, texts, [keep]) for keep in (total, 14, 9, 4)}
+    steps = {
+        keep: encode(depth.truncated(model, keep), tokenizer, texts, [keep]) for keep in (total, 14, 9, 4)
+    }
     timings = speed.interleaved({str(keep): step for keep, step in steps.items()}, warmup=1, repeats=REPEATS)
     for keep in (14, 9, 4):
         ratio = median_ratio(timings[str(total)], timings[str(keep)])

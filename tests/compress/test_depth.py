@@ -160,3 +160,22 @@ def test_a_model_with_a_head_is_refused(tokenizer):
 
     with pytest.raises(ValueError, match="without a task head"):
         models.blocks(Headed())
+
+
+def test_truncated_copy_shares_the_weights_and_leaves_the_model_alone(twin, tokenizer):
+    every = depth.layer_embeddings(twin, tokenizer, TEXTS)
+    small = depth.truncated(twin, 2)
+    assert len(models.blocks(twin).layers) == twin.config.num_hidden_layers == 5
+    owned = {tensor.data_ptr() for tensor in twin.parameters()}
+    assert all(tensor.data_ptr() in owned for tensor in small.parameters())
+    np.testing.assert_array_equal(depth.layer_embeddings(small, tokenizer, TEXTS)[:, -1], every[:, 2])
+    np.testing.assert_array_equal(depth.layer_embeddings(twin, tokenizer, TEXTS), every)
+
+
+def test_only_the_depths_asked_for_are_returned(twin, tokenizer):
+    every = depth.layer_embeddings(twin, tokenizer, TEXTS)
+    np.testing.assert_array_equal(
+        depth.layer_embeddings(twin, tokenizer, TEXTS, depths=[0, 3]), every[:, [0, 3]]
+    )
+    with pytest.raises(ValueError, match=r"in 0\.\.5"):
+        depth.layer_embeddings(twin, tokenizer, TEXTS, depths=[6])

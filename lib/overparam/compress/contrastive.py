@@ -11,30 +11,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from overparam import progress
+from overparam.compress.triplets import Triplet
 from overparam.models import blocks
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _POOLING_MODES = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken"}
-
-
-class _Triplet(Protocol):
-    @property
-    def query(self) -> str: ...
-    @property
-    def positive(self) -> str: ...
-    @property
-    def negative(self) -> str: ...
-    @property
-    def source(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    triplets: Sequence[_Triplet],
+    triplets: Sequence[Triplet],
     recipe: Recipe,
     *,
     pooling: str = "weighted_mean",
@@ -183,8 +173,8 @@ def as_sentence_transformer(
     return SentenceTransformer(modules=[transformer, pool], device=str(model.device))
 
 
-def _by_source(triplets: Sequence[_Triplet], batch_size: int) -> dict[str, list[_Triplet]]:
-    sources: dict[str, list[_Triplet]] = {}
+def _by_source(triplets: Sequence[Triplet], batch_size: int) -> dict[str, list[Triplet]]:
+    sources: dict[str, list[Triplet]] = {}
     for triplet in triplets:
         sources.setdefault(triplet.source, []).append(triplet)
     for source, members in sources.items():
@@ -200,7 +190,7 @@ def _by_source(triplets: Sequence[_Triplet], batch_size: int) -> dict[str, list[
 
 def _fit(
     encoder: SentenceTransformer,
-    sources: dict[str, list[_Triplet]],
+    sources: dict[str, list[Triplet]],
     recipe: Recipe,
     instruction: str | None,
     label: str,
@@ -278,7 +268,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
 def _key(
     model: PreTrainedModel,
-    triplets: Sequence[_Triplet],
+    triplets: Sequence[Triplet],
     recipe: Recipe,
     pooling: str,
     instruction: str | None,

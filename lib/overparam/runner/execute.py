@@ -137,6 +137,9 @@ def _execute(job: Job, partial: Path, title: str, display: Display) -> None:
             "OVERPARAM_COMMAND": job.command,
             "OVERPARAM_PROGRESS": str(folder / "progress"),
             "PYTHONFAULTHANDLER": "1",
+            # bars of libraries, and warnings that are for their developers, make executed notebooks unreadable
+            "TQDM_DISABLE": "1",
+            "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",
         }
         # the injected cell with the parameters is one more
         with display.job(title, folder / "progress", len(code_cells) + 1) as shown:

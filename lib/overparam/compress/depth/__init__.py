@@ -20,7 +20,7 @@ from overparam.compress.depth.similarity import (
     keep_random,
     layer_similarity,
 )
-from overparam.compress.depth.truncation import truncate
+from overparam.compress.depth.truncation import truncate, truncated
 
 __all__ = [
     "POOLINGS",
@@ -36,4 +36,5 @@ __all__ = [
     "layer_similarity",
     "pick_frequencies",
     "truncate",
+    "truncated",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,15 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.depth.embeddings import layer_embeddings
-
-
-class _Triplet(Protocol):
-    @property
-    def query(self) -> str: ...
-    @property
-    def positive(self) -> str: ...
-    @property
-    def negative(self) -> str: ...
+from overparam.compress.triplets import Triplet
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ class Cuts:
 def initial_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    triplets: Sequence[_Triplet],
+    triplets: Sequence[Triplet],
     *,
     batch_size: int = 64,
     scale: float = 20.0,

@@ -56,7 +56,7 @@ def layer_similarity(
             cosine_sums[depth - 1] += float((cosine * mask).sum(dtype=torch.float64))
         previous = hidden
         last = mask.sum(1).long() - 1
-        states.append(hidden[torch.arange(len(last)), last].double())
+        states.append(hidden[torch.arange(len(last), device=last.device), last].double())
 
     with torch.inference_mode(), each_depth(model, visit):
         for batch in progress.track(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -51,6 +52,15 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
     return model
+
+
+def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
+    """Return a truncated copy of `model` that shares its weights, so that it takes no memory of its own.
+
+    For encoding and saving; train a copy of it. Arguments and errors are those of `truncate`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return truncate(copy.deepcopy(model, shared), keep_layers)
 
 
 def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
     tokens = sum(
         len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=params.max_length)["input_ids"]
     )
-    pruned = {keep: _sharing_copy(study.model, keep) for keep in depths}
+    pruned = {keep: depth.truncated(study.model, keep) for keep in depths}
     batch = speed.interleaved(
         {str(keep): _encoding(study, model, texts) for keep, model in pruned.items()},
         repeats=params.cost_repeats,
@@ -136,9 +135,3 @@ def _memory_jobs(
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
     params = study.params
     return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
-
-
-def _sharing_copy(model: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """Return a truncated copy that shares the weights of `model`."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return depth.truncate(copy.deepcopy(model, shared), keep)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pandas as pd
 
@@ -98,7 +96,7 @@ def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
     rows = []
     for rule, kept in rules.items():
         if tuple(kept) not in known:
-            pruned = depth.truncate(copy.deepcopy(study.model), kept)
+            pruned = depth.truncated(study.model, kept)
             known[tuple(kept)] = study.score(
                 f"rule {rule}", study.embedder(pruned, [keep]), depths=[keep], tasks=tasks
             )[keep]

@@ -130,8 +130,7 @@ def start(params: Params) -> Study:
     """
     dtype = _dtype(params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        _check_memory(params, dtype)
+    _check_memory(params, dtype, device)
     model, tokenizer = models.load(params.model, dtype=dtype, device=device)
     total = len(models.blocks(model).layers)
     for keep in params.extra_depths:
@@ -269,10 +268,10 @@ def _dtype(params: Params) -> torch.dtype:
     return torch.bfloat16 if params.dtype == "bfloat16" else torch.float32
 
 
-def _check_memory(params: Params, dtype: torch.dtype) -> None:
+def _check_memory(params: Params, dtype: torch.dtype, device: str) -> None:
     weights = models.required_memory(params.model, dtype=dtype)
     needed = 2 * _TRAINING_FACTOR * weights  # the unpruned model stays while a copy of it is trained
-    available = psutil.virtual_memory().available
+    available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     progress.note(
         f"{params.model} in {str(dtype).removeprefix('torch.')}: weights {weights / 2**30:.2f} GiB, "
         f"about {needed / 2**30:.1f} GiB with a copy in training; {available / 2**30:.1f} GiB are free"

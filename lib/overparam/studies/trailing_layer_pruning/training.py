@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -68,7 +67,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 bf16=models.bf16_is_fast() and params.dtype != "float32",
             )
             trained = contrastive.train(
-                depth.truncate(copy.deepcopy(study.model), keep),
+                depth.truncated(study.model, keep),
                 study.tokenizer,
                 triplets(params, params.train_steps * params.train_batch_size, seed=seed),
                 recipe,
