@@ -89,7 +89,12 @@ def plot_tasks(study: Study, zero: ZeroShot) -> Any:
     with figures.style():
         figure, axes = plt.subplots(figsize=(figures.WIDTH * 1.25, figures.WIDTH * (0.2 + 0.06 * len(table))))
         sns.heatmap(
-            table, ax=axes, cmap="viridis", cbar_kws={"label": "main score (points)"}, rasterized=True
+            table,
+            ax=axes,
+            cmap="viridis",
+            xticklabels=2,
+            cbar_kws={"label": "main score (points)"},
+            rasterized=True,
         )
         for row, best in enumerate(table.to_numpy().argmax(axis=1)):
             axes.plot(best + 0.5, row + 0.5, marker="o", color="white", markersize=3, linestyle="")
