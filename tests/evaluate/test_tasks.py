@@ -64,13 +64,13 @@ def test_reuters_is_balanced_and_keeps_classes_with_eight_training_articles(whic
     assert set(test.labels) <= set(counts)
     assert len(test.texts) == 100
     assert not set(train.texts) & set(test.texts)
-    assert max(map(len, train.texts + test.texts)) <= 256
+    assert max(map(len, train.texts + test.texts)) <= 160
 
 
 def test_newsgroups_are_balanced():
     posts = newsgroups(100, 42)
     assert {posts.labels.count(label) for label in posts.labels} == {5}
-    assert max(map(len, posts.texts)) <= 384
+    assert max(map(len, posts.texts)) <= 256
 
 
 def test_balanced_order_uses_up_small_classes_last():

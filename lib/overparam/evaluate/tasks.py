@@ -4,8 +4,8 @@
 prefixes of one shuffled order, so that a larger size contains a smaller one. The verse tasks use the same
 verses, so that an embedding pass which embeds each text once pays for them once.
 
-Verses and the Lee documents are whole; Reuters articles are cut to their first 256 characters (headline and
-opening sentence) and newsgroup posts to 384, because time on a CPU is counted in tokens. All verses are of
+Verses and the Lee documents are whole; Reuters articles are cut to their first 160 characters (headline and
+opening sentence) and newsgroup posts to 256, because time on a CPU is counted in tokens. All verses are of
 the test split, and no article or post that also occurs in its corpus' training part is judged.
 
 The SHA-256 of a task's rows is its data set revision, so that a result says which texts it is about.
