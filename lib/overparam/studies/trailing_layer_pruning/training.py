@@ -88,6 +88,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
                 trained.encoder.save(str(folder))
                 progress.note(f"saved the encoder with {keep} layers at {folder}")
+            del trained, encoder  # or the next one is trained beside it
     study.recorder.table("training_loss", pd.DataFrame(losses))
     return _compare(study, scores, cost, zero)
 
