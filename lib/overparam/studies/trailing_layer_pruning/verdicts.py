@@ -45,8 +45,8 @@ def verdicts(study: Study, cuts: depth.Cuts, trained: Trained, cost_slope: stats
         return f"{keep} of {total} layers kept. {conditions}"
 
     def pick(keep: int, interior: bool) -> str:
-        edge = "" if interior else "The pick is no local minimum of the loss, only the least of its half. "
-        return edge + kept(keep)
+        edge = "" if interior else " The pick is no local minimum of the loss, only the least of its half."
+        return kept(keep) + edge
 
     found = [
         judged(
