@@ -1,6 +1,9 @@
 """`make bench`: every performance goal as a ratio measured in one run. Wants the machine to itself."""
 
+import os
 import sys
+
+os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
 
 from tests.benchmarks import trailing_layer_pruning
 
