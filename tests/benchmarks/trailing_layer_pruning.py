@@ -1,6 +1,14 @@
 """Costs of the trailing-layer pruning study on Gemma 3 270M, as ratios of interleaved runs.
 
-What was tried: see the notes under `GOALS`.
+Measured on two cores of an AMD EPYC without AVX-512 (float32): all 19 depths 8.98 times cheaper than one by one
+(9.5 would be free of overhead), peak memory 1.01 of a plain forward pass (1.15 without the weights), 14, 9 and 4 of
+18 layers 1.34, 2.05 and 4.34 times as fast, all depths in 0.71 of the time that sentence-transformers takes for the
+last. bfloat16 is emulated there, at 0.16 of the speed of float32.
+
+Tried on the way: batches of 1,024 tokens encode 456 tokens/s, of 2,048 430, of 4,096 345 (larger activations are
+mapped and returned to the system for every layer); raising glibc's mmap and trim thresholds took system time from
+10 % to under 1 % when encoding and gave nothing when training. LoRA dropout of 0.05 makes a training step 1.45 times
+as long: its random numbers are drawn by one thread.
 """
 
 from __future__ import annotations
