@@ -78,13 +78,13 @@ class ReutersR8(LocalTask, AbsTaskClassification):  # type: ignore[misc]
 
 
 class ReutersR52(ReutersR8):
-    """The same for 52 classes, without the 15 that have fewer than 8 training articles."""
+    """The same for 52 classes, without the 16 that have fewer than 8 different training articles."""
 
     metadata = describe(
         "ReutersR52",
         "Classification",
         "accuracy",
-        "Topic of Reuters-21578 articles, the 37 of 52 classes with at least 8 training articles, balanced.",
+        "Topic of Reuters-21578 articles, the 36 of 52 classes with at least 8 training articles, balanced.",
         "Classify the topic of the given news article.",
     )
 
