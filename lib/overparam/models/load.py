@@ -7,7 +7,14 @@ import hashlib
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from overparam import packages
 from overparam.catalogue import PACKAGED, TINY, check_model_name
@@ -16,7 +23,11 @@ from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 
 def load(
-    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    causal: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text encoder (or a decoder without its head) and its tokenizer.
 
@@ -24,6 +35,7 @@ def load(
         name: A bundled name (`catalogue.BUNDLED`), a local folder, or a hub id ``owner/model``.
         dtype: Of the weights; float32 by default.
         device: Where to put the model; the CPU by default.
+        causal: Load the decoder with its language-modelling head, to score and generate text.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -34,13 +46,13 @@ def load(
     """
     dtype = dtype or torch.float32
     if name.startswith(TINY):
-        model = tiny_twin(name.removeprefix(TINY), num_hidden_layers=6).to(dtype=dtype)
+        model = tiny_twin(name.removeprefix(TINY), num_hidden_layers=6, causal=causal).to(dtype=dtype)
         return model.to(device or "cpu"), tiny_tokenizer()
     source = _source(name)
     local = isinstance(source, Path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-        model = AutoModel.from_pretrained(
+        model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=local
         )
     except OSError as error:

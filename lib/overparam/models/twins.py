@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 _SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _DECODER = {
@@ -33,7 +39,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_twin(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrides: Any) -> PreTrainedModel:
     """Build a randomly initialised model of a known architecture, small enough for a test.
 
     Norm weights are drawn too (transformers sets them to a constant), so that a step that forgets a norm shows.
@@ -41,6 +47,7 @@ def tiny_twin(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrained
     Args:
         model_type: One of `TWINS`.
         seed: Seed of the weights.
+        causal: With the language-modelling head (``AutoModelForCausalLM``).
         overrides: Fields of the configuration, such as ``num_hidden_layers=6``.
 
     Raises:
@@ -58,7 +65,7 @@ def tiny_twin(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrained
     generator_state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = AutoModel.from_config(config).eval()
+        model = (AutoModelForCausalLM if causal else AutoModel).from_config(config).eval()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name.lower() and parameter.ndim == 1:
