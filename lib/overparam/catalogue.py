@@ -11,7 +11,10 @@ PACKAGED: dict[str, str] = {  # model -> package set that holds its weights
     "all-mpnet-base-v2": "all-mpnet-base-v2",
 }
 TINY = "tiny-"
-TWIN_NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "bert", "modernbert")
+TWIN_NAMES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "bert", "modernbert"),
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe"),
+)
 BUNDLED = (*PACKAGED, *(TINY + name for name in TWIN_NAMES))
 
 

@@ -3,9 +3,10 @@
 from overparam.models.counts import ParameterCounts, count_parameters
 from overparam.models.load import bf16_is_fast, load, provenance, random_twin, required_memory
 from overparam.models.structure import Blocks, blocks
-from overparam.models.twins import TWINS, tiny_tokenizer, tiny_twin
+from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
 
 __all__ = [
+    "MOE_TWINS",
     "TWINS",
     "Blocks",
     "ParameterCounts",

@@ -48,13 +48,20 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
         elif ".experts." in name:
             expert += size
     block = total - embedding - expert
-    return ParameterCounts(total, embedding, block, expert, block + _active_experts(model, expert))
+    return ParameterCounts(total, embedding, block, expert, block + _active_experts(model))
 
 
-def _active_experts(model: PreTrainedModel, expert: int) -> int:
-    if not expert:
-        return 0
-    config = model.config.get_text_config()
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next(getattr(config, name) for name in names if getattr(config, name, None))
-    return expert * int(config.num_experts_per_tok) // int(experts)
+def _active_experts(model: PreTrainedModel) -> int:
+    """Parameters of the experts that a token is routed to; layers may differ in experts and in top-k."""
+    active = 0
+    for block in model.modules():
+        experts = getattr(block, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        tensors = list(experts.parameters())
+        count = len(experts) if isinstance(experts, nn.ModuleList) else tensors[0].shape[0]
+        top_k = next((part.top_k for part in (*block.children(), block) if hasattr(part, "top_k")), None)
+        if top_k is None:
+            top_k = model.config.get_text_config().num_experts_per_tok
+        active += sum(tensor.numel() for tensor in tensors) // count * int(top_k)
+    return active

@@ -25,6 +25,22 @@ _DECODER = {
     "num_hidden_layers": 4,
 }
 _ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_NO_HEAD_DIM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_DEEPSEEK = {
+    **_NO_HEAD_DIM,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
 
 # model type -> (model_type of transformers, what differs from its defaults)
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,17 +48,42 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**_DECODER, "sliding_window": 16}),
     "qwen2": ("qwen2", _DECODER),
     "qwen3": ("qwen3", _DECODER),
-    "phi3": ("phi3", {key: value for key, value in _DECODER.items() if key != "head_dim"}),
+    "phi3": ("phi3", _NO_HEAD_DIM),
     "gemma3": ("gemma3_text", {**_DECODER, "sliding_window": 16, "query_pre_attn_scalar": 8}),
     "bert": ("bert", _ENCODER),
     "modernbert": ("modernbert", {**_ENCODER, "local_attention": 16, "global_attn_every_n_layers": 3}),
+    "mixtral": ("mixtral", {**_DECODER, "num_local_experts": 8}),
+    "olmoe": ("olmoe", {**_NO_HEAD_DIM, "num_experts": 8, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_DECODER, **_ROUTED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_DECODER, **_ROUTED}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_DECODER, "sliding_window": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v2": ("deepseek_v2", _DEEPSEEK),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "n_group": 2, "topk_group": 1}),
+    "granitemoe": ("granitemoe", {**_NO_HEAD_DIM, "num_local_experts": 8}),
 }
+MOE_TWINS = (
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "granitemoe",
+)
 
 
 def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrides: Any) -> PreTrainedModel:
     """Build a randomly initialised model of a known architecture, small enough for a test.
 
-    Norm weights are drawn too (transformers sets them to a constant), so that a step that forgets a norm shows.
+    Norm weights and the biases of routers and experts are drawn too (transformers sets them to a constant), so
+    that a step that forgets one shows.
 
     Args:
         model_type: One of `TWINS`.
@@ -70,6 +111,11 @@ def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrid
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name.lower() and parameter.ndim == 1:
                     parameter.add_(0.3 * torch.randn_like(parameter))
+                elif parameter_name.endswith(("router.bias", "proj_bias")):
+                    parameter.normal_(std=0.05)
+            for buffer_name, buffer in model.named_buffers():
+                if buffer_name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.05)
     finally:
         torch.set_rng_state(generator_state)
     return model

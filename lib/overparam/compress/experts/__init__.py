@@ -1,0 +1,36 @@
+"""Expert pruning of mixtures of experts: which experts a task uses, how many each layer keeps, and the cut itself.
+
+The method is that of arXiv 2605.28042 (routing mass, and layer budgets by divergence from English); beside it stand
+the scores of REAP (arXiv 2510.13999) and of Koishekenov et al. (arXiv 2212.09811), and random, inverted, uniform
+and inverse controls.
+"""
+
+from overparam.compress.experts.allocation import (
+    allocate,
+    allocate_inverse,
+    allocate_uniform,
+    divergence,
+    expected_overlap,
+    kept_overlap,
+    select,
+)
+from overparam.compress.experts.layout import LAYOUTS, Layout, MoeLayer, layers
+from overparam.compress.experts.pruning import prune
+from overparam.compress.experts.storage import load_pruned, save_pruned
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "MoeLayer",
+    "allocate",
+    "allocate_inverse",
+    "allocate_uniform",
+    "divergence",
+    "expected_overlap",
+    "kept_overlap",
+    "layers",
+    "load_pruned",
+    "prune",
+    "save_pruned",
+    "select",
+]

@@ -1,0 +1,154 @@
+"""Take experts out of a model: slices of its tensors, and every number that counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overparam.compress.experts.layout import (
+    TOP_K_FIELD,
+    Layout,
+    MoeLayer,
+    config_of,
+    layers,
+    layout_of,
+    tensors,
+)
+
+COUNTS_FIELD = "num_local_experts_per_layer"
+TOP_KS_FIELD = "num_experts_per_tok_per_layer"
+
+
+def prune(
+    model: PreTrainedModel, keep: Sequence[Sequence[int]], *, lower_top_k: bool = False
+) -> PreTrainedModel:
+    """Keep only the listed experts of each mixture-of-experts layer.
+
+    Changes `model` in place: the expert dimension of every parameter, bias and buffer of experts and router is
+    sliced, never masked, so that memory falls at once; tensor by tensor, so that the peak is the model and one
+    tensor. The result equals the model with the router logits of all other experts at minus infinity.
+
+    The configuration stays consistent. Where all layers keep equally many, its ordinary field holds the new count
+    and ``save_pretrained`` makes a standard checkpoint. Where they differ, ``num_local_experts_per_layer`` lists
+    the counts (one a mixture-of-experts layer), the ordinary field holds the largest, ``output_router_logits`` is
+    off (the auxiliary loss of transformers adds up layers of one width), and `save_pruned` writes the checkpoint.
+
+    Args:
+        model: A mixture of experts of a known layout (`LAYOUTS`).
+        keep: Ids of the kept experts of each mixture-of-experts layer (dense layers have no entry). They keep
+            the order given.
+        lower_top_k: Let a layer keep fewer experts than it routes a token to: its top-k becomes what it can
+            still choose from. Without it that is an error, since the function of the layer changes.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model is dense or unknown, there is not one list a layer, or a list has repeated ids, ids
+            out of range, fewer than top-k, or, for routers that choose among groups, unequal groups. The model is
+            then unchanged.
+    """
+    layout, found = layout_of(model), layers(model)
+    if len(keep) != len(found):
+        raise ValueError(
+            f"keep must have one list of experts for each of the {len(found)} mixture-of-experts layers, "
+            f"got {len(keep)}"
+        )
+    kept = [[int(expert) for expert in each] for each in keep]
+    top_ks = [
+        _checked(layout, position, layer, each, lower_top_k)
+        for position, (layer, each) in enumerate(zip(found, kept, strict=True))
+    ]
+    for layer, each, top_k in zip(found, kept, top_ks, strict=True):
+        shrink(layout, layer, each, top_k)
+    describe(model, [len(each) for each in kept], top_ks)
+    return model
+
+
+def shrink(layout: Layout, layer: MoeLayer, kept: Sequence[int], top_k: int) -> None:
+    """Slice the tensors of one layer and set its counts."""
+    if list(kept) != list(range(layer.n_experts)):
+        for owner, name in tensors(layout, layer):
+            _slice(owner, name, kept)
+    for module in (layer.block, layer.router, layer.experts):
+        for field, value in (("num_experts", len(kept)), ("top_k", top_k)):
+            if isinstance(getattr(module, field, None), int):
+                setattr(module, field, value)
+
+
+def describe(model: PreTrainedModel, counts: Sequence[int], top_ks: Sequence[int]) -> None:
+    """Make the configuration and the cached counts of `model` say what its layers hold."""
+    layout, config = layout_of(model), config_of(model)
+    setattr(config, layout.count_field, max(counts))
+    setattr(config, TOP_K_FIELD, max(top_ks))
+    for field, value in (("num_experts", max(counts)), ("num_experts_per_tok", max(top_ks))):
+        if isinstance(getattr(model, field, None), int):
+            setattr(model, field, value)
+    for field, values in ((COUNTS_FIELD, counts), (TOP_KS_FIELD, top_ks)):
+        if is_uniform(values):
+            vars(config).pop(field, None)
+        else:
+            setattr(config, field, list(values))
+    if not is_uniform(counts):
+        config.output_router_logits = False
+
+
+def is_uniform(values: Sequence[int]) -> bool:
+    """Whether all layers have the same number."""
+    return len(set(values)) == 1
+
+
+def _checked(layout: Layout, position: int, layer: MoeLayer, kept: Sequence[int], lower_top_k: bool) -> int:
+    """Check the kept experts of one layer and return its top-k."""
+    name = f"keep[{position}] (decoder layer {layer.index})"
+    outside = [expert for expert in kept if not 0 <= expert < layer.n_experts]
+    if outside:
+        raise ValueError(f"{name} must hold ids in 0..{layer.n_experts - 1}, got {outside[0]}")
+    repeated = sorted({expert for expert in kept if kept.count(expert) > 1})
+    if repeated:
+        raise ValueError(f"{name} lists expert {repeated[0]} more than once")
+    per_group = _per_group(layer, kept, name)
+    least = max(layout.group_top, 1)
+    if per_group < least:
+        raise ValueError(
+            f"{name} must keep at least {least} experts{' a group' if layer.groups > 1 else ''}, got {per_group}"
+        )
+    reachable = per_group * layer.top_groups
+    if reachable >= layer.top_k:
+        return layer.top_k
+    if lower_top_k:
+        return reachable
+    within = f" within the {layer.top_groups} of {layer.groups} groups it chooses" if layer.groups > 1 else ""
+    raise ValueError(
+        f"{name} leaves {reachable} experts{within}, fewer than the {layer.top_k} (top-k) that a token is routed "
+        "to; keep more, or pass lower_top_k=True"
+    )
+
+
+def _per_group(layer: MoeLayer, kept: Sequence[int], name: str) -> int:
+    """How many experts each group keeps."""
+    if layer.groups == 1:
+        return len(kept)
+    size = layer.n_experts // layer.groups
+    counts = [sum(expert // size == group for expert in kept) for group in range(layer.groups)]
+    if not is_uniform(counts) or [e // size for e in kept] != sorted(e // size for e in kept):
+        raise ValueError(
+            f"{name}: the router chooses {layer.top_groups} of {layer.groups} groups of consecutive experts, so that "
+            f"every group must keep equally many, in order; got {counts}. "
+            f"select(scores, counts, groups={layer.groups}) keeps such sets"
+        )
+    return counts[0]
+
+
+def _slice(owner: nn.Module, name: str, kept: Sequence[int]) -> None:
+    """Replace one tensor by its kept part; the old one is freed unless someone else holds it."""
+    old = getattr(owner, name)
+    ids = torch.as_tensor(list(kept), dtype=torch.long, device=old.device)
+    new = old.detach().index_select(0, ids)
+    if isinstance(old, nn.Parameter):
+        setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    else:
+        setattr(owner, name, new)

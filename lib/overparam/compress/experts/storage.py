@@ -1,0 +1,164 @@
+"""Pruned models on disk: standard checkpoints where all layers are alike, and a marked format where they differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from overparam.compress.experts.layout import TOP_K_FIELD, layers, layout_of
+from overparam.compress.experts.pruning import COUNTS_FIELD, TOP_KS_FIELD, describe, is_uniform, shrink
+
+FORMAT = 1
+FORMAT_FIELD = "overparam_expert_format"
+MODEL_TYPE_PREFIX = "overparam_pruned_"
+
+
+def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
+    """Save a pruned mixture of experts as safetensors, under the names that its architecture has on disk.
+
+    Where all layers keep equally many experts, the folder is a standard checkpoint that
+    ``AutoModelForCausalLM.from_pretrained`` reads. Where they differ, no loader of transformers can build the
+    model, and one that tried would fill the layers with random weights; so the folder is marked such that every
+    loader refuses it, and `load_pruned` reads it. Its ``config.json`` has
+
+    - ``model_type`` with the prefix ``overparam_pruned_``, which ``AutoConfig`` and servers do not know;
+    - ``per_layer_config``, transformers' own way to say ``{decoder layer: {field: value}}``, so that a class that
+      is called by name refuses it too;
+    - ``num_local_experts_per_layer``, the counts as a list with one entry a mixture-of-experts layer (dense
+      layers have none), and ``num_experts_per_tok_per_layer`` where top-k was lowered in some layers.
+
+    The folder appears whole or not at all. The tokenizer is not part of it.
+
+    Args:
+        model: A mixture of experts of a known layout.
+        path: A folder that does not exist yet, or is empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If something is there.
+        ValueError: If the model is dense or its layout is unknown.
+    """
+    folder = Path(path)
+    found = layers(model)
+    counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; save_pruned writes to a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        file = temporary / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config[FORMAT_FIELD] = FORMAT
+        field = layout_of(model).count_field
+        if is_uniform(counts) and is_uniform(top_ks):
+            if config["model_type"] == "qwen3_moe":
+                config["num_experts"] = counts[0]  # what transformers 4 and older servers read
+        else:
+            config["model_type"] = MODEL_TYPE_PREFIX + config["model_type"]
+            config[COUNTS_FIELD] = counts
+            config["per_layer_config"] = {
+                str(layer.index): {field: layer.n_experts, TOP_K_FIELD: layer.top_k} for layer in found
+            }
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.chmod(0o777 & ~_umask())
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_pruned(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load what `save_pruned` wrote, also where layers differ in their experts; the weights are exactly those saved.
+
+    Args:
+        path: The folder.
+        dtype: Of the weights; as they were saved by default.
+        device: Where to put the model; the CPU by default.
+
+    Returns:
+        The model in evaluation mode, of its ordinary class.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If `save_pruned` did not write the folder, another version of it did, or tensors are missing or of
+            other shapes than its configuration says.
+    """
+    folder = Path(path)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    version = config.pop(FORMAT_FIELD, None)
+    if version is None:
+        raise ValueError(
+            f"{folder} was not written by save_pruned; load it with models.load(..., causal=True)"
+        )
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder} has version {version} of the format of pruned experts, this release reads version {FORMAT}; "
+            "load it with the release that wrote it, or prune again"
+        )
+    config["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    config.pop("per_layer_config", None)
+    base = getattr(transformers, config["architectures"][0])
+    cls = (
+        base
+        if COUNTS_FIELD not in config
+        else _shrinking(base, config[COUNTS_FIELD], config.get(TOP_KS_FIELD))
+    )
+    model, report = cls.from_pretrained(
+        folder,
+        config=CONFIG_MAPPING[config["model_type"]].from_dict(config),
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if wrong:
+        raise ValueError(f"the tensors in {folder} do not fit its config.json: {wrong}")
+    model.__class__ = base
+    loaded: PreTrainedModel = model
+    return loaded.to(device or "cpu").eval()
+
+
+def _shrinking(
+    base: type[PreTrainedModel], counts: Sequence[int], top_ks: Sequence[int] | None
+) -> type[PreTrainedModel]:
+    """A class that builds the model of `base` and shrinks its layers before any weights are read."""
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        found = layers(self)
+        if len(found) != len(counts):
+            raise ValueError(f"{COUNTS_FIELD} lists {len(counts)} layers, the model has {len(found)}")
+        wanted = top_ks or [layer.top_k for layer in found]
+        for layer, count, top_k in zip(found, counts, wanted, strict=True):
+            shrink(layout_of(self), layer, range(count), top_k)
+        describe(self, counts, wanted)
+
+    # The name and module are those of `base`: transformers looks conversions and recorded outputs up by them.
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
