@@ -1,3 +1,4 @@
+import copy
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -9,7 +10,9 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from overparam import models
 from overparam.compress import experts
 
-IDS = torch.arange(3, 33).reshape(2, 15)
+# 32 tokens: a sigmoid rounds the last few numbers of a tensor that does not fill the processor's vectors another way
+# than the rest, so that other numbers of tokens can differ in the last bit between widths.
+IDS = torch.arange(3, 35).reshape(2, 16)
 
 
 def twin(name, **overrides):
@@ -97,7 +100,11 @@ def test_every_tensor_and_count_shrinks(name):
     counts = [len(kept) for kept in keep]
     assert [layer.n_experts for layer in experts.layers(model)] == counts
     for layer, count in zip(experts.layers(model), counts, strict=True):
-        owned = [*layer.router.named_parameters(), *layer.router.named_buffers(), *layer.experts.named_parameters()]
+        owned = [
+            *layer.router.named_parameters(),
+            *layer.router.named_buffers(),
+            *layer.experts.named_parameters(),
+        ]
         assert {tensor.shape[0] for _, tensor in owned} == {count}
         assert layer.router.num_experts == layer.experts.num_experts == count
     after = models.count_parameters(model)
@@ -135,8 +142,6 @@ def test_pruning_twice_equals_pruning_once():
 
 
 def test_a_model_that_shares_the_weights_is_left_alone():
-    import copy
-
     model = twin("olmoe")
     expected = logits(model)
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -244,7 +249,7 @@ def test_wrong_keep_lists_change_nothing(keep, message):
 
 
 def test_dense_models_are_refused():
-    with pytest.raises(ValueError, match="LlamaForCausalLM.*is dense"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*is dense"):
         experts.layers(models.tiny_twin("llama", causal=True))
 
 

@@ -16,21 +16,28 @@ from overparam.compress.experts.allocation import (
 )
 from overparam.compress.experts.layout import LAYOUTS, Layout, MoeLayer, layers
 from overparam.compress.experts.pruning import prune
+from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
+from overparam.compress.experts.scoring import METHODS, scores
 from overparam.compress.experts.storage import load_pruned, save_pruned
 
 __all__ = [
     "LAYOUTS",
+    "METHODS",
     "Layout",
     "MoeLayer",
+    "RoutingStatistics",
     "allocate",
     "allocate_inverse",
     "allocate_uniform",
+    "collect",
     "divergence",
     "expected_overlap",
     "kept_overlap",
     "layers",
     "load_pruned",
     "prune",
+    "routing_mass",
     "save_pruned",
+    "scores",
     "select",
 ]

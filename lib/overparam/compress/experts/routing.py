@@ -1,0 +1,298 @@
+"""How a text is routed: additive statistics of every expert, from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from overparam.compress.experts.layout import MoeLayer, layers
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Sums over a calibration text, for each expert of each mixture-of-experts layer.
+
+    Sums rather than means, so that statistics of parts of a text (batches, processes) add up with ``+`` to those
+    of the whole, as long as no sequence is split. Where layers differ in their experts, the rows of the smaller
+    ones end in zeros.
+
+    Attributes:
+        n_experts: Experts of each layer. int64 [layers]
+        sequences: Sequences with counted tokens.
+        tokens: Counted tokens.
+        mass_sum: Sum over sequences of the mean over tokens of the normalised top-k weights.
+            float64 [layers, experts]
+        routed: Tokens routed to each expert. float64 [layers, experts]
+        top1: Tokens of which it is the first choice. float64 [layers, experts]
+        top1_gate_sum: Sum over those tokens of the softmax of the router's logits at the expert.
+            float64 [layers, experts]
+        gated_norm_sum: Sum over routed tokens of normalised gate × norm of the expert's output; None where it was
+            not collected. float64 [layers, experts]
+    """
+
+    n_experts: NDArray[np.int64]
+    sequences: int
+    tokens: int
+    mass_sum: NDArray[np.float64]
+    routed: NDArray[np.float64]
+    top1: NDArray[np.float64]
+    top1_gate_sum: NDArray[np.float64]
+    gated_norm_sum: NDArray[np.float64] | None = None
+
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        """Statistics of both texts together.
+
+        Raises:
+            ValueError: If the layers differ in their experts, or only one side has the norms that REAP needs.
+        """
+        if not np.array_equal(self.n_experts, other.n_experts):
+            raise ValueError(
+                f"statistics of layers with {self.n_experts.tolist()} and {other.n_experts.tolist()} experts cannot "
+                "be added: they are of different models"
+            )
+        if (self.gated_norm_sum is None) != (other.gated_norm_sum is None):
+            raise ValueError(
+                "only one of the two statistics was collected with reap=True; collect both alike"
+            )
+        norms = None
+        if self.gated_norm_sum is not None and other.gated_norm_sum is not None:
+            norms = self.gated_norm_sum + other.gated_norm_sum
+        return RoutingStatistics(
+            self.n_experts,
+            self.sequences + other.sequences,
+            self.tokens + other.tokens,
+            self.mass_sum + other.mass_sum,
+            self.routed + other.routed,
+            self.top1 + other.top1,
+            self.top1_gate_sum + other.top1_gate_sum,
+            norms,
+        )
+
+    @property
+    def routing_mass(self) -> NDArray[np.float64]:
+        """Mean over sequences of `mass_sum`; rows sum to one. float64 [layers, experts]."""
+        return self.mass_sum / self.sequences
+
+    @property
+    def frequency(self) -> NDArray[np.float64]:
+        """Share of the tokens that is routed to each expert; rows sum to top-k. float64 [layers, experts]."""
+        return self.routed / self.tokens
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer, on its device. float64 [experts]."""
+
+    mass: torch.Tensor
+    routed: torch.Tensor
+    top1: torch.Tensor
+    top1_gate: torch.Tensor
+    gated_norm: torch.Tensor
+    calls: int = 0
+
+
+@dataclass
+class _Counted:
+    """What the current batch counts.
+
+    Attributes:
+        rows: The counted tokens, in the order in which routers see tokens. int64 [counted]
+        share: One over the counted tokens of the sequence of each. float64 [counted]
+    """
+
+    rows: torch.Tensor
+    share: torch.Tensor
+
+
+def routing_mass(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> NDArray[np.float64]:
+    """Share of the routing that each expert gets (arXiv 2605.28042).
+
+    For each token the router's top-k weights, normalised to sum to one; mean over the tokens of a sequence, then
+    over sequences. The paper's sequences are instruction, source, and the model's own translation.
+
+    Arguments and errors are those of `collect`.
+
+    Returns:
+        float64 [layers, experts]; rows sum to one.
+    """
+    return collect(model, batches).routing_mass
+
+
+def collect(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, reap: bool = False
+) -> RoutingStatistics:
+    """Collect the routing statistics of a text in one pass, without the language-modelling head.
+
+    The text is streamed: memory does not grow with it. The model is left exactly as it was, also after an error.
+
+    Args:
+        model: A mixture of experts of a known layout (`LAYOUTS`).
+        batches: Mappings with ``input_ids`` [sequences, tokens]; ``attention_mask`` of the same shape where there is
+            padding, on either side; and ``count_mask``, to count fewer than all unpadded tokens, such as the
+            generated ones. A sequence without counted tokens does not count.
+        reap: Collect what the score of REAP needs too: norms of the experts' outputs, for routed tokens only.
+
+    Raises:
+        ValueError: If the model is dense or unknown, a mask has another shape than the tokens, no token is counted,
+            or the routing is not finite.
+        RuntimeError: If a router is never called, as when another kernel computes the layer.
+    """
+    found = layers(model)
+    decoder = model.base_model
+    sums = [
+        _Sums(*torch.zeros(5, layer.n_experts, dtype=torch.float64, device=_device(layer))) for layer in found
+    ]
+    counted = _Counted(torch.empty(0), torch.empty(0))
+    sequences = tokens = 0
+    with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
+        for layer, running in zip(found, sums, strict=True):
+            stack.enter_context(_watched(layer, running, counted, reap))
+        for batch in batches:
+            ids = batch["input_ids"]
+            mask = _mask(batch, "attention_mask", torch.ones_like(ids))
+            wanted = _mask(batch, "count_mask", mask) & mask
+            lengths = wanted.sum(dim=1, keepdim=True)  # [sequences, 1]
+            if not lengths.any():
+                continue
+            counted.rows = wanted.flatten().nonzero().squeeze(1)
+            counted.share = (1 / lengths.double()).expand_as(wanted)[wanted]
+            sequences += int((lengths > 0).sum())
+            tokens += int(lengths.sum())
+            decoder(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0).to(model.device),
+                use_cache=False,
+            )
+            _check(found, sums)
+    if not tokens:
+        raise ValueError("the calibration text has no tokens: no batch, or masks that count none")
+    width = max(layer.n_experts for layer in found)
+
+    def table(name: str) -> NDArray[np.float64]:
+        rows = [getattr(running, name).cpu().numpy() for running in sums]
+        return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+
+    return RoutingStatistics(
+        np.array([layer.n_experts for layer in found], dtype=np.int64),
+        sequences,
+        tokens,
+        table("mass"),
+        table("routed"),
+        table("top1"),
+        table("top1_gate"),
+        table("gated_norm") if reap else None,
+    )
+
+
+@contextmanager
+def _watched(layer: MoeLayer, sums: _Sums, counted: _Counted, reap: bool) -> Iterator[None]:
+    """Add to `sums` at every call of the layer."""
+
+    def after_router(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        rows, share = counted.rows.to(output[2].device), counted.share.to(output[2].device)
+        logits, weights, indices = (
+            each[rows] for each in output
+        )  # [counted, experts], [counted, top_k] twice
+        gates = _normalised(weights)
+        sums.calls += 1
+        _scatter(sums.mass, indices, gates * share[:, None])
+        _scatter(sums.routed, indices, torch.ones_like(gates))
+        first = indices.gather(1, gates.argmax(dim=1, keepdim=True))  # [counted, 1]
+        logits = logits.float()
+        chosen = logits.gather(1, first) - logits.logsumexp(dim=1, keepdim=True)
+        _scatter(sums.top1, first, torch.ones_like(chosen).double())
+        _scatter(sums.top1_gate, first, chosen.exp().double())
+
+    handles = [layer.router.register_forward_hook(after_router)]
+    if reap:
+        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        # Each (token, expert) pair becomes a token of its own with one expert and weight one, so that the experts
+        # return their outputs before the gates, with whatever implementation the model uses.
+        def before_experts(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden_states, indices, weights = args
+            pending.append((indices, weights))
+            pairs = hidden_states.repeat_interleave(indices.shape[1], dim=0)  # [tokens * top_k, hidden]
+            return pairs, indices.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1)
+
+        def after_experts(_: Any, __: Any, outputs: torch.Tensor) -> torch.Tensor:
+            indices, weights = pending.pop()
+            rows = counted.rows.to(outputs.device)
+            norms = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).view(indices.shape)
+            _scatter(sums.gated_norm, indices[rows], _normalised(weights[rows]) * norms[rows])
+            gated = outputs.view(*indices.shape, -1) * weights[..., None]  # [tokens, top_k, hidden]
+            return gated.sum(dim=1).to(outputs.dtype)
+
+        handles.append(layer.experts.register_forward_pre_hook(before_experts))
+        handles.append(layer.experts.register_forward_hook(after_experts))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and router noise; each module goes back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _normalised(weights: torch.Tensor) -> torch.Tensor:
+    """Top-k weights that sum to one. float64 [tokens, top_k]."""
+    gates = weights.double()
+    return gates / gates.sum(dim=1, keepdim=True)
+
+
+def _scatter(sums: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """Add the values of (token, choice) pairs to the sums of their experts."""
+    sums.index_add_(0, indices.flatten(), values.flatten())
+
+
+def _device(layer: MoeLayer) -> torch.device:
+    return next(layer.router.parameters()).device
+
+
+def _mask(batch: Mapping[str, torch.Tensor], name: str, default: torch.Tensor) -> torch.Tensor:
+    """One mask of a batch. bool [sequences, tokens]."""
+    mask = batch.get(name)
+    if mask is None:
+        return default.bool()
+    if mask.shape != batch["input_ids"].shape:
+        raise ValueError(
+            f"{name} must have the shape of input_ids, {list(batch['input_ids'].shape)}, got {list(mask.shape)}"
+        )
+    return mask.bool()
+
+
+def _check(found: list[MoeLayer], sums: list[_Sums]) -> None:
+    """Raise where a router was bypassed or the routing is not finite."""
+    for layer, running in zip(found, sums, strict=True):
+        if not running.calls:
+            raise RuntimeError(
+                f"the router of layer {layer.index} was not called: another kernel computes the layer; "
+                "load the model with use_kernels=False"
+            )
+    totals = [float(running.mass.sum() + running.gated_norm.sum()) for running in sums]
+    if not np.isfinite(totals).all():
+        first = found[int(np.argmin(np.isfinite(totals)))]
+        raise ValueError(
+            f"the routing is not finite (NaN) from layer {first.index} on; load the model in float32 or bfloat16"
+        )

@@ -1,0 +1,59 @@
+"""Scores by which experts are ranked within a layer: the method, its peers, and controls."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overparam.compress.experts.routing import RoutingStatistics
+
+METHODS = ("routing_mass", "frequency", "koishekenov", "reap", "random", "inverted")
+
+
+def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDArray[np.float64]:
+    """Score every expert from the statistics of a text; in each layer the highest are kept (`select`).
+
+    - ``routing_mass``: mean normalised top-k weight (arXiv 2605.28042).
+    - ``frequency``: share of tokens routed to the expert.
+    - ``koishekenov``: share of tokens of which it is the first choice × exp(mean gate on those), the gate being
+      the softmax of the router's logits (arXiv 2212.09811).
+    - ``reap``: mean over routed tokens of the gate, normalised over the top-k, × norm of the expert's output
+      before the gate (arXiv 2510.13999); 0 for an expert without tokens.
+    - ``random``: uniform numbers, a control.
+    - ``inverted``: minus the routing mass, a control that keeps the least used.
+
+    Args:
+        statistics: From `collect`; with ``reap=True`` for ``reap``.
+        method: One of `METHODS`.
+        seed: Of ``random``.
+
+    Returns:
+        float64 [layers, experts]; minus infinity where a layer of a pruned model has no such expert.
+
+    Raises:
+        ValueError: If the method is unknown, or the statistics lack what it needs.
+    """
+    if method == "routing_mass":
+        values = statistics.routing_mass
+    elif method == "inverted":
+        values = -statistics.routing_mass
+    elif method == "frequency":
+        values = statistics.frequency
+    elif method == "koishekenov":
+        gate = _mean(statistics.top1_gate_sum, statistics.top1)
+        values = statistics.top1 / statistics.tokens * np.exp(gate)
+    elif method == "reap":
+        if statistics.gated_norm_sum is None:
+            raise ValueError("the score of REAP needs statistics collected with reap=True")
+        values = _mean(statistics.gated_norm_sum, statistics.routed)
+    elif method == "random":
+        values = np.random.default_rng(seed).random(statistics.mass_sum.shape)
+    else:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    exists = np.arange(values.shape[1]) < statistics.n_experts[:, None]
+    return np.where(exists, values, -np.inf)
+
+
+def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean, 0 where nothing was counted."""
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)

@@ -1,0 +1,123 @@
+"""Costs of expert pruning on a small random Qwen3-MoE, as ratios of interleaved runs.
+
+Needs no weights and less than a minute: 6 layers of 16 experts, top-2, hidden and expert width 256, vocabulary 8,000.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from overparam import models
+from overparam.compress import experts
+from overparam.measure import memory, speed
+
+LAYERS, EXPERTS = 6, 16
+BATCHES, SEQUENCES, TOKENS = 3, 16, 64
+REPEATS = 7
+LARGE = {"moe_intermediate_size": 2048}  # of which tensors outweigh what Python takes on the way
+
+
+def main() -> int:
+    """Measure, print a line a goal, and return 0 when all are met."""
+    missed = 0
+    for name, ratio, goal, met in chain(collecting(), peak_of_prune(), sizes()):
+        print(f"{name:<66} {ratio:>7}   goal {goal:<10} {'met' if met else 'MISSED'}", flush=True)
+        missed += not met
+    return int(missed > 0)
+
+
+def build(**overrides: int) -> PreTrainedModel:
+    """The model, with random weights."""
+    fields = {
+        "vocab_size": 8000,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("qwen3_moe", **{**fields, **overrides})
+    ).eval()
+
+
+def collecting():  # type: ignore[no-untyped-def]
+    """Routing statistics, and REAP's, against a plain forward pass of the decoder without its head."""
+    model = build()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(8000, (SEQUENCES, TOKENS), generator=generator),
+            "attention_mask": torch.ones(SEQUENCES, TOKENS, dtype=torch.long),
+        }
+        for _ in range(BATCHES)
+    ]
+
+    def plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.base_model(**batch, use_cache=False)
+
+    steps = {
+        "plain": plain,
+        "statistics": lambda: experts.collect(model, batches),
+        "reap": lambda: experts.collect(model, batches, reap=True),
+    }
+    timings = speed.interleaved(steps, warmup=1, repeats=REPEATS)
+    for name, goal in (("statistics", 1.1), ("reap", 1.6)):
+        ratio = float(np.median(np.divide(timings[name].values, timings["plain"].values)))
+        label = {"statistics": "routing statistics", "reap": "statistics with REAP's norms"}[name]
+        yield f"time of {label} / plain forward", f"{ratio:.2f}", f"≤ {goal}", ratio <= goal
+
+
+def peak_of_prune():  # type: ignore[no-untyped-def]
+    """What pruning three quarters adds to the resident model at its peak, in layers."""
+    peak = memory.peak_memory("tests.benchmarks.bench_experts:step_prune")
+    layer = models.count_parameters(build(**LARGE)).expert * 4 / LAYERS
+    ratio = peak.step_bytes / layer
+    yield "peak memory that pruning adds / one layer of experts", f"{ratio:.2f}", "≤ 1", ratio <= 1
+
+
+def step_prune() -> Iterator[None]:
+    """Prune, in a process of its own."""
+    model = build(**LARGE)
+    yield
+    experts.prune(model, [list(range(EXPERTS // 4))] * LAYERS)
+
+
+def sizes():  # type: ignore[no-untyped-def]
+    """Bytes of the saved folder against the parameter count, both as shares of the whole model's."""
+    model = build()
+    with tempfile.TemporaryDirectory() as temporary:
+        shares = []
+        for name in ("whole", "pruned"):
+            if name == "pruned":
+                counts = experts.allocate(np.arange(1, LAYERS + 1), LAYERS * EXPERTS // 4, 2, EXPERTS)
+                experts.prune(model, [list(range(count)) for count in counts])
+            folder = experts.save_pruned(model, Path(temporary) / name)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            shares.append((size, models.count_parameters(model).total))
+    (whole_bytes, whole_count), (pruned_bytes, pruned_count) = shares
+    ratio = (pruned_bytes / whole_bytes) / (pruned_count / whole_count)
+    yield (
+        "75 % pruned: share of bytes on disk / share of parameters",
+        f"{ratio:.3f}",
+        "1 ± 0.03",
+        abs(ratio - 1) <= 0.03,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
