@@ -1,6 +1,10 @@
 """Costs of expert pruning on a small random Qwen3-MoE, as ratios of interleaved runs.
 
 Needs no weights and less than a minute: 6 layers of 16 experts, top-2, hidden and expert width 256, vocabulary 8,000.
+
+Measured on one thread of an Intel Xeon at 2.8 GHz with AVX-512 (float32), beside another job: routing statistics 0.99
+of a plain forward pass, with REAP's norms 1.16; pruning three quarters adds 0.17 of one layer's experts at its peak;
+bytes on disk and parameters fall alike (1.000).
 """
 
 from __future__ import annotations

@@ -263,3 +263,15 @@ def test_experts_without_tokens_score_zero():
         values = experts.scores(statistics, method)
         assert (values >= 0).all()
         assert ((values > 0).sum(axis=1) == (1 if method == "koishekenov" else 2)).all()
+
+
+def test_half_precision_and_training_after_a_prune(twin):
+    found = experts.layers(twin)
+    counts = [4, 6, 4, 8][: len(found)]
+    values = experts.scores(experts.collect(twin.bfloat16(), [padded(sequences())], reap=True), "reap")
+    assert np.isfinite(values).all()
+    experts.prune(twin.float(), experts.select(values, counts, groups=found[0].groups))
+    batch = padded(sequences())
+    twin.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    for layer in experts.layers(twin):
+        assert layer.experts.down_proj.grad.shape[0] == layer.n_experts
