@@ -167,6 +167,12 @@ def test_short_texts_are_never_in_a_wrong_language():
     assert translation.is_wrong_language("Jesus wept, and they all saw it.", "fr")
 
 
+def test_standard_arabic_is_no_failure_where_egyptian_is_asked_for():
+    arabic = "في البدء خلق الله السماوات والأرض، وكانت الأرض خربة وخالية"
+    assert not translation.is_wrong_language(arabic, "arz")
+    assert translation.is_wrong_language(arabic, "bn")
+
+
 def test_a_language_that_is_not_known_is_not_checked_and_said(capsys):
     english = "In the beginning, God created the heavens and the earth."
     found = translation.score([english], [REFERENCE], ended=[True], target_language="tlh")

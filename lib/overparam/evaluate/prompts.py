@@ -48,7 +48,11 @@ class Prompter:
 
 def tagged() -> Prompter:
     """``source<2fr>``, for translators trained from scratch with one tag token a target language."""
-    return Prompter(lambda source, _, target_language: f"{source}<2{target_language}>")
+
+    def build(source: str, _: str, target_language: str) -> str:
+        return f"{source}<2{known(target_language, LANGUAGE_NAMES, 'language')}>"
+
+    return Prompter(build)
 
 
 def few_shot(examples: Sequence[Pair]) -> Prompter:

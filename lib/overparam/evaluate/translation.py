@@ -22,6 +22,7 @@ from overparam import progress
 
 REASONS = ("empty", "loop", "no_end", "wrong_language")
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char"}  # others: 13a
+_KIN = {"arz": ("ar", "ary"), "zh": ("wuu", "yue")}  # languages that are not told apart from these
 _MIN_LETTERS = 20  # of a text whose language is judged
 _MUCH_LIKELIER = 5.0  # how many times likelier another language must be
 _CYCLES, _CYCLE_CHARS = 4, 24  # a loop: so many times the same in a row, over so many characters
@@ -160,7 +161,8 @@ def is_wrong_language(text: str, language: str) -> bool:
     if sum(map(str.isalpha, text)) < _MIN_LETTERS or not language_is_known(language):
         return False
     probabilities = dict(_identifier().rank(text))
-    return bool(max(probabilities.values()) > _MUCH_LIKELIER * probabilities[language])
+    own = max(probabilities[name] for name in (language, *_KIN.get(language, ())))
+    return bool(max(probabilities.values()) > _MUCH_LIKELIER * own)
 
 
 def _failure(hypothesis: str, reference: str, ended: bool, language: str) -> str | None:
