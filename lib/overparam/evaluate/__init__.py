@@ -1,4 +1,4 @@
-"""Evaluation of embeddings: local tasks and hub tasks, both scored by mteb."""
+"""Evaluation of embeddings (local tasks and hub tasks, both scored by mteb) and of translations."""
 
 LOCAL_TASKS = (
     "LeeSTS",

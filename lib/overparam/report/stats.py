@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from overparam.report import corpus_statistics
+
 Array = NDArray[np.float64]
 Items = Array | Sequence[Array]  # [n] or [n, k]; or a list of those, one a seed, items in the same order
 Equivalence = Literal["equivalent", "worse", "better", "inconclusive"]
@@ -101,12 +103,16 @@ STATISTICS: dict[str, Callable[[Array], Array]] = {
     "spearman": _spearman,
     "average_precision": _average_precision,
     "v_measure_mean": _mean,
+    "chrf++": corpus_statistics.chrf,
+    "bleu": corpus_statistics.bleu,
+    "nll_per_token": corpus_statistics.nll_per_token,
+    "perplexity": corpus_statistics.perplexity,
 }
 """From per-item scores ``[..., n, k]`` to the score ``[...]``.
 
 ``mean`` and ``v_measure_mean`` read column 0 (one value an item, one value a clustering); ``spearman`` reads
 the predicted and the human similarity; ``average_precision`` reads the predicted similarity and the label (0
-or 1).
+or 1). The last four are scores of a corpus, which rest on the sums of all columns over the items.
 """
 
 _CHEAP = ("mean", "v_measure_mean")

@@ -1,0 +1,100 @@
+"""COMET and xCOMET, run by the `comet-score` command of an environment of its own.
+
+unbabel-comet 2.2 needs transformers below 5 and NumPy below 2, so it cannot share this project's environment,
+as an extra or otherwise. Its checkpoints are PyTorch pickles: they are read by its process, never by this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_INSTALL = (
+    "install it in an environment of its own, `pipx install unbabel-comet` or `uv tool install unbabel-comet`, "
+    "so that the command comet-score is found, or give its path in OVERPARAM_COMET"
+)
+
+
+def comet(
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    failures: Sequence[str | None],
+    model: str = "Unbabel/XCOMET-XL",
+    batch_size: int = 8,
+) -> NDArray[np.float64]:
+    """Score translations by a learned metric (Rei et al. 2020; xCOMET: Guerreiro et al. 2024).
+
+    A generation that failed scores 0 and is not shown to the metric, as in arXiv 2605.28042.
+
+    Args:
+        sources: Texts that were translated.
+        hypotheses: Translations.
+        references: Translations by people.
+        failures: What `translation.failures` returned.
+        model: Name on the hub or path of a checkpoint. "Unbabel/XCOMET-XL" (3.5 B parameters) and the larger
+            "Unbabel/XCOMET-XXL" are shown to accounts that accepted their licence; "Unbabel/wmt22-comet-da" to all.
+        batch_size: Sentences at a time.
+
+    Returns:
+        float64 [n, 1], mostly 0..1; their mean is the score of the corpus.
+
+    Raises:
+        ValueError: No texts, or unequal numbers.
+        RuntimeError: `comet-score` is not installed, or failed.
+    """
+    sizes = {len(sources), len(hypotheses), len(references), len(failures)}
+    if len(sizes) > 1 or not sources:
+        raise ValueError(
+            "sources, hypotheses, references and failures must be equally many, at least 1, got "
+            f"{len(sources)}, {len(hypotheses)}, {len(references)} and {len(failures)}"
+        )
+    items = np.zeros((len(sources), 1))
+    good = [index for index, reason in enumerate(failures) if reason is None]
+    if good:
+        columns = [[texts[index] for index in good] for texts in (sources, hypotheses, references)]
+        items[good, 0] = _run(columns, model, batch_size)
+    return items
+
+
+def _run(columns: list[list[str]], model: str, batch_size: int) -> list[float]:
+    """Scores of the rows of [sources, hypotheses, references]."""
+    command = os.environ.get("OVERPARAM_COMET") or shutil.which("comet-score")
+    if command is None or shutil.which(command) is None:
+        raise RuntimeError(f"COMET scores need the command comet-score of unbabel-comet: {_INSTALL}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = [folder / "sources", folder / "translations", folder / "references"]
+        for file, texts in zip(files, columns, strict=True):
+            # one text a line
+            file.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
+        out = folder / "scores.json"
+        arguments = ["-s", files[0], "-t", files[1], "-r", files[2], "--model", model, "--to_json", out]
+        arguments += ["--batch_size", batch_size, "--gpus", min(1, torch.cuda.device_count())]
+        done = subprocess.run(
+            [command, *map(str, arguments), "--quiet", "--only_system"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode or not out.exists():
+            last = next(
+                iter((done.stderr or done.stdout).strip().splitlines()[-1:]), f"exit {done.returncode}"
+            )
+            raise RuntimeError(
+                f"comet-score failed with {model}: {last} Without a network, load the model once where there is "
+                "one; for xCOMET, accept its licence on the hub and log in."
+            )
+        (rows,) = json.loads(out.read_text(encoding="utf-8")).values()
+    return [float(row["COMET"]) for row in rows]

@@ -1,0 +1,159 @@
+"""Teacher-forced negative log-likelihood, per text, of translations and of plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import progress
+
+Items = NDArray[np.float64]
+
+
+def negative_log_likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_tokens: int = 1024,
+    add_special_tokens: bool = True,
+    label: str = "scoring translations",
+) -> Items:
+    """How unlikely the model finds each target after its prompt, end token included.
+
+    The ids are those of the prompt, then those of the target without special tokens, then the end token. Logits
+    are computed for target tokens alone.
+
+    Args:
+        model: A decoder with its language-modelling head.
+        tokenizer: Its tokenizer, which has an end token.
+        prompts: Texts before the targets.
+        targets: Texts to score, one a prompt.
+        batch_tokens: Tokens of a batch, padding included. A batch's logits take up to 8 bytes times its target
+            tokens times the vocabulary: 2 GB for 1,024 target tokens of a vocabulary of 262,144.
+        add_special_tokens: Whether the tokenizer adds its own special tokens to prompts.
+        label: What the progress bar says.
+
+    Returns:
+        float64 [n, 2]: negative log-likelihood in nats, number of target tokens. Their sums give the mean a token
+        and the perplexity (`report.stats` statistics "nll_per_token" and "perplexity").
+
+    Raises:
+        ValueError: No prompts, unequal numbers of prompts and targets, an empty target, or no end token.
+    """
+    if len(prompts) != len(targets) or not prompts or isinstance(prompts, str):
+        raise ValueError(
+            f"prompts and targets must be equally many, at least 1, got {len(prompts)} and {len(targets)}"
+        )
+    if empty := [index for index, target in enumerate(targets) if not target.strip()]:
+        raise ValueError(f"{len(empty)} of {len(targets)} targets are empty, the first at index {empty[0]}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token_id) to score after each target")
+    before = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
+    after = tokenizer(list(targets), add_special_tokens=False).input_ids
+    if bare := [index for index, ids in enumerate(before) if not ids]:
+        raise ValueError(f"prompt {bare[0]} has no token: nothing predicts the first target token")
+    rows = [
+        ([*first, *second, tokenizer.eos_token_id], len(first))
+        for first, second in zip(before, after, strict=True)
+    ]
+    return _score(model, rows, batch_tokens, label)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 512,
+    batch_tokens: int = 1024,
+    label: str = "scoring texts",
+) -> Items:
+    """How unlikely the model finds each text: every token but the first one (<bos>, where there is one).
+
+    Args:
+        model: A decoder with its language-modelling head.
+        tokenizer: Its tokenizer.
+        texts: Texts of at least two tokens.
+        max_length: Tokens of a text, special tokens included; longer ones are cut. No end token is added.
+        batch_tokens: As in `negative_log_likelihood`.
+        label: What the progress bar says.
+
+    Returns:
+        float64 [n, 2]: negative log-likelihood in nats, number of tokens scored; see `negative_log_likelihood`.
+
+    Raises:
+        ValueError: No texts, or one of less than two tokens.
+    """
+    if not texts or isinstance(texts, str):
+        raise ValueError("there are no texts to score: give a list of texts")
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
+    if short := [index for index, row in enumerate(ids) if len(row) < 2]:
+        raise ValueError(f"text {short[0]} has less than two tokens: nothing in it can be predicted")
+    return _score(model, [(row, 1) for row in ids], batch_tokens, label)
+
+
+def _score(model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_tokens: int, label: str) -> Items:
+    """Score of each row (ids, where the target begins)."""
+    items = np.zeros((len(rows), 2))
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+    with torch.inference_mode():
+        for group in progress.track(list(_groups(order, rows, batch_tokens)), label):
+            losses = _losses(model, [rows[row] for row in group])
+            for row, loss in zip(group, losses, strict=True):
+                items[row] = loss.sum(), len(loss)
+    if not np.isfinite(items).all():
+        raise ValueError("the loss is not finite; load the model in float32 or bfloat16")
+    return items
+
+
+def _groups(order: list[int], rows: list[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    for row in order:
+        if group and len(rows[group[0]][0]) * (len(group) + 1) > batch_tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _losses(model: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[NDArray[np.float64]]:
+    """Negative log-likelihood of every target token of each row. Padding on the right changes nothing."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    scored = torch.zeros((len(rows), width), dtype=torch.bool)  # places that predict a target token
+    for at, (ids, start) in enumerate(rows):
+        input_ids[at, : len(ids)] = torch.tensor(ids)
+        mask[at, : len(ids)] = 1
+        scored[at, start - 1 : len(ids) - 1] = True
+    expected = input_ids[:, 1:][scored[:, :-1]].to(model.device)  # [targets]
+    with _head_sees(model, scored.to(model.device)):
+        logits = model(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+        ).logits[0]  # [targets, vocabulary]
+    losses = functional.cross_entropy(logits.float(), expected, reduction="none").cpu().numpy()
+    counts = [len(ids) - start for ids, start in rows]
+    return np.split(losses.astype(np.float64), np.cumsum(counts)[:-1])
+
+
+@contextmanager
+def _head_sees(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+    """Give the head only the hidden states at `places`; what the model does to logits stays its own code."""
+
+    def select(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0][places][None],)  # [1, targets, hidden]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

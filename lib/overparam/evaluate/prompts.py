@@ -1,0 +1,112 @@
+"""Prompts that ask a model for a translation, one kind for each kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from overparam.data.corpora import known
+from overparam.data.parallel import Pair
+
+LANGUAGE_NAMES = {
+    "en": "English",
+    "fr": "French",
+    "de": "German",
+    "es": "Spanish",
+    "it": "Italian",
+    "ja": "Japanese",
+    "arz": "Egyptian Arabic",
+    "bn": "Bengali",
+    "ru": "Russian",
+    "zh": "Chinese",
+}
+_HARMONY_FINAL = "<|channel|>final<|message|>"
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """How to ask for translations, and where the answer is in what the model writes.
+
+    Attributes:
+        build: (source, source language, target language) -> prompt.
+        stop: Text at which the answer ends, when it does not end with the model's end token.
+        add_special_tokens: Whether the tokenizer is to add its own (<bos>); chat templates bring theirs.
+        answer_after: Marker after whose last occurrence the answer begins; without the marker there is none.
+    """
+
+    build: Callable[[str, str, str], str]
+    stop: str | None = None
+    add_special_tokens: bool = True
+    answer_after: str | None = None
+
+    def __call__(self, sources: Sequence[str], source_language: str, target_language: str) -> list[str]:
+        """Return one prompt a source. Languages are codes such as "en" and "fr"."""
+        return [self.build(source, source_language, target_language) for source in sources]
+
+
+def tagged() -> Prompter:
+    """``source<2fr>``, for translators trained from scratch with one tag token a target language."""
+
+    def build(source: str, _: str, target_language: str) -> str:
+        return f"{source}<2{known(target_language, LANGUAGE_NAMES, 'language')}>"
+
+    return Prompter(build)
+
+
+def few_shot(examples: Sequence[Pair]) -> Prompter:
+    """Blocks of ``English: …`` and ``French: …``, for base models; the answer ends at the end of its line.
+
+    Args:
+        examples: Translated pairs in the two languages that will be asked for, in the order of the prompt.
+
+    Raises:
+        ValueError: No example (a base model has to see what is wanted), or a language without a name here.
+    """
+    if not examples:
+        raise ValueError("few_shot needs at least one example, got none")
+
+    def build(source: str, source_language: str, target_language: str) -> str:
+        first, second = _name(source_language), _name(target_language)
+        blocks = [f"{first}: {_line(pair.source)}\n{second}: {_line(pair.target)}\n\n" for pair in examples]
+        return f"{''.join(blocks)}{first}: {_line(source)}\n{second}:"
+
+    return Prompter(build, stop="\n")
+
+
+def chat(tokenizer: PreTrainedTokenizerBase) -> Prompter:
+    """One request through the tokenizer's chat template, for instruction models.
+
+    Reasoning is kept short where the template has a switch for it: low effort (GPT-OSS), no thinking (Qwen3).
+    Of GPT-OSS's harmony format the text of the final channel is the answer.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or a language without a name here.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: it is a base model's, use few_shot")
+
+    def build(source: str, source_language: str, target_language: str) -> str:
+        languages = f"from {_name(source_language)} into {_name(target_language)}"
+        request = f"Translate the following text {languages}. Give only the translation.\n\n{source}"
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": request}],
+                tokenize=False,
+                add_generation_prompt=True,
+                reasoning_effort="low",
+                enable_thinking=False,
+            )
+        )
+
+    harmony = "<|channel|>" in tokenizer.get_vocab()
+    return Prompter(build, add_special_tokens=False, answer_after=_HARMONY_FINAL if harmony else None)
+
+
+def _name(language: str) -> str:
+    return LANGUAGE_NAMES[known(language, LANGUAGE_NAMES, "language")]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
