@@ -1,0 +1,75 @@
+"""Muon for fused experts: `torch.optim.Muon` takes matrices only, and experts are stacks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from Muon's author
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, one matrix at a time, over stacks of matrices [..., rows, columns].
+
+    The method is Jordan's Muon (kellerjordan.github.io/posts/muon) with the update's scale of Moonlight
+    (arXiv 2502.16982), so that AdamW's learning rates and weight decay serve. Float32 throughout: many CPUs are
+    slower in bfloat16, in which `torch.optim.Muon` iterates.
+
+    Args:
+        params: Parameters of two or more dimensions.
+        lr: Learning rate.
+        momentum: Of the running mean of gradients (Nesterov).
+        weight_decay: Decoupled.
+        iterations: Newton–Schulz steps.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterations: int = 5,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
+        super().__init__(list(params), defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 2:
+                    raise ValueError(
+                        f"Muon needs matrices, got a parameter of shape {tuple(parameter.shape)}"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """Take one step."""
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(average, group["momentum"]), group["iterations"])
+                scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+        return loss
+
+
+def orthogonalised(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Return the nearest (semi-)orthogonal matrix to each of [..., rows, columns], to about 20 %."""
+    a, b, c = _COEFFICIENTS
+    shape = matrices.shape
+    x = matrices.reshape(-1, *shape[-2:])
+    x = x.mT if (tall := shape[-2] > shape[-1]) else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT  # [matrices, smaller, smaller]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)

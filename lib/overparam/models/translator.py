@@ -1,0 +1,137 @@
+"""The small mixture-of-experts translator that this suite trains: its vocabulary, its shape, its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+LANGUAGES = ("en", "fr", "de", "es", "it")
+PLAIN = "<lm>"  # comes before text that is not translated
+_SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", *(f"<2{language}>" for language in LANGUAGES), PLAIN)
+
+
+def tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with a tag for each target language.
+
+    A prompt is the plain string ``source<2fr>``; the tokenizer puts ``<bos>`` before it.
+
+    Args:
+        texts: What it is trained on.
+        vocabulary: Number of tokens, the special ones included.
+    """
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=list(_SPECIALS[4:]),
+        model_max_length=1024,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(
+    *,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    expert_width: int,
+    heads: int,
+    key_value_heads: int,
+    seed: int,
+) -> PreTrainedModel:
+    """Build an untrained Qwen3-MoE decoder of this shape, input and output embeddings tied."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=expert_width,
+        moe_intermediate_size=expert_width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=hidden // heads,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        # eager attention: the flash kernel's backward pass is slow on CPUs at these lengths
+        return Qwen3MoeForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    finally:
+        torch.set_rng_state(state)
+
+
+def borrow_embeddings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    donor: PreTrainedModel,
+    donor_tokenizer: PreTrainedTokenizerBase,
+    *,
+    scale: float = 0.03,
+) -> None:
+    """Begin the embedding table of `model` from the principal components of a larger model's.
+
+    A token gets the mean of the embeddings of the donor's tokens for the same string. Special tokens, and those
+    that are only parts of a character, keep their random rows.
+
+    Args:
+        model: Changed in place.
+        tokenizer: Its tokenizer.
+        donor: A model with embeddings of at least as many dimensions.
+        donor_tokenizer: Its tokenizer.
+        scale: Standard deviation of the table that results.
+    """
+    table = donor.get_input_embeddings().weight.detach().float()
+    rows, means = [], []
+    for row in range(len(_SPECIALS), len(tokenizer)):
+        text = tokenizer.decode([row])
+        if text.strip() and "�" not in text:
+            ids = donor_tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows.append(row)
+            means.append(table[ids].mean(0))
+    found = torch.stack(means)
+    found = found / found.norm(dim=-1, keepdim=True)
+    found = found - found.mean(0)
+    with torch.no_grad():
+        target = model.get_input_embeddings().weight
+        _, _, directions = torch.linalg.svd(found, full_matrices=False)
+        projected = found @ directions[: target.shape[1]].T
+        projected = projected @ _rotation(target.shape[1])
+        target[rows] = scale * projected / projected.std()
+
+
+def _rotation(width: int) -> torch.Tensor:
+    """A fixed random rotation: spreads the variance of principal components over all dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator)).Q

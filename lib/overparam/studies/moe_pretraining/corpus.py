@@ -1,0 +1,106 @@
+"""What the small generalist is trained on: verses in both directions, and English news and newsgroup text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from overparam.data import corpora, splits
+from overparam.data.packing import Tree
+from overparam.models.translator import PLAIN
+
+TRANSLATIONS = {"en": "web", "fr": "lsg", "de": "elb", "es": "rv1909", "it": "diodati"}
+_CHUNK = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
+_NEWS_CHARACTERS = 2000  # of a text that the tokenizer is trained on
+_NEWS_TEXTS = 3000
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the three kinds of text are mixed.
+
+    Attributes:
+        languages: Target languages of every verse.
+        unseen: A language that only some verses are translated into, and that calibration never uses.
+        unseen_share: Share of the verses that are.
+        reverse_share: Share of the verses that are also translated into English, from one language each.
+        plain_share: Pieces of plain English text for each verse.
+    """
+
+    languages: tuple[str, ...] = ("fr", "de", "es")
+    unseen: str = "it"
+    unseen_share: float = 0.35
+    reverse_share: float = 0.5
+    plain_share: float = 0.3
+
+
+def tokenizer_texts() -> list[str]:
+    """Return the texts that the tokenizer is trained on, all of the training split."""
+    verses = [verse.text for name in TRANSLATIONS.values() for verse in splits.verses_in(name, "train")]
+    plain = [
+        text[:_NEWS_CHARACTERS]
+        for corpus in ("20newsgroups", "reuters-r52")
+        for _, text in corpora.topic_rows(corpus, "train")[:_NEWS_TEXTS]
+    ]
+    return verses + plain
+
+
+def trees(
+    tokenizer: PreTrainedTokenizerBase, mix: Mix, *, seed: int, split: str = "train", length: int = 320
+) -> Iterator[Tree]:
+    """Yield training sequences for ever, each epoch in another order: the same ones for the same seed.
+
+    A verse with its translations that is longer than `length` loses translations, the last of a random order first.
+    """
+    tokens = {
+        language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)])
+        for language, name in TRANSLATIONS.items()
+    }
+    pieces = _pieces(tokenizer, split)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in TRANSLATIONS}
+    plain = tokenizer.convert_tokens_to_ids(PLAIN)
+    ids = [identity for identity in tokens["en"] if all(identity in each for each in tokens.values())]
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed} {epoch}")
+        order = rng.sample(ids, len(ids))
+        for identity in order:
+            targets = [*mix.languages, *([mix.unseen] if rng.random() < mix.unseen_share else [])]
+            rng.shuffle(targets)
+            prefix = [bos, *tokens["en"][identity]]
+            branches: list[Sequence[int]] = []
+            for language in targets:
+                branch = [tag[language], *tokens[language][identity], eos]
+                if len(prefix) + sum(map(len, branches)) + len(branch) <= length:
+                    branches.append(branch)
+            if branches:
+                yield Tree(prefix, branches)
+            if rng.random() < mix.reverse_share:
+                language = rng.choice([*mix.languages, mix.unseen])
+                other = rng.choice(order)
+                prefix = [bos, *tokens[language][other]]
+                branch = [tag["en"], *tokens["en"][other], eos]
+                if len(prefix) + len(branch) <= length:
+                    yield Tree(prefix, [branch])
+            if rng.random() < mix.plain_share:
+                yield Tree([bos], [[plain, *rng.choice(pieces)]])
+        epoch += 1
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
+    encoded = tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    return {identity: ids for (identity, _), ids in zip(texts, encoded, strict=True)}
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[int]]:
+    """Plain text in pieces of at most `_CHUNK` tokens; newsgroups and news have no validation split."""
+    part = "train" if split == "train" else "test"
+    texts = [
+        text for corpus in ("20newsgroups", "reuters-r52") for _, text in corpora.topic_rows(corpus, part)
+    ]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids[at : at + _CHUNK] for ids in encoded for at in range(0, len(ids), _CHUNK)]
