@@ -2,7 +2,7 @@
 
 from overparam.models.counts import ParameterCounts, count_parameters
 from overparam.models.load import bf16_is_fast, load, provenance, random_twin, required_memory
-from overparam.models.structure import Blocks, blocks
+from overparam.models.structure import Blocks, blocks, sharing_copy
 from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "provenance",
     "random_twin",
     "required_memory",
+    "sharing_copy",
     "tiny_tokenizer",
     "tiny_twin",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,3 +54,13 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         current = getattr(current, name, None)
     return current
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` that shares its parameters and buffers, so that it takes no memory of its own.
+
+    What replaces a module or a tensor of the copy (truncating, slicing) leaves the original as it is; what writes
+    into a tensor (training) changes both.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)

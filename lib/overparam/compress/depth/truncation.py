@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from overparam.models import blocks
+from overparam.models import blocks, sharing_copy
 
 
 def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
@@ -59,8 +58,7 @@ def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTr
 
     For encoding and saving; train a copy of it. Arguments and errors are those of `truncate`.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return truncate(copy.deepcopy(model, shared), keep_layers)
+    return truncate(sharing_copy(model), keep_layers)
 
 
 def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:

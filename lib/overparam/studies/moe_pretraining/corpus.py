@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from overparam.data import corpora, splits
 from overparam.data.packing import Tree
+from overparam.data.parallel import VERSIONS
 from overparam.models.translator import PLAIN
 
-TRANSLATIONS = {"en": "web", "fr": "lsg", "de": "elb", "es": "rv1909", "it": "diodati"}
 _CHUNK = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
 _NEWS_CHARACTERS = 2000  # of a text that the tokenizer is trained on
 _NEWS_TEXTS = 3000
@@ -39,7 +39,7 @@ class Mix:
 
 def tokenizer_texts() -> list[str]:
     """Return the texts that the tokenizer is trained on, all of the training split."""
-    verses = [verse.text for name in TRANSLATIONS.values() for verse in splits.verses_in(name, "train")]
+    verses = [verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")]
     plain = [
         text[:_NEWS_CHARACTERS]
         for corpus in ("20newsgroups", "reuters-r52")
@@ -57,11 +57,11 @@ def trees(
     """
     tokens = {
         language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)])
-        for language, name in TRANSLATIONS.items()
+        for language, name in VERSIONS.items()
     }
     pieces = _pieces(tokenizer, split)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in TRANSLATIONS}
+    tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in VERSIONS}
     plain = tokenizer.convert_tokens_to_ids(PLAIN)
     ids = [identity for identity in tokens["en"] if all(identity in each for each in tokens.values())]
     epoch = 0
