@@ -57,7 +57,7 @@ def test_a_depth_beyond_the_model_is_refused_before_any_long_work(tmp_path, monk
 
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(study.models, "required_memory", lambda *_, **__: 10**15)
+    monkeypatch.setattr("overparam.models.memory.required_memory", lambda *_, **__: 10**15)
     with pytest.raises(MemoryError, match="needs about"):
         study.start(Params(model="tiny-bert", **TINY))
 

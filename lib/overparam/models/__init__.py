@@ -2,6 +2,7 @@
 
 from overparam.models.counts import ParameterCounts, count_parameters
 from overparam.models.load import bf16_is_fast, load, provenance, random_twin, required_memory
+from overparam.models.memory import check_memory, working_device, working_dtype
 from overparam.models.structure import Blocks, blocks, sharing_copy
 from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
 
@@ -12,6 +13,7 @@ __all__ = [
     "ParameterCounts",
     "bf16_is_fast",
     "blocks",
+    "check_memory",
     "count_parameters",
     "load",
     "provenance",
@@ -20,4 +22,6 @@ __all__ = [
     "sharing_copy",
     "tiny_tokenizer",
     "tiny_twin",
+    "working_device",
+    "working_dtype",
 ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from overparam.report.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Verdict = Literal[
     "reproduced", "reproduced in direction", "not reproduced", "inconclusive", "not testable at this scale"
@@ -140,6 +143,27 @@ def judged(
         kind, measured, margin=margin, published=published_value, direction_within=direction_within, unit=unit
     )
     return Claim(id, statement, source, published, measured, unit, margin, verdict, rule, figure, note)
+
+
+def verdict_table(claims: list[Claim]) -> pd.DataFrame:
+    """The claims as a table for readers."""
+    import pandas as pd
+
+    rows = []
+    for claim in claims:
+        m = claim.measured
+        shown = "—" if m is None else f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}] {claim.unit}"
+        rows.append(
+            {
+                "claim": claim.statement,
+                "published": claim.published,
+                "measured [95 % CI]": shown,
+                "verdict": claim.verdict,
+                "rule": claim.rule,
+                "note": claim.note,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _no_worse(measured: Estimate, margin: float, unit: str) -> tuple[Verdict, str]:

@@ -53,6 +53,12 @@ def style() -> Iterator[None]:
         yield
 
 
+def legend_above(figure: MplFigure) -> None:
+    """Put the legend above the axes, where it hides no point, and make the figure taller by as much."""
+    figure.set_size_inches(WIDTH, 0.85 * WIDTH)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6)
+
+
 def save(
     fig: MplFigure, stem: str, *, data: pd.DataFrame, caption: str, id: str, recorder: Recorder
 ) -> dict[str, str]:

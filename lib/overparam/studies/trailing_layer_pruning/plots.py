@@ -71,7 +71,7 @@ def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
         for keep in (cuts.small, cuts.large):
             axes.plot(keep, zero.mean(keep), marker="D", color=ORANGE, markersize=6, linestyle="")
         axes.plot([], [], marker="D", color=ORANGE, linestyle="", label="picks of L3Prune")
-        _legend(figure)
+        figures.legend_above(figure)
         _depth_axis(axes, study.layers)
         axes.set_ylabel(f"mean score of {len(study.params.tasks)} tasks (points)")
         caption = (
@@ -164,7 +164,7 @@ def plot_trained(study: Study, trained: Trained) -> Any:
                 fillstyle="none",
                 label=f"{name} (paper)",
             )
-        _legend(figure)
+        figures.legend_above(figure)
         axes.set_xlabel("layers pruned (%)")
         axes.set_ylabel("change of the mean score (points)")
         caption = (
@@ -215,7 +215,7 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
         axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=0.8, marker="")
         for name, colour, marker in zip(names, figures.OKABE_ITO, figures.MARKERS, strict=False):
             axes.plot(data["depth_percent"], data[name], color=colour, marker=marker, label=name)
-        _legend(figure)
+        figures.legend_above(figure)
         axes.set_xlim(0, 103)
         axes.set_ylim(0, None)
         axes.set_xlabel("layers kept (%)")
@@ -226,12 +226,6 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
             "parameters with and without the embedding table, which is not pruned. Dotted: proportional."
         )
         return _save(study, figure, "cost", data, caption)
-
-
-def _legend(figure: Any) -> None:
-    """Put the legend above the axes, where it hides no point."""
-    figure.set_size_inches(figures.WIDTH, 0.85 * figures.WIDTH)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=6)
 
 
 def _depth_axis(axes: Any, layers: int) -> None:

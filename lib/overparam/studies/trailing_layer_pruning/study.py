@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import psutil
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -128,9 +126,11 @@ def start(params: Params) -> Study:
         ValueError: If a depth is not in 1…L.
         MemoryError: If the model cannot fit; says what it needs.
     """
-    dtype = _dtype(params)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_memory(params, dtype, device)
+    dtype, device = models.working_dtype(params.dtype), models.working_device()
+    # the unpruned model stays while a copy of it is trained
+    models.check_memory(
+        params.model, dtype, times_weights=2 * _TRAINING_FACTOR, purpose="with a copy in training"
+    )
     model, tokenizer = models.load(params.model, dtype=dtype, device=device)
     total = len(models.blocks(model).layers)
     for keep in params.extra_depths:
@@ -260,24 +260,3 @@ def scores_table(by_depth: dict[int, Scores]) -> pd.DataFrame:
             for keep, scores in by_depth.items()
         }
     )
-
-
-def _dtype(params: Params) -> torch.dtype:
-    if params.dtype == "auto":
-        return torch.bfloat16 if models.bf16_is_fast() else torch.float32
-    return torch.bfloat16 if params.dtype == "bfloat16" else torch.float32
-
-
-def _check_memory(params: Params, dtype: torch.dtype, device: str) -> None:
-    weights = models.required_memory(params.model, dtype=dtype)
-    needed = 2 * _TRAINING_FACTOR * weights  # the unpruned model stays while a copy of it is trained
-    available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    progress.note(
-        f"{params.model} in {str(dtype).removeprefix('torch.')}: weights {weights / 2**30:.2f} GiB, "
-        f"about {needed / 2**30:.1f} GiB with a copy in training; {available / 2**30:.1f} GiB are free"
-    )
-    if needed > available:
-        raise MemoryError(
-            f"{params.model} needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are free: "
-            "use a smaller model, dtype=bfloat16, or a machine with more memory"
-        )

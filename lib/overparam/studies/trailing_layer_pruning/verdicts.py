@@ -7,6 +7,7 @@ import pandas as pd
 from overparam.compress import depth
 from overparam.report import stats
 from overparam.report.claims import Claim, judged
+from overparam.report.claims import verdict_table as verdict_table
 from overparam.studies.trailing_layer_pruning.study import Study
 from overparam.studies.trailing_layer_pruning.training import (
     MODEST_SHARE,
@@ -112,25 +113,6 @@ def verdicts(study: Study, cuts: depth.Cuts, trained: Trained, cost_slope: stats
     for claim in found:
         study.recorder.claim(claim)
     return found
-
-
-def verdict_table(claims: list[Claim]) -> pd.DataFrame:
-    """The claims as a table for readers."""
-    rows = []
-    for claim in claims:
-        m = claim.measured
-        shown = "—" if m is None else f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}] {claim.unit}"
-        rows.append(
-            {
-                "claim": claim.statement,
-                "published": claim.published,
-                "measured [95 % CI]": shown,
-                "verdict": claim.verdict,
-                "rule": claim.rule,
-                "note": claim.note,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def _conditions(study: Study) -> str:

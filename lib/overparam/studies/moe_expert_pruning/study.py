@@ -1,0 +1,512 @@
+"""The steps of the expert-pruning study, in the order of the notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models, progress
+from overparam.compress import experts
+from overparam.data import corpora, parallel
+from overparam.data.parallel import Pair
+from overparam.evaluate import likelihood, prompts
+from overparam.evaluate.generation import Generation, default_limit, translate
+from overparam.evaluate.translation import TranslationScore, score
+from overparam.models.translator import PLAIN
+from overparam.report import record, stats
+from overparam.studies.moe_expert_pruning import Params
+
+CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
+_PEAK_FACTOR = 4.5  # unpruned model, and half of it with gradients, optimizer state and activations
+_SHOTS = 3  # examples in a prompt of a base model
+
+Items = NDArray[np.float64]
+Losses = dict[str, Items]  # test -> [n, 2]: negative log-likelihood, tokens
+Scores = dict[str, TranslationScore]  # language -> scores of what was translated into it
+
+
+@dataclass(frozen=True)
+class Test:
+    """A set of texts whose likelihood is measured.
+
+    Attributes:
+        group: "seen" (into a language of the calibration), "unseen", "reverse" (into English), "interface"
+            (out of domain, into languages of the calibration) or "plain" (English news and newsgroup text).
+        prompts: What the model is given.
+        targets: What it is to find likely.
+    """
+
+    group: str
+    prompts: list[str]
+    targets: list[str]
+
+
+@dataclass
+class Study:
+    """A started study: what every step needs, and the per-item scores collected so far."""
+
+    params: Params
+    recorder: record.Recorder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompter: prompts.Prompter
+    items: list[pd.DataFrame] = field(default_factory=list)
+
+    @cached_property
+    def layers(self) -> list[experts.MoeLayer]:
+        """The mixture-of-experts layers of the unpruned model."""
+        return experts.layers(self.model)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer."""
+        return self.layers[0].n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self.layers[0].top_k
+
+    def pairs(self, source: str, target: str, part: str, n: int) -> list[Pair]:
+        """Return `n` sentence pairs for "calibration", "training" or "test", the same ones for all languages."""
+        params = self.params
+        if params.corpus == "flores":
+            split = "devtest" if part == "test" else "dev"
+            return parallel.flores(source, target, split, n=n, seed=params.seed)
+        split = {"calibration": "validation", "training": "train", "test": "test"}[part]
+        return parallel.verse_pairs(source, target, split, n=n, seed=params.seed)
+
+    def ask(self, sources: Sequence[str], source: str, target: str) -> list[str]:
+        """Return the prompts that ask for translations."""
+        return self.prompter(sources, source, target)
+
+    def plain(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return prompts and targets of texts that are not translated."""
+        if self.params.prompt == "tagged":
+            return [PLAIN] * len(texts), list(texts)
+        heads = [text.split(" ", 1) for text in texts]  # the first word is given: not every model has a <bos>
+        return [head[0] for head in heads], [f" {head[-1]}" for head in heads]
+
+    @cached_property
+    def tests(self) -> dict[str, Test]:
+        """Every test set, by name."""
+        params, n = self.params, self.params.test_items
+        found: dict[str, Test] = {}
+        for group, languages in (("seen", params.languages), ("unseen", params.unseen)):
+            for language in languages:
+                found[f"en-{language}"] = self._test(group, self.pairs("en", language, "test", n), language)
+        for language in (*params.languages, *params.unseen):
+            pairs = self.pairs(language, "en", "test", n)
+            asked = self.ask([pair.source for pair in pairs], language, "en")
+            found[f"{language}-en"] = Test("reverse", asked, self._targets(pairs))
+        for language in params.languages:
+            if language in parallel.INTERFACE_LANGUAGES:
+                strings = parallel.interface_pairs(language, n=n, seed=params.seed)
+                found[f"interface en-{language}"] = self._test("interface", strings, language)
+        for name, corpus in (("news", "reuters-r52"), ("newsgroups", "20newsgroups")):
+            found[name] = Test("plain", *self.plain(self.plain_texts(corpus, "test", n)))
+        return found
+
+    def plain_texts(self, corpus: str, part: str, n: int) -> list[str]:
+        """Return `n` texts of news or newsgroups, spread over the corpus, each cut to the same length."""
+        texts = [text for _, text in corpora.topic_rows(corpus, part) if len(text.split()) > 8]
+        step = max(1, len(texts) // n)
+        return [text[: self.params.plain_characters].rsplit(" ", 1)[0] for text in texts[::step][:n]]
+
+    def losses(
+        self, system: str, model: PreTrainedModel, tests: Sequence[str] = (), **columns: object
+    ) -> Losses:
+        """Measure the negative log-likelihood of tests (all by default), and keep it by item."""
+        found = {}
+        for name in tests or self.tests:
+            test = self.tests[name]
+            found[name] = likelihood.negative_log_likelihood(
+                model,
+                self.tokenizer,
+                test.prompts,
+                test.targets,
+                batch_tokens=self.params.batch_tokens,
+                add_special_tokens=self.prompter.add_special_tokens,
+                label=f"likelihood of {name}",
+            )
+            self._keep(system, name, {"nll": found[name][:, 0], "tokens": found[name][:, 1]}, columns)
+        return found
+
+    def translations(
+        self, model: PreTrainedModel, pairs: Sequence[Pair], language: str, *, label: str
+    ) -> list[Generation]:
+        """Translate the sources of pairs from English, greedily."""
+        return translate(
+            model,
+            self.tokenizer,
+            [pair.source for pair in pairs],
+            source_language="en",
+            target_language=language,
+            prompter=self.prompter,
+            max_new_tokens=self.params.max_new_tokens or default_limit,
+            batch_tokens=2 * self.params.batch_tokens,
+            label=label,
+        )
+
+    def translate_test(
+        self,
+        system: str,
+        model: PreTrainedModel,
+        *,
+        languages: Sequence[str] = (),
+        **columns: object,
+    ) -> tuple[Scores, dict[str, list[str]]]:
+        """Translate the test sentences into each language; return scores and texts, and keep scores by item."""
+        scores: Scores = {}
+        texts: dict[str, list[str]] = {}
+        for language in languages or self.params.languages:
+            pairs = self.pairs("en", language, "test", self.params.translated_items)
+            generated = self.translations(model, pairs, language, label=f"translating into {language}")
+            texts[language] = [generation.text for generation in generated]
+            scores[language] = score(
+                texts[language],
+                [pair.target for pair in pairs],
+                ended=[generation.ended for generation in generated],
+                target_language=language,
+            )
+            kept = {
+                f"chrf_{k}": column.astype(np.float32)
+                for k, column in enumerate(scores[language].chrf.items.T)
+            }
+            failed = [reason or "" for reason in scores[language].failures]
+            self._keep(system, f"translated en-{language}", {**kept, "failure": failed}, columns)
+        return scores, texts
+
+    def pruned(self, keep: Sequence[Sequence[int]]) -> PreTrainedModel:
+        """Return a pruned copy that shares everything but its experts with the unpruned model."""
+        return experts.prune(models.sharing_copy(self.model), keep)
+
+    def finish(self) -> record.Record:
+        """Write the per-item scores and the record; its last file is record.json."""
+        frames = pd.concat(self.items, ignore_index=True)
+        for column in ("system", "test", "failure"):
+            frames[column] = frames[column].astype("category")
+        self.recorder.items("items", frames)
+        self.recorder.finish()
+        return self.recorder.record
+
+    def _test(self, group: str, pairs: Sequence[Pair], language: str) -> Test:
+        return Test(group, self.ask([pair.source for pair in pairs], "en", language), self._targets(pairs))
+
+    def _targets(self, pairs: Sequence[Pair]) -> list[str]:
+        space = " " if self.params.prompt == "few_shot" else ""  # after "French:"
+        return [space + pair.target for pair in pairs]
+
+    def _keep(
+        self,
+        system: str,
+        test: str,
+        values: Mapping[str, Sequence[object] | Items],
+        columns: Mapping[str, object],
+    ) -> None:
+        frame = pd.DataFrame({key: list(column) for key, column in values.items()})
+        named = {"system": system, **columns, "test": test, "item": range(len(frame))}
+        self.items.append(pd.concat([pd.DataFrame(named, index=frame.index), frame], axis=1))
+
+
+def start(params: Params) -> Study:
+    """Check what can be checked at once, load the model, and open the record.
+
+    Raises:
+        ValueError: If the model is dense or of an unknown layout, or a share would leave fewer than top-k experts.
+    """
+    dtype, device = models.working_dtype(params.dtype), models.working_device()
+    models.check_memory(
+        params.model, dtype, times_weights=_PEAK_FACTOR, purpose="with a pruned copy in training"
+    )
+    model, tokenizer = models.load(params.model, dtype=dtype, device=device, causal=True)
+    found = experts.layers(model)
+    if len({(layer.n_experts, layer.top_k) for layer in found}) > 1:
+        raise ValueError(f"the layers of {params.model} differ in their experts: give an unpruned model")
+    for share in params.shares:
+        least = found[0].top_k / found[0].n_experts
+        if 1 - share < least - 1e-9:
+            raise ValueError(
+                f"shares must be at most {1 - least:g} for {params.model} (each layer keeps its top-k), got {share}"
+            )
+    sets = ["verses", "interface", "reuters", "newsgroups"]
+    inputs = models.provenance(params.model) | corpora.provenance(*sets)
+    if params.dense_reference:
+        inputs |= models.provenance(params.dense_reference)
+    recorder = record.start(
+        "moe_expert_pruning",
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=inputs,
+        seeds=sorted({params.seed, *params.recovery_seeds}),
+    )
+    counts = models.count_parameters(model)
+    for name in ("total", "embedding", "expert", "active"):
+        recorder.metric(f"parameters_{name}", getattr(counts, name))
+    recorder.metric("moe_layers", len(found))
+    recorder.metric("experts", found[0].n_experts, "per layer")
+    recorder.metric("top_k", found[0].top_k)
+    study = Study(params, recorder, model, tokenizer, prompts.tagged())
+    study.prompter = _prompter(study)
+    return study
+
+
+def _prompter(study: Study) -> prompts.Prompter:
+    kind = study.params.prompt
+    if kind == "chat":
+        return prompts.chat(study.tokenizer)
+    return prompts.tagged() if kind == "tagged" else shots(study)
+
+
+def shots(study: Study) -> prompts.Prompter:
+    """Ask by examples from the training text, in whichever languages are asked for."""
+    cached: dict[tuple[str, str], Callable[[str, str, str], str]] = {}
+
+    def build(text: str, source: str, target: str) -> str:
+        if (source, target) not in cached:
+            examples = study.pairs(source, target, "training", _SHOTS)
+            cached[source, target] = prompts.few_shot(examples).build
+        return cached[source, target](text, source, target)
+
+    return prompts.Prompter(build, stop="\n")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unpruned model.
+
+    Attributes:
+        losses: Of every test.
+        scores: Of its translations.
+        texts: Its translations.
+    """
+
+    losses: Losses
+    scores: Scores
+    texts: dict[str, list[str]]
+
+
+def baseline(study: Study) -> Baseline:
+    """Measure the unpruned model, and write what it gives as a table."""
+    losses = study.losses("unpruned", study.model, share=0.0)
+    everywhere = (*study.params.languages, *study.params.unseen)
+    scores, texts = study.translate_test("unpruned", study.model, languages=everywhere, share=0.0)
+    rows = []
+    for name, items in losses.items():
+        perplexity = stats.bootstrap(items, statistic="perplexity", n_resamples=CURVE_RESAMPLES)
+        row = {"test": name, "group": study.tests[name].group, **_columns("perplexity", perplexity)}
+        if (language := name.removeprefix("en-")) in scores:
+            found = scores[language]
+            row |= _columns("chrF++", stats.bootstrap(found.chrf.items, statistic="chrf++"))
+            row |= _columns("BLEU", stats.bootstrap(found.bleu.items, statistic="bleu"))
+            row |= {
+                "failed": found.failure_shares["any"],
+                "signatures": f"{found.chrf.signature}; {found.bleu.signature}",
+            }
+        rows.append(row)
+    study.recorder.table("baseline", pd.DataFrame(rows))
+    suite = stats.suite_score(
+        {language: (scores[language].chrf.items, "chrf++") for language in study.params.languages}
+    )
+    study.recorder.metric("baseline_chrf", suite, "chrF++")
+    return Baseline(losses, scores, texts)
+
+
+def change_in_loss(study: Study, before: Losses, after: Losses, tests: Sequence[str] = ()) -> stats.Estimate:
+    """Rise of the negative log-likelihood a token, mean over the tests into the seen languages, in nats."""
+    named = tests or [f"en-{language}" for language in study.params.languages]
+    return stats.suite_difference(
+        {name: (before[name], after[name], "nll_per_token") for name in named}, n_resamples=CURVE_RESAMPLES
+    )
+
+
+def change_in_chrf(
+    study: Study, before: Scores, after: Scores | Sequence[Scores], languages: Sequence[str] = ()
+) -> stats.Estimate:
+    """Relative change of chrF++, mean over languages, in percent of the baseline; several runs are seeds."""
+    runs = [after] if isinstance(after, dict) else list(after)
+    kept = stats.suite_retention(
+        {
+            language: (before[language].chrf.items, [run[language].chrf.items for run in runs], "chrf++")
+            for language in languages or study.params.languages
+        }
+    )
+    return percent(kept)
+
+
+def percent(kept: stats.Estimate) -> stats.Estimate:
+    """A retention as a change in percent."""
+    return stats.Estimate(100 * (kept.value - 1), 100 * (kept.low - 1), 100 * (kept.high - 1), kept.n)
+
+
+def mean_chrf(scores: Scores, languages: Sequence[str]) -> float:
+    """Mean chrF++ over languages."""
+    return float(np.mean([scores[language].chrf.score for language in languages]))
+
+
+def failure_share(scores: Scores, languages: Sequence[str]) -> float:
+    """Mean share of failed generations over languages."""
+    return float(np.mean([scores[language].failure_shares["any"] for language in languages]))
+
+
+def _columns(name: str, estimate: stats.Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the unpruned model routes calibration text.
+
+    Attributes:
+        parts: For each language, statistics of parts of its text: instruction, source and the model's own
+            translation.
+        generated: For each language, statistics of the generated tokens alone.
+        english: The same sentences as plain English text.
+        news: English news.
+        reverse: Into English, for each language.
+    """
+
+    parts: dict[str, list[experts.RoutingStatistics]]
+    generated: dict[str, experts.RoutingStatistics]
+    english: experts.RoutingStatistics
+    news: experts.RoutingStatistics
+    reverse: dict[str, experts.RoutingStatistics]
+
+    def of(self, language: str) -> experts.RoutingStatistics:
+        """Statistics of one language."""
+        return added(self.parts[language])
+
+    @property
+    def pooled(self) -> experts.RoutingStatistics:
+        """Statistics of all languages of the calibration together."""
+        return added([part for parts in self.parts.values() for part in parts])
+
+    @property
+    def mix(self) -> NDArray[np.float64]:
+        """Mean routing mass over all that the model was made for: every direction, and plain text."""
+        every = [
+            *map(self.of, self.parts),
+            *self.reverse.values(),
+            self.english,
+            self.news,
+        ]
+        return np.mean([each.routing_mass for each in every], axis=0)
+
+
+def added(parts: Sequence[experts.RoutingStatistics]) -> experts.RoutingStatistics:
+    """Add statistics up."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+_PART = 4  # sentences of a part: what a bootstrap over calibration text draws
+
+
+def calibrate(study: Study) -> Calibration:
+    """Let the model translate the calibration text, and collect the routing of all that it read and wrote."""
+    params = study.params
+    n = params.calibration_items
+    parts: dict[str, list[experts.RoutingStatistics]] = {}
+    generated: dict[str, experts.RoutingStatistics] = {}
+    reverse: dict[str, experts.RoutingStatistics] = {}
+    for language in params.languages:
+        pairs = study.pairs("en", language, "calibration", n)
+        asked = study.ask([pair.source for pair in pairs], "en", language)
+        own = study.translations(study.model, pairs, language, label=f"calibration, {language}")
+        sequences = _sequences(study, asked, [generation.ids for generation in own])
+        chunks = [sequences[at : at + _PART] for at in range(0, n, _PART)]
+        label = f"routing of {language}"
+        parts[language] = [
+            experts.collect(study.model, [_batch(study, chunk)], reap=True)
+            for chunk in progress.track(chunks, label)
+        ]
+        generated[language] = experts.collect(
+            study.model, (_batch(study, chunk, generated_only=True) for chunk in chunks)
+        )
+        back = study.pairs(language, "en", "calibration", n)
+        asked = study.ask([pair.source for pair in back], language, "en")
+        sequences = _sequences(study, asked, _ids(study, [pair.target for pair in back]))
+        reverse[language] = experts.collect(study.model, _batches(study, sequences))
+    texts = [pair.source for pair in study.pairs("en", params.languages[0], "calibration", n)]
+    news = study.plain_texts("reuters-r52", "train", n)
+    plain = []
+    for some in (texts, news):
+        given, rest = study.plain(some)
+        sequences = _sequences(study, given, _ids(study, rest), end=False)
+        plain.append(experts.collect(study.model, _batches(study, sequences), reap=True))
+    return Calibration(parts, generated, plain[0], plain[1], reverse)
+
+
+Sequence_ = tuple[list[int], list[int]]  # what was given, what was written
+
+
+def _ids(study: Study, texts: Sequence[str]) -> list[list[int]]:
+    return [list(ids) for ids in study.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _sequences(
+    study: Study, given: Sequence[str], written: Sequence[Sequence[int]], *, end: bool = True
+) -> list[Sequence_]:
+    before = study.tokenizer(list(given), add_special_tokens=study.prompter.add_special_tokens)["input_ids"]
+    eos = [study.tokenizer.eos_token_id] if end else []
+    return [(list(first), [*second, *eos]) for first, second in zip(before, written, strict=True)]
+
+
+def _batches(study: Study, sequences: Sequence[Sequence_], size: int = 16) -> list[dict[str, torch.Tensor]]:
+    return [_batch(study, sequences[at : at + size]) for at in range(0, len(sequences), size)]
+
+
+def _batch(
+    study: Study, sequences: Sequence[Sequence_], *, generated_only: bool = False
+) -> dict[str, torch.Tensor]:
+    width = max(len(given) + len(written) for given, written in sequences)
+    ids = torch.full((len(sequences), width), int(study.tokenizer.pad_token_id or 0))
+    mask, count = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (given, written) in enumerate(sequences):
+        end = len(given) + len(written)
+        ids[row, :end] = torch.tensor([*given, *written])
+        mask[row, :end] = 1
+        count[row, len(given) if generated_only else 0 : end] = True
+    return {"input_ids": ids, "attention_mask": mask, "count_mask": count}
+
+
+def keep_sets(
+    study: Study,
+    statistics: experts.RoutingStatistics,
+    english: experts.RoutingStatistics,
+    share: float,
+    *,
+    method: str = "routing_mass",
+    allocation: str = "divergence",
+    seed: int = 0,
+) -> list[list[int]]:
+    """Choose the experts that stay when `share` of all are pruned.
+
+    Args:
+        study: The started study.
+        statistics: Of the calibration text.
+        english: Of English text of the same content, for the layer budgets.
+        share: Share of all experts that is pruned.
+        method: One of `experts.METHODS`.
+        allocation: "divergence" (published), "uniform" or "inverse".
+        seed: Of the method "random".
+    """
+    layers, groups = len(study.layers), study.layers[0].groups
+    total = round(layers * study.n_experts * (1 - share))
+    limits = (study.top_k, study.n_experts)
+    if allocation == "uniform":
+        counts = experts.allocate_uniform(total, layers, *limits)
+    else:
+        apart = experts.divergence(statistics.routing_mass, english.routing_mass)
+        share_out = experts.allocate if allocation == "divergence" else experts.allocate_inverse
+        counts = share_out(apart, total, *limits)
+    return experts.select(experts.scores(statistics, method, seed=seed), counts, groups=groups)
