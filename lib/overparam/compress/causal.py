@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -120,7 +120,8 @@ def train(
     """Train `model` in place, all parameters that require a gradient.
 
     The loss is the cross entropy at positions with a label, and only their logits are computed. The attention mask
-    of the batch is honoured exactly, which needs ``attn_implementation`` "eager" or "sdpa".
+    of the batch is honoured exactly, in layers with a sliding window too, which needs ``attn_implementation``
+    "eager" or "sdpa".
 
     Args:
         model: A decoder with its language-modelling head.
@@ -134,14 +135,16 @@ def train(
         label: Name of the step in the progress display.
 
     Raises:
-        ValueError: Too few batches, or one without anything to predict.
+        ValueError: Too few batches, or one without anything to predict; a model whose attention cannot be told who
+            sees whom, or a balance without a mixture of experts; a checkpoint of another recipe or model.
         FloatingPointError: If the loss is not finite; says at which step.
     """
     optimizers = _optimizers(model, recipe)
+    top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
     if checkpoint and (checkpoint / "log.json").exists():
         log = _restore(checkpoint, model, optimizers, recipe)
-    decoder: Callable[..., object] = model.get_decoder()
+    decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
     done = len(log.loss)
@@ -153,7 +156,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-        loss, balance, tokens, predicted = _gradients(model, decoder, stream, recipe, step)
+        loss, balance, tokens, predicted = _gradients(model, decoder, stream, recipe, top_ks, step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -176,9 +179,10 @@ def train(
 
 def _gradients(
     model: PreTrainedModel,
-    decoder: Callable[..., object],
+    decoder: Callable[..., Any],
     stream: Iterator[Batch],
     recipe: Recipe,
+    top_ks: list[int],
     step: int,
 ) -> tuple[float, float, int, int]:
     """Add up the gradients of one step; return loss, balance, tokens and predicted tokens."""
@@ -196,6 +200,8 @@ def _gradients(
         labels = torch.from_numpy(batch.labels).to(model.device).flatten()
         at = (labels != IGNORED).nonzero().squeeze(1)
         logits = model.get_output_embeddings()(hidden.flatten(0, 1)[at]).float()  # [predicted, vocabulary]
+        if (scaling := getattr(model.config.get_text_config(), "logits_scaling", 1.0)) != 1:  # Granite's
+            logits = logits / scaling
         smooth = functional.cross_entropy(
             logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
         )
@@ -203,13 +209,15 @@ def _gradients(
             plain = functional.cross_entropy(logits, labels[at], reduction="sum")
         loss = smooth / predicted
         if recipe.balance:
-            top_k = int(model.config.get_text_config().num_experts_per_tok)
             balance = torch.stack(
-                [load_balance(each, top_k, real.flatten()) for each in router_logits]
+                [
+                    load_balance(each, top_k, real.flatten())
+                    for each, top_k in zip(router_logits, top_ks, strict=True)
+                ]
             ).mean()
             loss = loss + recipe.balance * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(plain) / predicted
         tokens += int(real.sum())
     if not math.isfinite(total):
@@ -221,7 +229,7 @@ def hidden_states(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    decoder: Callable[..., object] | None = None,
+    decoder: Callable[..., Any] | None = None,
     router_logits: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return hidden states [rows, length, hidden] of a batch, and router logits [tokens, experts] by MoE layer.
@@ -231,30 +239,32 @@ def hidden_states(
         batch: See `data.packing.Packed`.
         decoder: The decoder of `model`, when it was compiled.
         router_logits: Whether to return them; an empty tuple otherwise.
+
+    Raises:
+        ValueError: A model whose attention cannot be told who sees whom.
     """
     decoder = model.get_decoder() if decoder is None else decoder
-    allowed = torch.from_numpy(batch.attends()).to(model.device).unsqueeze(1)
-    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device)
-    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
     out = decoder(
         input_ids=torch.from_numpy(batch.input_ids).to(model.device),
-        attention_mask=mask,
+        attention_mask=_masks(model, batch),
         position_ids=torch.from_numpy(batch.positions).to(model.device),
         use_cache=False,
         **({"output_router_logits": True} if router_logits else {}),
     )
-    return out.last_hidden_state, out.router_logits if router_logits else ()  # type: ignore[attr-defined]
+    return out.last_hidden_state, out.router_logits if router_logits else ()
 
 
 def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) -> torch.Tensor:
     """Return the load-balancing loss of one layer: 1 when every expert carries the same, more otherwise.
 
     Switch Transformer's (arXiv 2101.03961, eq. 4) for top-k routing. transformers' own loss pools the layers, so
-    that one layer can collapse as long as another makes up for it.
+    that one layer can collapse as long as another makes up for it, and cannot add up layers of different widths.
+    The experts of a token are those with the highest logits: groups of experts and the correction bias of
+    DeepSeek-V3, which balances without a loss, play no part.
 
     Args:
         router_logits: [tokens, experts].
-        top_k: Experts of a token.
+        top_k: Experts of a token in this layer.
         real: [tokens]; False for padding, which does not count.
     """
     probabilities = router_logits[real].float().softmax(-1)
@@ -264,10 +274,53 @@ def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) ->
     return experts * (share * probabilities.mean(0)).sum()
 
 
+def _masks(model: PreTrainedModel, batch: Batch) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Who sees whom, as numbers added to the attention [rows, 1, length, length]; by kind of layer where they differ.
+
+    A decoder that is given such a mask uses it in every layer as it is, so that a sliding window must be in it.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if config._attn_implementation not in ("eager", "sdpa") or unknown:
+        raise ValueError(
+            "packed rows need full or sliding attention, loaded with attn_implementation 'eager' or 'sdpa'; "
+            f"this model has {', '.join(sorted(unknown)) or repr(config._attn_implementation)}"
+        )
+
+    def added(allowed: NDArray[np.bool_]) -> torch.Tensor:
+        seen = torch.from_numpy(allowed).to(model.device).unsqueeze(1)
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        return mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
+
+    allowed = batch.attends()
+    window = getattr(config, "sliding_window", None) or 0
+    slides = "sliding_attention" in kinds if kinds else window > 0
+    if not slides or window > batch.positions.max():
+        return added(allowed)
+    here = batch.positions
+    distance = here[:, :, None] - here[:, None, :]  # [rows, length (query), length (key)]
+    near = added(allowed & (distance < window))
+    return {"full_attention": added(allowed), "sliding_attention": near} if kinds else near
+
+
+def _top_ks(model: PreTrainedModel) -> list[int]:
+    """Experts of a token, layer by layer: pruning may have lowered it in some."""
+    found = [
+        module.top_k
+        for name, module in model.named_modules()
+        if name.endswith((".gate", ".router")) and isinstance(getattr(module, "top_k", None), int)
+    ]
+    if not found:
+        raise ValueError(f"balance needs a mixture of experts, {type(model).__name__} has no routers")
+    return found
+
+
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             routers = any(part in name for part in (".gate.", ".router."))
@@ -275,10 +328,12 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
             (matrices if is_matrix else rest).append(parameter)
     adamw = {"lr": recipe.learning_rate, "betas": (0.9, 0.98), "eps": 1e-9, "fused": True}
     if recipe.optimizer == "muon":
-        return [
-            Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(rest, weight_decay=0.0, **adamw),  # type: ignore[arg-type]
+        found: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         ]
+        if rest:  # adapters are all matrices
+            found.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
+        return found
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": rest, "weight_decay": 0.0},
@@ -325,6 +380,9 @@ def _restore(
             f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
         )
     tensors = load_file(folder / "state.safetensors")
+    shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
+        raise ValueError(f"{folder} was made with a model of other tensors; use another folder")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])

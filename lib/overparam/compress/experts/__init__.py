@@ -16,6 +16,7 @@ from overparam.compress.experts.allocation import (
 )
 from overparam.compress.experts.layout import LAYOUTS, Layout, MoeLayer, layers
 from overparam.compress.experts.pruning import prune
+from overparam.compress.experts.recovery import Lora, recover
 from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
 from overparam.compress.experts.scoring import METHODS, scores
 from overparam.compress.experts.storage import load_pruned, save_pruned
@@ -24,6 +25,7 @@ __all__ = [
     "LAYOUTS",
     "METHODS",
     "Layout",
+    "Lora",
     "MoeLayer",
     "RoutingStatistics",
     "allocate",
@@ -36,6 +38,7 @@ __all__ = [
     "layers",
     "load_pruned",
     "prune",
+    "recover",
     "routing_mass",
     "save_pruned",
     "scores",

@@ -1,0 +1,113 @@
+"""A short fine-tuning that wins back what pruning lost.
+
+That of arXiv 2605.28042 trains all parameters on references or, better, on translations by the unpruned parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overparam.compress import causal
+from overparam.compress.experts.layout import layers, layout_of
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the linear projections of the attention and on every expert.
+
+    Attributes:
+        rank: Rank r of the adapters.
+        alpha: Their scaling α; what they learn is added with a factor α / r.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+
+
+def recover(
+    model: PreTrainedModel,
+    batches: Iterable[causal.Batch],
+    recipe: causal.Recipe,
+    *,
+    lora: Lora | None = None,
+    checkpoint: Path | None = None,
+    every: int = 200,
+    label: str = "recovering",
+) -> causal.Log:
+    """Fine-tune a mixture of experts, pruned or not, in place; its layers may differ in experts and in top-k.
+
+    All parameters that require a gradient are trained, or with `lora` only adapters, which are merged at the end:
+    either way the result is an ordinary model that `save_pruned` takes. Adapters leave routers, norms, biases,
+    shared experts and embeddings as they are; each is as large as ``rank`` rows and columns of its matrix, one for
+    each expert. A training that fails leaves a model without adapters, with the weights it came with.
+
+    Args:
+        model: A mixture of experts of a known layout, with its language-modelling head.
+        batches: As for `causal.train`: packed prompts and targets.
+        recipe: See `causal.Recipe`; its load balance looks at each layer by itself.
+        lora: Train adapters instead of the parameters themselves.
+        checkpoint: Folder of the state, from which a run that was interrupted goes on.
+        every: Steps between checkpoints.
+        label: Name of the step in the progress display.
+
+    Returns:
+        Losses and counts, one value a step.
+
+    Raises:
+        ValueError: If the model is dense or its layout is unknown; if an adapter is asked for where peft has none; and
+            as `causal.train` does.
+        FloatingPointError: If the loss is not finite.
+    """
+    layers(model)
+    if lora is None:
+        return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
+    with _adapted(model, lora, recipe.seed):
+        return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[None]:
+    """With adapters in `model`; afterwards merged, or taken out again if the block failed."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {module: name for name, module in model.named_modules()}
+    found = layers(model)
+    alone = [each.index for each in found if each.n_experts == 1 and each.experts.is_transposed]
+    if alone:
+        raise ValueError(
+            f"peft has no adapter for the single expert that decoder layer {alone[0]} has left, since "
+            f"{type(model).__name__} stores experts transposed; train without lora"
+        )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[
+            name for module, name in names.items() if isinstance(module, nn.Linear) and ".self_attn." in name
+        ],
+        target_parameters=[
+            f"{names[layer.experts]}.{tensor}"
+            for layer in found
+            for tensor in layout_of(model).expert_tensors
+            if getattr(layer.experts, tensor).ndim == 3  # biases are left alone
+        ],
+    )
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    try:
+        yield
+        adapted.merge_and_unload()
+    except BaseException:
+        adapted.unload()
+        raise
+    finally:
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
