@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from transformers import PreTrainedModel
 
 from overparam import progress
 from overparam.compress import causal, experts
@@ -104,7 +105,7 @@ def recover(
     return Recovered(table, change)
 
 
-def _train(study: Study, model: object, examples: Examples, run: Run) -> None:
+def _train(study: Study, model: PreTrainedModel, examples: Examples, run: Run) -> None:
     params = study.params
     recipe = causal.Recipe(
         steps=params.recovery_steps,
@@ -114,26 +115,30 @@ def _train(study: Study, model: object, examples: Examples, run: Run) -> None:
         balance=0.01,
         seed=run.seed,
     )
+    adapters = experts.Lora() if run.lora else None
     label = f"recovering at {run.share:.1%}, {run.targets}"
-    experts.recover(model, _batches(study, examples, run.seed), recipe, lora=run.lora, label=label)
+    experts.recover(model, _batches(study, examples, run.seed), recipe, lora=adapters, label=label)
 
 
 def _batches(study: Study, examples: Examples, seed: int) -> Iterator[Packed]:
     """Yield batches for ever, each epoch in another order; translations of one sentence share its tokens."""
     params = study.params
-    trees = _trees(study, examples)
-    trees = [tree for tree in trees if len(tree) <= params.recovery_row_length]
+    found = trees(study, examples)
 
     def endless() -> Iterator[Tree]:
         rng = random.Random(seed)
         while True:
-            yield from rng.sample(trees, len(trees))
+            yield from rng.sample(found, len(found))
 
     return pack(endless(), rows=params.recovery_rows, length=params.recovery_row_length)
 
 
-def _trees(study: Study, examples: Examples) -> list[Tree]:
-    """All but the last token of a prompt is the prefix; prompts that differ in the last one alone share it."""
+def trees(study: Study, examples: Examples) -> list[Tree]:
+    """Return training sequences: prompts that differ in their last token alone share the others.
+
+    A tree that is longer than a row is taken apart; a sequence that is, is left out.
+    """
+    length = study.params.recovery_row_length
     branches: dict[tuple[int, ...], list[Sequence[int]]] = {}
     eos = study.tokenizer.eos_token_id
     for pairs in examples.values():
@@ -144,14 +149,12 @@ def _trees(study: Study, examples: Examples) -> list[Tree]:
         targets = study.tokenizer([space + target for _, target in pairs], add_special_tokens=False)
         for prompt, target in zip(prompts, targets["input_ids"], strict=True):
             branches.setdefault(tuple(prompt[:-1]), []).append([prompt[-1], *target, eos])
-    length = study.params.recovery_row_length
-    trees = []
+    found = []
     for prefix, continued in branches.items():
-        for branch in continued if len(prefix) + sum(map(len, continued)) > length else ():
-            trees.append(Tree(prefix, [branch]))
-        if len(prefix) + sum(map(len, continued)) <= length:
-            trees.append(Tree(prefix, continued))
-    return trees
+        whole = Tree(prefix, continued)
+        alone = [Tree(prefix, [branch]) for branch in continued]
+        found += [whole] if len(whole) <= length else [tree for tree in alone if len(tree) <= length]
+    return found
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -330,8 +331,13 @@ def change_in_loss(study: Study, before: Losses, after: Losses, tests: Sequence[
 def change_in_chrf(
     study: Study, before: Scores, after: Scores | Sequence[Scores], languages: Sequence[str] = ()
 ) -> stats.Estimate:
-    """Relative change of chrF++, mean over languages, in percent of the baseline; several runs are seeds."""
+    """Relative change of chrF++, mean over languages, in percent of the baseline; several runs are seeds.
+
+    A baseline that translates nothing (a random model) bounds no change: the interval is then unbounded.
+    """
     runs = [after] if isinstance(after, dict) else list(after)
+    if not mean_chrf(before, languages or study.params.languages):
+        return stats.Estimate(0.0, -math.inf, math.inf, study.params.translated_items)
     kept = stats.suite_retention(
         {
             language: (before[language].chrf.items, [run[language].chrf.items for run in runs], "chrf++")

@@ -8,7 +8,7 @@ from overparam.report import stats
 from overparam.report.claims import Claim, judged
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
-from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf, percent
+from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Quality, Sweep, System
 
 PAPER = "Martin, Bandarkar & Peng, arXiv 2605.28042"
@@ -126,8 +126,8 @@ def verdicts(
                 + _order_note(study)
             ),
         ),
-        _bytes(costs),
-        _time(costs),
+        bytes_claim(costs),
+        time_claim(costs),
     ]
     for claim in claims:
         study.recorder.claim(claim)
@@ -174,24 +174,14 @@ def _scoring(study: Study, translated: Quality) -> Claim:
     reap = [s for s in translated.scores if s.method == "reap"]
     share = reap[0].share
     base = next(translated.scores[s] for s in ours if s.share == share)
-    languages = study.params.languages
-    better = stats.suite_retention(
-        {
-            language: (
-                translated.scores[reap[0]][language].chrf.items,
-                base[language].chrf.items,
-                "chrf++",
-            )
-            for language in languages
-        }
-    )
+    better = change_in_chrf(study, translated.scores[reap[0]], base)
     return judged(
         "experts-score",
         "Routing mass with budgets by divergence translates better than REAP",
         source=f"{PAPER}, ablation at 50 % pruned",
         published="+7.9 % of xCOMET (0.864 against 0.801)",
         kind="difference",
-        measured=percent(better),
+        measured=better,
         margin=2.0,
         published_value=7.9,
         unit="% of chrF++",
@@ -234,7 +224,7 @@ def _transfer(study: Study, base: Baseline, translated: Quality) -> Claim:
     )
 
 
-def _bytes(costs: pd.DataFrame) -> Claim:
+def bytes_claim(costs: pd.DataFrame) -> Claim:
     """Slope of relative bytes on disk over relative parameters."""
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     rest = costs[costs["share_pruned"] > 0]
@@ -253,7 +243,7 @@ def _bytes(costs: pd.DataFrame) -> Claim:
     )
 
 
-def _time(costs: pd.DataFrame) -> Claim:
+def time_claim(costs: pd.DataFrame) -> Claim:
     """Relative change of the time of a generated token at the largest share."""
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     last = costs.sort_values("share_pruned").iloc[-1]

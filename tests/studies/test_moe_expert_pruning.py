@@ -1,0 +1,276 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from overparam.compress import experts
+from overparam.report import figures, stats
+from overparam.studies.moe_expert_pruning import Params, overlap, plots, recovery, study, sweep, verdicts
+
+TINY = {
+    "model": "tiny-qwen3_moe",
+    "languages": ("fr", "de"),
+    "calibration_items": 8,
+    "test_items": 8,
+    "translated_items": 8,
+    "plain_characters": 64,
+    "max_new_tokens": 4,
+    "batch_tokens": 4096,
+    "shares": (0.5,),
+    "recovery_shares": (0.5,),
+    "recovery_items": 8,
+    "recovery_steps": 2,
+    "recovery_rows": 2,
+    "recovery_row_length": 1024,
+    "dense_reference": None,
+    "dense_items": 2,
+    "cost_texts": 2,
+    "cost_repeats": 3,
+    "cost_new_tokens": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "moe-translater"}, "did you mean 'moe-translator'"),
+        ({"languages": ("fr",)}, "at least 2"),
+        ({"languages": ("fr", "it")}, "different languages"),
+        ({"languages": ("fr", "en")}, "other than English"),
+        ({"shares": (0.5, 1.0)}, "less than 1"),
+        ({"shares": (0.5, 0.25), "recovery_shares": ()}, "increase"),
+        ({"recovery_shares": (0.3,)}, "0.3 is not"),
+        ({"random_seeds": 2}, "greater than or equal to 3"),
+        ({"translated_items": 80, "test_items": 60}, "at most test_items"),
+        ({"prompt": "none"}, "few_shot"),
+        ({"layers": 3}, "Extra inputs"),
+    ],
+)
+def test_bad_parameters_are_refused_at_once(change, message):
+    with pytest.raises(ValidationError, match=message):
+        Params(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "tiny-llama"}, "dense"),
+        ({"shares": (0.9,), "recovery_shares": ()}, r"at most 0\.75 .* got 0\.9"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_before_any_long_work(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        study.start(Params(**{**TINY, **change}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVERPARAM_JOB_DIR", str(tmp_path_factory.mktemp("job")))
+        yield study.start(Params(**TINY))
+
+
+@pytest.fixture(scope="module")
+def base(started):
+    return study.baseline(started)
+
+
+@pytest.fixture(scope="module")
+def calibration(started):
+    return study.calibrate(started)
+
+
+@pytest.fixture(scope="module")
+def swept(started, base, calibration):
+    return sweep.sweep(started, base, calibration)
+
+
+@pytest.fixture(scope="module")
+def translated(started, base, calibration):
+    return sweep.quality(started, base, calibration)
+
+
+def test_every_kind_of_text_is_tested(started):
+    groups = {name: test.group for name, test in started.tests.items()}
+    assert groups["en-fr"] == "seen"
+    assert groups["en-it"] == "unseen"
+    assert groups["it-en"] == groups["fr-en"] == "reverse"
+    assert groups["interface en-de"] == "interface"
+    assert groups["news"] == groups["newsgroups"] == "plain"
+    assert all(len(test.prompts) == len(test.targets) == 8 for test in started.tests.values())
+
+
+def test_calibration_sentences_are_not_test_sentences(started):
+    ids = {part: {pair.id for pair in started.pairs("en", "fr", part, 8)} for part in ("calibration", "test")}
+    assert not ids["calibration"] & ids["test"]
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole(started, calibration):
+    fr = calibration.of("fr")
+    assert fr.sequences == 8
+    assert np.allclose(fr.routing_mass.sum(axis=1), 1)
+    assert calibration.pooled.sequences == 16
+    assert calibration.pooled.tokens == sum(calibration.of(language).tokens for language in ("fr", "de"))
+    assert calibration.generated["fr"].tokens < fr.tokens
+    assert np.allclose(calibration.mix.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("allocation", ["divergence", "uniform", "inverse"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_budgets_are_met_exactly(started, calibration, allocation, share):
+    keep = study.keep_sets(started, calibration.pooled, calibration.english, share, allocation=allocation)
+    assert sum(map(len, keep)) == round(len(started.layers) * started.n_experts * (1 - share))
+    assert min(map(len, keep)) >= started.top_k
+    pruned = started.pruned(keep)
+    assert [layer.n_experts for layer in experts.layers(pruned)] == list(map(len, keep))
+
+
+def test_pruning_a_copy_leaves_the_unpruned_model_as_it_was(started, base, calibration):
+    keep = study.keep_sets(started, calibration.pooled, calibration.english, 0.5)
+    started.pruned(keep)
+    again = started.losses("again", started.model, ["en-fr"])["en-fr"]
+    assert np.array_equal(again, base.losses["en-fr"])
+    assert all(layer.n_experts == started.n_experts for layer in experts.layers(started.model))
+
+
+def test_a_random_model_bounds_no_change_of_chrf(started, base):
+    assert study.mean_chrf(base.scores, started.params.languages) == 0
+    change = study.change_in_chrf(started, base.scores, base.scores)
+    assert (change.low, change.high) == (-math.inf, math.inf)
+
+
+def test_sweep_holds_every_system_at_every_share(started, swept):
+    table = swept.table
+    assert len(table) == len(started.params.shares) * len(sweep.systems(started, 0.5)) == 10
+    assert set(table["method"]) == set(experts.METHODS)
+    assert table["idle_among_pruned"].between(0, 1).all()
+    assert (table["low"] <= table["loss_change"]).all()
+    assert set(swept.losses) == {0.5}
+
+
+def test_idle_experts_are_those_that_hardly_work(started, calibration):
+    idle = sweep.idle_experts(started, calibration)
+    for layer, mass in zip(idle, calibration.mix, strict=True):
+        assert layer == {e for e, value in enumerate(mass) if value < 0.25 / started.n_experts}
+
+
+def test_overlap_is_one_with_itself_and_beats_chance_for_one_text_twice(started, calibration):
+    found = overlap.overlap(started, calibration)
+    assert np.allclose(np.diag(found.matrix), 1)
+    assert np.allclose(found.matrix, found.matrix.T)
+    assert 0 < found.chance < 1
+    assert found.languages.low <= found.languages.value <= found.languages.high
+    sizes = overlap.calibration_size(started, calibration)
+    assert list(sizes["sentences"]) == [4]
+    assert sizes["overlap"].between(0, 1).all()
+
+
+def test_translations_of_a_sentence_share_its_tokens(started):
+    texts = {"references": {"fr": [("a b<2fr>", "c"), ("d<2fr>", "e")], "de": [("a b<2de>", "f")]}}
+    trees = recovery.trees(started, texts["references"])
+    prompts = started.tokenizer(["a b<2fr>", "d<2fr>", "a b<2de>"])["input_ids"]
+    eos = started.tokenizer.eos_token_id
+    sequences = [[*tree.prefix, *branch] for tree in trees for branch in tree.branches]
+    expected = [
+        [*prompt, *started.tokenizer(target, add_special_tokens=False)["input_ids"], eos]
+        for prompt, target in zip(prompts, ("c", "e", "f"), strict=True)
+    ]
+    assert sorted(sequences) == sorted(expected)
+
+
+def test_a_tree_that_is_too_long_is_taken_apart_and_a_sequence_that_is_too_long_left_out(started):
+    words = "word " * 150
+    pairs = {"fr": [(f"{words}<2fr>", "oui")], "de": [(f"{words}<2fr>", "ja"), (words * 2, "nein")]}
+    trees = recovery.trees(started, pairs)
+    assert all(len(tree) <= started.params.recovery_row_length for tree in trees)
+    assert sum(len(tree.branches) for tree in trees) == 2
+
+
+def test_recovery_trains_a_copy_of_its_own(started, base, swept, translated, tmp_path):
+    before = {name: value.clone() for name, value in started.model.state_dict().items()}
+    texts = {"references": {}, "parent": {}}
+    for kind in texts:
+        texts[kind] = recovery.training_texts(started)["references"]
+    found = recovery.recover(started, base, swept, translated, texts)
+    assert set(found.table["trained"]) == {"all parameters", "adapters"}
+    assert set(found.change) == {(0.5, "references", False), (0.5, "parent", False), (0.5, "parent", True)}
+    assert all(value.equal(before[name]) for name, value in started.model.state_dict().items())
+    plots.plot_quality(started, translated, found)
+    assert "fig:experts-quality" in {figure.id for figure in started.recorder.record.figures}
+
+
+def test_unended_translations_of_the_parent_are_left_out(started):
+    texts = recovery.training_texts(started)
+    assert len(texts["references"]["fr"]) == 8
+    assert len(texts["parent"]["fr"]) <= 8
+    assert all(target for _, target in texts["parent"]["fr"])
+
+
+def test_figures_are_drawn_from_what_they_save(started, base, calibration, swept):
+    plots.plot_routing(started, overlap.routing_table(started, calibration))
+    plots.plot_methods(started, swept)
+    plots.plot_elsewhere(started, sweep.elsewhere(started, base, swept))
+    plots.plot_transfer(started, sweep.transfer(started, base, calibration, [0.5]), 0.5)
+    plots.plot_overlap(started, overlap.overlap(started, calibration))
+    saved = {figure.id: figure for figure in started.recorder.record.figures}
+    assert len(saved) >= 5
+    csv = pd.read_csv(started.recorder.directory / "figure_methods.csv")
+    assert set(csv["method"]) == set(experts.METHODS)
+    assert figures.WIDTH < 4
+
+
+def test_published_numbers_are_in_percent_of_the_unpruned_model():
+    assert verdicts.published_change(0.5, recovered=False) == pytest.approx(-1.27, abs=0.01)
+    assert verdicts.published_change(0.75, recovered=True) == pytest.approx(-4.25, abs=0.01)
+    assert verdicts.published_change(0.875, recovered=True) == pytest.approx(-7.54, abs=0.01)
+
+
+def _costs(bytes_kept):
+    return pd.DataFrame(
+        {
+            "share_pruned": [0.0, 0.75],
+            "parameters": [100, 40],
+            "disk_bytes": [1000, bytes_kept],
+            "decode_seconds": [1.0, 1.02],
+            "decode_seconds_low": [0.98, 1.0],
+            "decode_seconds_high": [1.02, 1.04],
+        }
+    )
+
+
+@pytest.mark.parametrize(("bytes_kept", "verdict"), [(400, "reproduced"), (700, "reproduced in direction")])
+def test_memory_is_judged_against_the_parameters(bytes_kept, verdict):
+    assert verdicts.bytes_claim(_costs(bytes_kept)).verdict == verdict
+
+
+def test_time_that_stays_is_what_was_published():
+    claim = verdicts.time_claim(_costs(400))
+    assert claim.verdict == "reproduced"
+    faster = _costs(400).assign(
+        decode_seconds=[1.0, 0.5], decode_seconds_low=[1, 0.49], decode_seconds_high=[1, 0.51]
+    )
+    assert verdicts.time_claim(faster).verdict == "not reproduced"
+
+
+def test_every_claim_gets_a_verdict(started, base, swept, translated, calibration):
+    recovered = recovery.Recovered(
+        pd.DataFrame(), {(0.75, "parent", False): stats.Estimate(-1.0, -1.8, -0.2, 8)}
+    )
+    claims = verdicts.verdicts(
+        started,
+        base,
+        swept,
+        translated,
+        recovered,
+        overlap.overlap(started, calibration),
+        _costs(400),
+    )
+    found = {claim.id: claim for claim in claims}
+    assert len(found) == len(claims) == 9
+    assert found["experts-75-recovered"].verdict == "reproduced"
+    assert found["experts-70"].verdict == "not testable at this scale"
+    assert found["experts-half"].verdict == "inconclusive"
