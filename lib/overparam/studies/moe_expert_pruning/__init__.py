@@ -1,0 +1,1 @@
+"""Expert pruning of mixture-of-experts translators."""
