@@ -1,5 +1,7 @@
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,22 @@ def test_folders_of_differing_layers_list_their_counts_under_the_names_of_the_ar
     ]
     on_disk = {int(number) for each in numbered for number in each}
     assert on_disk in (set(), set(range(counts[0])))  # fused on disk, or numbered without a gap
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the mapped files")
+def test_loaded_models_do_not_keep_the_file_in_memory(tmp_path):
+    folder = experts.save_pruned(pruned("mixtral", uniform=False), tmp_path / "pruned")
+    model = experts.load_pruned(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    del model
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = models.tiny_twin("qwen3_moe", causal=True, tie_word_embeddings=True)
+    experts.prune(model, [[0, 1], [1, 2, 3], [4, 5], [6, 7]])
+    again = experts.load_pruned(experts.save_pruned(model, tmp_path / "pruned"))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_base_models_and_other_dtypes(tmp_path):

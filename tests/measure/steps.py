@@ -32,6 +32,14 @@ def generated(loaded, megabytes):
     del model
 
 
+def held(megabytes):
+    """Makes more than it returns, in small pieces that the allocator would keep."""
+    pieces = [bytes(1000) for _ in range(50_000)]
+    parts = [np.ones(MB // 8, dtype=np.uint8) for _ in range(8 * megabytes)]
+    del pieces
+    return parts
+
+
 def noisy():
     print("a line on standard output")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overparam.measure.memory import peak_memories, peak_memory
+from overparam.measure.memory import peak_memories, peak_memory, resident_memories
 
 MB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the high-water mark")
@@ -65,6 +65,13 @@ def test_several_steps_share_the_loading_of_libraries_but_not_memory():
         found.append(memory.step_bytes)
         assert len(asked) == len(found)  # the next job is asked for when this one is answered
     assert found == pytest.approx([90 * MB, 30 * MB], abs=4 * MB)
+
+
+@linux
+def test_resident_is_what_the_result_needs():
+    jobs = [{"megabytes": 20}, {"megabytes": 60}]
+    found = list(resident_memories("steps:held", jobs))
+    assert found == pytest.approx([20 * MB, 60 * MB], abs=MB)
 
 
 def test_an_endless_step_is_ended():

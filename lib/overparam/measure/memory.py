@@ -1,4 +1,4 @@
-"""Peak memory of a step, in a process of its own so that nothing run before counts.
+"""Peak memory of a step, and what stays resident, in a process of its own so that nothing run before counts.
 
 On Linux the kernel's high-water mark of resident memory (`VmHWM`) is reset right before the step; elsewhere,
 and where the reset is refused, the mark of the whole process (`ru_maxrss`, `VmHWM`) is returned, which
@@ -8,11 +8,13 @@ includes loading.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import inspect
 import json
 import os
+import platform
 import resource
 import select
 import signal
@@ -20,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +86,40 @@ def peak_memories(
     The processes are forks of one that has imported the function's module, so that its libraries are loaded once.
     The next arguments are asked for when the answer to the last ones is there.
     """
+    for answer in _in_children(target, jobs, _measure, timeout):
+        yield Memory(**answer)
+
+
+def resident_memories(
+    target: str, jobs: Iterable[Mapping[str, Any]], *, timeout: float | None = None
+) -> Iterator[int]:
+    """Yield the bytes that stay resident for what a function returns, such as a loaded model.
+
+    In a process of its own for each set of arguments, as in `peak_memories`. There the function is called twice:
+    the first call loads libraries and fills caches, and its result is dropped; what the second adds is counted.
+    Freed memory is given back to the system before each reading where glibc can (`malloc_trim`), so that it is what
+    the result needs, not what making it took. Mapped files count as far as their pages are in memory.
+
+    Arguments and errors are those of `peak_memory`.
+    """
+    for answer in _in_children(target, jobs, _hold, timeout):
+        yield answer["bytes"]
+
+
+def _in_children(
+    target: str,
+    jobs: Iterable[Mapping[str, Any]],
+    measure: Callable[[Any, dict[str, Any]], dict[str, Any]],
+    timeout: float | None,
+) -> Iterator[dict[str, Any]]:
+    """Answers of `measure`, a function of this module, each from a process of its own."""
     module, _, function = target.partition(":")
     if not (module and function.isidentifier()):
         raise ValueError(f"target must look like 'package.module:function', got {target!r}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryFile() as errors:
         parent = subprocess.Popen(
-            [sys.executable, "-c", _PARENT, module, function],
+            [sys.executable, "-c", _PARENT, module, function, measure.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -126,7 +155,7 @@ def peak_memories(
                     )
                 if "error" in answer:
                     raise RuntimeError(f"{target} failed in its own process:\n{answer['error']}")
-                yield Memory(**answer)
+                yield answer
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(parent.pid, signal.SIGKILL)
@@ -150,7 +179,7 @@ def _parent() -> None:
         child = os.fork()
         if child == 0:
             try:
-                answer = asdict(_measure(function, json.loads(line)))
+                answer = globals()[sys.argv[3]](function, json.loads(line))
             except BaseException:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers)
@@ -160,7 +189,8 @@ def _parent() -> None:
             print(json.dumps({"exit": os.waitstatus_to_exitcode(status)}), file=answers)
 
 
-def _measure(function: Any, kwargs: dict[str, Any]) -> Memory:
+def _measure(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Memory`."""
     baseline, reset = _begin()
     prepared = function(**kwargs)
     if inspect.isgenerator(prepared):
@@ -174,9 +204,29 @@ def _measure(function: Any, kwargs: dict[str, Any]) -> Memory:
     if not _STATUS.exists():
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return Memory(peak, baseline, "ru_maxrss of the whole process, loading included")
-    method = "VmHWM of the step" if reset else "VmHWM of the whole process, loading included"
-    return Memory(_status("VmHWM"), baseline, method)
+        method = "ru_maxrss of the whole process, loading included"
+    else:
+        peak = _status("VmHWM")
+        method = "VmHWM of the step" if reset else "VmHWM of the whole process, loading included"
+    return {"peak_bytes": peak, "baseline_bytes": baseline, "method": method}
+
+
+def _hold(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What stays resident for the result of the function's second call."""
+    function(**kwargs)
+    before = _resident()
+    held = function(**kwargs)
+    after = _resident()
+    del held
+    return {"bytes": after - before}
+
+
+def _resident() -> int:
+    """Resident bytes, freed memory given back."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 def _begin() -> tuple[int, bool]:

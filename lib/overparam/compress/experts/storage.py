@@ -135,8 +135,9 @@ def load_pruned(
     if wrong:
         raise ValueError(f"the tensors in {folder} do not fit its config.json: {wrong}")
     model.__class__ = base
-    loaded: PreTrainedModel = model
-    return loaded.to(device or "cpu").eval()
+    _release_file(model)
+    loaded: PreTrainedModel = model.to(device or "cpu").eval()
+    return loaded
 
 
 def _shrinking(
@@ -156,6 +157,16 @@ def _shrinking(
 
     # The name and module are those of `base`: transformers looks conversions and recorded outputs up by them.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+
+
+def _release_file(model: PreTrainedModel) -> None:
+    """Give the model weights of its own, one tensor after the other.
+
+    What was not fused while loading lies in the mapped file, and one such tensor keeps all of the file in memory, so
+    that the experts, of which the model holds fused copies, are there twice.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _umask() -> int:

@@ -281,10 +281,10 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     names = {
         "parameters": "parameters",
-        "bytes on disk": "disk_bytes",
+        "bytes on disk": "folder_bytes",
         "resident memory": "resident_bytes",
         "active parameters": "active_parameters",
-        "time a generated token": "decode_seconds",
+        "time a generated token": "generate_all_seconds",
         "time a prompt": "prompt_seconds",
     }
     data = pd.DataFrame({"pruned_percent": 100 * costs["share_pruned"]})

@@ -228,7 +228,7 @@ def bytes_claim(costs: pd.DataFrame) -> Claim:
     """Slope of relative bytes on disk over relative parameters."""
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     rest = costs[costs["share_pruned"] > 0]
-    slopes = (1 - rest["disk_bytes"] / full["disk_bytes"]) / (1 - rest["parameters"] / full["parameters"])
+    slopes = (1 - rest["folder_bytes"] / full["folder_bytes"]) / (1 - rest["parameters"] / full["parameters"])
     return judged(
         "experts-bytes",
         "Memory falls with the experts",
@@ -248,7 +248,7 @@ def time_claim(costs: pd.DataFrame) -> Claim:
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     last = costs.sort_values("share_pruned").iloc[-1]
     change, low, high = (
-        100 * (last[f"decode_seconds{pruned}"] / full[f"decode_seconds{unpruned}"] - 1)
+        100 * (last[f"generate_all_seconds{pruned}"] / full[f"generate_all_seconds{unpruned}"] - 1)
         for pruned, unpruned in (("", ""), ("_low", "_high"), ("_high", "_low"))
     )
     return judged(

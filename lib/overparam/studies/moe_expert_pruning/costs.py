@@ -1,0 +1,168 @@
+"""What a pruned translator costs: parameters, bytes, resident memory, speed and energy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models, progress
+from overparam.compress import experts
+from overparam.measure import disk, energy, memory, speed
+from overparam.studies.moe_expert_pruning.study import Study
+from overparam.studies.moe_expert_pruning.sweep import Sweep
+
+_LOAD = "overparam.compress.experts:load_pruned"
+_STEPS = ("prompt", "generate_one", "generate_all")
+
+
+def measure(study: Study, found: Sweep) -> pd.DataFrame:
+    """Measure the unpruned model and the published cut at every share; see `costs`."""
+    params, language = study.params, study.params.languages[0]
+    pairs = study.pairs("en", language, "test", params.cost_texts)
+    table, raw = costs(
+        {0.0: study.model, **{share: study.pruned(keep) for share, keep in found.keep.items()}},
+        study.tokenizer,
+        study.ask([pair.source for pair in pairs], "en", language),
+        new_tokens=params.cost_new_tokens,
+        repeats=params.cost_repeats,
+    )
+    study.recorder.table("costs", table)
+    study.recorder.table("latencies", raw)
+    return table
+
+
+def costs(
+    models_by_share: Mapping[float, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    new_tokens: int,
+    repeats: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure mixtures of experts of which different shares were pruned, 0 among them.
+
+    Models take turns while they are timed, so that a drift of the machine meets all alike. Resident memory is that of
+    the loaded model in a fresh process, libraries and freed memory excluded. Generation is greedy and writes
+    exactly `new_tokens` tokens after each prompt; its speed includes reading the prompt.
+
+    Args:
+        models_by_share: Share of experts pruned -> the model, with its language-modelling head.
+        tokenizer: Of all of them.
+        texts: Prompts; they make one batch, padded on the left. The first is also translated alone.
+        new_tokens: Tokens generated after each.
+        repeats: Timed rounds, after one that is not counted.
+
+    Returns:
+        A row a share. ``parameters``, ``expert_parameters``, ``active_parameters`` (embeddings excluded),
+        ``flops_per_token`` (two for each active parameter, so that pruning leaves it as it is),
+        ``folder_bytes``, ``resident_bytes``, for each of the steps ``prompt`` (all prompts read), ``generate_one``
+        and ``generate_all`` the median ``_seconds`` with its 95 % interval (``_low``, ``_high``) and the
+        ``_tokens_per_second`` (read by the first step, written by the others), and the energy of ``generate_all``
+        as ``kwh_per_million_tokens``.
+        Raw times: ``share_pruned``, ``step``, ``texts``, ``seconds``.
+
+    Raises:
+        ValueError: If there is no model or no text, or a number is below 1.
+    """
+    if not models_by_share or not texts or new_tokens < 1 or repeats < 1:
+        raise ValueError(
+            "costs needs at least one model, one text, one new token and one repeat, got "
+            f"{len(models_by_share)}, {len(texts)}, {new_tokens} and {repeats}"
+        )
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    single = tokenizer(texts[:1], return_tensors="pt")
+    calls: dict[str, Callable[[], Any]] = {}
+    for share, model in models_by_share.items():
+        calls[f"prompt {share}"] = _reading(model, batch)
+        calls[f"generate_one {share}"] = _writing(model, tokenizer, single, new_tokens)
+        calls[f"generate_all {share}"] = _writing(model, tokenizer, batch, new_tokens)
+    timings = speed.interleaved(calls, warmup=1, repeats=repeats)
+    tokens = dict(
+        zip(_STEPS, (int(batch["attention_mask"].sum()), new_tokens, new_tokens * len(texts)), strict=True)
+    )
+    saved: list[int] = []
+    jobs = progress.track(_saved(models_by_share, saved), "measuring memory", total=len(models_by_share))
+    resident = list(memory.resident_memories(_LOAD, jobs))
+    rows, raw = [], []
+    for place, (share, model) in enumerate(progress.track(models_by_share.items(), "measuring energy")):
+        counts = models.count_parameters(model)
+        with energy.energy() as used:
+            for _ in range(repeats):
+                calls[f"generate_all {share}"]()
+        row: dict[str, Any] = {
+            "share_pruned": share,
+            "parameters": counts.total,
+            "expert_parameters": counts.expert,
+            "active_parameters": counts.active,
+            "flops_per_token": 2 * counts.active,
+            "folder_bytes": saved[place],
+            "resident_bytes": resident[place],
+        }
+        for step in _STEPS:
+            timing = timings[f"{step} {share}"]
+            row |= {
+                f"{step}_seconds": timing.median,
+                f"{step}_seconds_low": timing.low,
+                f"{step}_seconds_high": timing.high,
+                f"{step}_tokens_per_second": tokens[step] / timing.median,
+            }
+            size = 1 if step == "generate_one" else len(texts)
+            raw += [
+                {"share_pruned": share, "step": step, "texts": size, "seconds": seconds}
+                for seconds in timing.values
+            ]
+        row["kwh_per_million_tokens"] = used.kwh / (repeats * tokens["generate_all"]) * 1e6
+        row["energy_method"] = used.method
+        rows.append(row)
+    return pd.DataFrame(rows), pd.DataFrame(raw)
+
+
+def _reading(model: PreTrainedModel, batch: BatchEncoding) -> Callable[[], None]:
+    """Reads the prompts, as far as the first new token."""
+    inputs = _inputs(model, batch)
+
+    def read() -> None:
+        with torch.inference_mode():
+            model(**inputs, logits_to_keep=1)
+
+    return read
+
+
+def _writing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: BatchEncoding, new_tokens: int
+) -> Callable[[], torch.Tensor]:
+    """Writes exactly `new_tokens` tokens after each prompt."""
+    inputs = _inputs(model, batch)
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    def write() -> torch.Tensor:
+        with torch.inference_mode():
+            written: torch.Tensor = model.generate(**inputs, generation_config=config)
+        return written
+
+    return write
+
+
+def _inputs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, torch.Tensor]:
+    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _saved(models_by_share: Mapping[float, PreTrainedModel], saved: list[int]) -> Iterator[dict[str, Any]]:
+    """Save one model after the other and ask for its memory; the bytes of the folder go to `saved`."""
+    for model in models_by_share.values():
+        with tempfile.TemporaryDirectory(prefix="overparam-") as temporary:
+            folder = experts.save_pruned(model, Path(temporary) / "model")
+            saved.append(disk.disk_bytes(folder))
+            yield {"path": str(folder)}
