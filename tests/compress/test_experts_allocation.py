@@ -132,6 +132,13 @@ def test_select_keeps_the_highest_with_ties_to_the_lower_id():
     assert experts.select([[0.9, 0.8, 0.1, 0.2]], [2], groups=2) == [[0, 3]]
 
 
+def test_experts_can_be_ruled_out_or_kept_at_any_score():
+    assert experts.select([[0.3, -math.inf, 0.1, 0.2], [0.3, math.inf, 0.1, 0.2]], [3, 2]) == [
+        [0, 2, 3],
+        [0, 1],
+    ]
+
+
 @pytest.mark.parametrize(
     ("scores", "counts", "groups", "message"),
     [

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
@@ -251,6 +252,15 @@ def test_wrong_keep_lists_change_nothing(keep, message):
 def test_dense_models_are_refused():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*is dense"):
         experts.layers(models.tiny_twin("llama", causal=True))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_models_with_adapters_are_refused_with_advice(wrapped):
+    config = LoraConfig(target_modules=["q_proj"])
+    model = get_peft_model(twin("mixtral"), config)
+    with pytest.raises(ValueError, match=r"merge them first, with model\.merge_and_unload\(\)"):
+        experts.layers(model if wrapped else model.get_base_model())
+    assert len(experts.layers(model.merge_and_unload())) == 4
 
 
 def test_unknown_layouts_name_their_tensors():

@@ -115,18 +115,17 @@ def select(scores: ArrayLike, counts: Sequence[int], *, groups: int = 1) -> list
         raise ValueError(f"scores of layer {int(np.argwhere(np.isnan(table))[0][0])} are NaN")
     kept = []
     for layer, (row, count) in enumerate(zip(table, counts, strict=True)):
-        available = int((row > -np.inf).sum())
-        if not 1 <= count <= available:
-            raise ValueError(f"layer {layer} can keep 1..{available} experts, got {count}")
-        if count % groups or available % groups:
+        available = np.flatnonzero(row > -np.inf)
+        if not 1 <= count <= len(available):
+            raise ValueError(f"layer {layer} can keep 1..{len(available)} experts, got {count}")
+        if count % groups or len(available) % groups:
             raise ValueError(
-                f"layer {layer}: {count} of {available} experts do not divide into {groups} equal groups"
+                f"layer {layer}: {count} of {len(available)} experts do not divide into {groups} equal groups"
             )
-        size = available // groups
         chosen: list[int] = []
-        for start in range(0, available, size):
-            order = np.argsort(-row[start : start + size], kind="stable")[: count // groups]
-            chosen += sorted(int(start + expert) for expert in order)
+        for group in np.split(available, groups):
+            order = np.argsort(-row[group], kind="stable")[: count // groups]
+            chosen += sorted(group[order].tolist())
         kept.append(chosen)
     return kept
 

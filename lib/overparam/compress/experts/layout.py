@@ -83,8 +83,10 @@ def layers(model: PreTrainedModel) -> list[MoeLayer]:
 
     Raises:
         ValueError: If the model is dense, or its layout is unknown (the message names the tensors that seem to
-            have an expert dimension), or its experts are in native MXFP4.
+            have an expert dimension), or its experts are in native MXFP4, or it has adapters of peft.
     """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapters of peft: merge them first, with model.merge_and_unload()")
     layout = layout_of(model)
     found = []
     for index, decoder_layer in enumerate(getattr(model.base_model, "layers", ())):

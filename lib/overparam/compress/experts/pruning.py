@@ -35,6 +35,8 @@ def prune(
     and ``save_pretrained`` makes a standard checkpoint. Where they differ, ``num_local_experts_per_layer`` lists
     the counts (one a mixture-of-experts layer), the ordinary field holds the largest, ``output_router_logits`` is
     off (the auxiliary loss of transformers adds up layers of one width), and `save_pruned` writes the checkpoint.
+    Do not save such a model with plain ``save_pretrained``: no loader builds it again, and one that is told to
+    ``ignore_mismatched_sizes`` fills its layers with random weights.
 
     Args:
         model: A mixture of experts of a known layout (`LAYOUTS`).

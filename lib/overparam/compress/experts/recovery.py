@@ -44,7 +44,8 @@ def recover(
     """Fine-tune a mixture of experts, pruned or not, in place; its layers may differ in experts and in top-k.
 
     All parameters that require a gradient are trained, or with `lora` only adapters, which are merged at the end:
-    either way the result is an ordinary model that `save_pruned` takes. Adapters leave routers, norms, biases,
+    either way the result is an ordinary model that `save_pruned` takes. In bfloat16 small steps of full training
+    round away; adapters are float32 until they are merged. Adapters leave routers, norms, biases,
     shared experts and embeddings as they are; each is as large as ``rank`` rows and columns of its matrix, one for
     each expert. A training that fails leaves a model without adapters, with the weights it came with.
 
