@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -134,14 +134,15 @@ def train(
         label: Name of the step in the progress display.
 
     Raises:
-        ValueError: Too few batches, or one without anything to predict.
+        ValueError: Too few batches, a step without anything to predict, or a checkpoint of another recipe or of more
+            steps.
         FloatingPointError: If the loss is not finite; says at which step.
     """
     optimizers = _optimizers(model, recipe)
     log = Log()
-    if checkpoint and (checkpoint / "log.json").exists():
-        log = _restore(checkpoint, model, optimizers, recipe)
-    decoder: Callable[..., object] = model.get_decoder()
+    if checkpoint and (found := _newest(checkpoint)):
+        log = _restore(found, model, optimizers, recipe)
+    decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
     done = len(log.loss)
@@ -176,7 +177,7 @@ def train(
 
 def _gradients(
     model: PreTrainedModel,
-    decoder: Callable[..., object],
+    decoder: Callable[..., Any],
     stream: Iterator[Batch],
     recipe: Recipe,
     step: int,
@@ -209,7 +210,7 @@ def _gradients(
             ).mean()
             loss = loss + recipe.balance * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(plain) / predicted
         tokens += int(real.sum())
     if not math.isfinite(total):
@@ -221,7 +222,7 @@ def hidden_states(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    decoder: Callable[..., object] | None = None,
+    decoder: Callable[..., Any] | None = None,
     router_logits: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return hidden states [rows, length, hidden] of a batch, and router logits [tokens, experts] by MoE layer.
@@ -243,7 +244,7 @@ def hidden_states(
         use_cache=False,
         **({"output_router_logits": True} if router_logits else {}),
     )
-    return out.last_hidden_state, out.router_logits if router_logits else ()  # type: ignore[attr-defined]
+    return out.last_hidden_state, out.router_logits if router_logits else ()
 
 
 def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) -> torch.Tensor:
@@ -267,7 +268,8 @@ def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) ->
 def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             routers = any(part in name for part in (".gate.", ".router."))
@@ -286,6 +288,15 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]  # type: ignore[arg-type]
 
 
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f"{folder.name}.{ending}")
+
+
+def _newest(folder: Path) -> Path | None:
+    """The folder of the state: the old one, if a run was killed between the two renames of `_store`."""
+    return next((each for each in (folder, _beside(folder, "old")) if (each / "log.json").exists()), None)
+
+
 def _store(
     folder: Path,
     model: PreTrainedModel,
@@ -294,7 +305,7 @@ def _store(
     log: Log,
 ) -> None:
     """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
-    temporary, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    temporary, old = _beside(folder, "partial"), _beside(folder, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
@@ -303,8 +314,8 @@ def _store(
             tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "log.json").write_text(json.dumps({"recipe": asdict(recipe), "log": asdict(log)}))
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -324,6 +335,9 @@ def _restore(
         raise ValueError(
             f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
         )
+    done = len(stored["log"]["loss"])
+    if done > recipe.steps:
+        raise ValueError(f"{folder} holds {done} steps, more than steps = {recipe.steps}; use another folder")
     tensors = load_file(folder / "state.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -59,7 +59,8 @@ class Packed:
         earlier = np.tri(length, dtype=bool)
         same_tree = tree[:, :, None] == tree[:, None, :]
         visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-        return same_tree & visible & earlier
+        allowed: NDArray[np.bool_] = same_tree & visible & earlier
+        return allowed
 
 
 def pack(trees: Iterable[Tree], *, rows: int, length: int, waiting: int = 32) -> Iterator[Packed]:

@@ -134,4 +134,5 @@ def borrow_embeddings(
 def _rotation(width: int) -> torch.Tensor:
     """A fixed random rotation: spreads the variance of principal components over all dimensions."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    rotation: torch.Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return rotation

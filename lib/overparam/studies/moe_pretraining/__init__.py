@@ -36,6 +36,7 @@ class Params(BaseModel):
     plain_share: Annotated[float, Field(ge=0)] = Field(
         0.3, description="pieces of English news and newsgroup text for each verse"
     )
+    max_texts: Count | None = Field(None, description="use the first texts of each corpus only, for a trial")
 
     steps: Count = 900
     rows: Count = Field(24, description="rows of a batch")
