@@ -56,7 +56,9 @@ class Params(BaseModel):
 
     checkpoint_every: Count = Field(50, description="steps between checkpoints and points of the curve")
     validation_batches: Count = 4
-    test_verses: Count = Field(200, description="held-out verses translated a direction")
+    test_verses: Annotated[int, Field(ge=1, le=1000)] = Field(
+        200, description="held-out verses translated a direction, and texts of each plain corpus"
+    )
     beams: Count = 4
     minimum_load: Share = Field(
         0.25, description="share of the uniform load below which an expert counts as idle"

@@ -72,7 +72,7 @@ def trees(
         language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)[:max_texts]])
         for language, name in VERSIONS.items()
     }
-    pieces = _pieces(tokenizer, split, max_texts)
+    plain_text = pieces(tokenizer, split, max_texts)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in VERSIONS}
     plain = tokenizer.convert_tokens_to_ids(PLAIN)
@@ -100,7 +100,7 @@ def trees(
                 if len(prefix) + len(branch) <= length:
                     yield Tree(prefix, [branch])
             if rng.random() < mix.plain_share:
-                yield Tree([bos], [[plain, *rng.choice(pieces)]])
+                yield Tree([bos], [[plain, *rng.choice(plain_text)]])
         epoch += 1
 
 
@@ -109,8 +109,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
     return {identity: ids for (identity, _), ids in zip(texts, encoded, strict=True)}
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, split: str, max_texts: int | None) -> list[list[int]]:
-    """Plain text in pieces of at most `PIECE` tokens; newsgroups and news have no validation split."""
+def pieces(tokenizer: PreTrainedTokenizerBase, split: str, max_texts: int | None = None) -> list[list[int]]:
+    """Return plain text in pieces of at most `PIECE` tokens.
+
+    Newsgroups and news have no validation split: "validation" gives the test split.
+    """
     part = "train" if split == "train" else "test"
     texts = [text for corpus in PLAIN_CORPORA for _, text in corpora.topic_rows(corpus, part)[:max_texts]]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
