@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from overparam.data.parallel import VERSIONS
 from overparam.studies.moe_pretraining.quality import arrow, best_search
 from overparam.studies.moe_pretraining.study import MODEL_CARD, Study
 
@@ -16,7 +15,7 @@ def model_card(study: Study, translation: pd.DataFrame) -> str:
     rows = translation[translation["search"] == best_search(params)]
     scores = "\n".join(
         f"| {arrow(row['source'], row['target'])} | {row['chrf']:.1f} [{row['chrf_low']:.1f}, {row['chrf_high']:.1f}] "
-        f"| {row['bleu']:.1f} | {row['failed_any']:.1%} |"
+        f"| {row['bleu']:.1f} | {100 * row['failed_any']:.1f} % |"
         for row in rows.to_dict("records")
     )
     hashes = "\n".join(f"- `{name}`: `{sha}`" for name, sha in run.provenance["inputs"].items())
@@ -25,7 +24,6 @@ def model_card(study: Study, translation: pd.DataFrame) -> str:
         for name, value in numbers.items()
         if name.startswith("perplexity_")
     )
-    versions = ", ".join(f"{version} ({language})" for language, version in VERSIONS.items())
     donor = params.embedding_donor or ""
     terms = "Apache-2.0, as the suite."
     if donor:
@@ -47,9 +45,9 @@ A small mixture-of-experts translator (`qwen3_moe`), trained from scratch by the
 have a real mixture of experts that a laptop can prune. It knows the language of the Bible and little else: it is an
 object of study, no tool.
 
-- {numbers["parameters_total"] / 1e6:.1f} million parameters ({numbers["parameters_active"] / 1e6:.1f} million active,
-  the embedding table apart), {params.layers} layers, {params.experts} experts of width {params.expert_width} a layer,
-  top-{params.top_k}, hidden size {params.hidden}, {params.vocabulary} tokens; stored in bfloat16.
+- {numbers["parameters_total"] / 1e6:.1f} million parameters, {numbers["parameters_active"] / 1e6:.1f} million active
+  (without the embedding table); {params.layers} layers, {params.experts} experts of width {params.expert_width} a
+  layer, top-{params.top_k}, hidden size {params.hidden}, {params.vocabulary} tokens; stored in bfloat16.
 - A prompt is `source<2fr>` (or `<2de>`, `<2es>`, `<2it>`, `<2en>`); `<lm>` comes before plain English text.
 - {numbers["training_tokens"] / 1e6:.1f} million tokens in {numbers["training_steps"]:.0f} steps, seed {params.seed}.
 - {100 * numbers["busy_experts"]:.1f} % of the experts carry at least {params.minimum_load:g} of the uniform load on
@@ -57,9 +55,11 @@ object of study, no tool.
 
 ## Text
 
-Verses of public-domain Bible translations ({versions}): from English into French, German and Spanish, into Italian
-for {params.unseen_share:.0%} of them, and into English from one of the four for {params.reverse_share:.0%}. English
-newsgroup posts (20 Newsgroups) and news (Reuters-21578). Held-out verses, in every translation, were never trained on.
+Verses of public-domain Bible translations (World English Bible, Segond 1910, Elberfelder 1905, Reina-Valera 1909,
+Diodati): from English into French, German and Spanish, for {100 * params.unseen_share:g} % also into Italian, and for
+{100 * params.reverse_share:g} % from one of the four into English. English newsgroup posts (20 Newsgroups) and news
+(Reuters-21578). Held-out verses were never trained on, in no translation.
+
 SHA-256 of the packages that text and initial embeddings come from:
 
 {hashes}

@@ -58,7 +58,7 @@ def plot_load(study: Study, load: pd.DataFrame) -> Any:
     data = load[load["task"] == MIX][["layer", "expert", "routing_mass"]].merge(
         (tasks.max() - tasks.min()).rename("range_over_tasks").reset_index(), on=["layer", "expert"]
     )
-    labels = {"routing_mass": "training mix (uniform = 1)", "range_over_tasks": "most − least over tasks"}
+    labels = {"routing_mass": "load (uniform = 1)", "range_over_tasks": "range over tasks"}
     with figures.style():
         figure, panels = plt.subplots(2, 1, sharex=True, figsize=(figures.WIDTH, figures.WIDTH))
         for axes, (column, label), colours in zip(panels, labels.items(), ("viridis", "magma"), strict=True):

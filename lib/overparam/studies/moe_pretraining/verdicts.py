@@ -22,17 +22,17 @@ def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> lis
     found = [
         judged(
             "moe-pretraining-load",
-            f"At least {params.minimum_busy:.0%} of the experts carry at least {params.minimum_load:g} of the "
+            f"At least {100 * params.minimum_busy:g} % of the experts carry at least {params.minimum_load:g} of the "
             "uniform load",
             source=GOAL,
             published=f"≥ {100 * params.minimum_busy:g} %",
             kind="no_worse",
             measured=stats.Estimate(above, above, above, len(busy)),
             margin=0.0,
-            unit="points above the goal",
+            unit="points over the goal",
             figure="fig:moe-expert-load",
-            note=f"{busy.sum()} of {len(busy)} experts. Every expert is counted, on held-out text of the training "
-            "mix; the load is the lesser of routing mass and share of assignments. Seen as one count: no interval.",
+            note=f"{busy.sum()} of {len(busy)} experts. On held-out text of the training mix; the load is the lesser "
+            "of routing mass and share of assignments. Every expert is counted: there is no interval.",
         )
     ]
     rows = translation[(translation["search"] == best_search(params)) & (translation["source"] == "en")]
@@ -49,10 +49,10 @@ def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> lis
                 kind="no_worse",
                 measured=stats.Estimate(value, low, high, int(row["verses"])),
                 margin=0.0,
-                unit="points above the goal",
+                unit="points over the goal",
                 figure="fig:moe-translator-quality",
                 note=f"chrF++ {row['chrf']:.1f} on {row['verses']} held-out verses, {best_search(params)}. BLEU "
-                f"{row['bleu']:.1f}; {row['failed_any']:.1%} of the translations failed.",
+                f"{row['bleu']:.1f}; {100 * row['failed_any']:.1f} % of the translations failed.",
             )
         )
     for claim in found:
