@@ -275,6 +275,7 @@ def test_a_donor_brings_its_terms(tmp_path, monkeypatch):
     assert "ai.google.dev/gemma/terms" in text
 
 
+@pytest.mark.timeout(1800)  # two steps of the full size: a minute on two cores
 @pytest.mark.skipif(not RECORDS, reason="results/reference holds no pre-training")
 def test_the_committed_checkpoint_began_as_its_record_says():
     found = record.load(RECORDS[-1])
