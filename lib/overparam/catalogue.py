@@ -10,12 +10,13 @@ PACKAGED: dict[str, str] = {  # model -> package set that holds its weights
     "all-MiniLM-L6-v2": "all-minilm-l6-v2",
     "all-mpnet-base-v2": "all-mpnet-base-v2",
 }
+TRAINED = ("moe-translator",)  # by a study of this suite, which leaves the weights in its record
 TINY = "tiny-"
 TWIN_NAMES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "bert", "modernbert"),
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe"),
 )
-BUNDLED = (*PACKAGED, *(TINY + name for name in TWIN_NAMES))
+BUNDLED = (*PACKAGED, *TRAINED, *(TINY + name for name in TWIN_NAMES))
 
 
 def check_model_name(name: str) -> str:
@@ -30,5 +31,5 @@ def check_model_name(name: str) -> str:
     near = difflib.get_close_matches(name, BUNDLED, n=1)
     raise ValueError(
         f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} It is neither bundled "
-        f"({', '.join(PACKAGED)}, {TINY}<architecture>), nor a folder here, nor a hub id owner/model"
+        f"({', '.join((*PACKAGED, *TRAINED))}, {TINY}<architecture>), nor a folder here, nor a hub id owner/model"
     )

@@ -76,6 +76,16 @@ def test_perplexity_scores_all_tokens_but_the_first(pairs):
     assert estimate.low < estimate.value < estimate.high
 
 
+def test_a_prefix_is_read_and_not_scored(pairs):
+    model, tokenizer = models.tiny_twin("llama", causal=True), models.tiny_tokenizer()
+    items = perplexity(model, tokenizer, pairs[1], prefix="lm: ")
+    for text, (loss, count) in zip(pairs[1], items, strict=True):
+        ids = tokenizer(f"lm: {text}").input_ids
+        start = len(tokenizer("lm: ").input_ids)
+        assert count == len(ids) - start
+        assert loss == pytest.approx(plain(model, ids, start), rel=1e-5)
+
+
 def test_bad_input_is_named(pairs):
     model, tokenizer = models.tiny_twin("llama", causal=True), models.tiny_tokenizer()
     with pytest.raises(ValueError, match="equally many, at least 1, got 2 and 1"):

@@ -163,3 +163,53 @@ def test_reading_records_is_light():
     code = f"import sys, overparam.report.readme; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def saved_model(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_artifacts_are_files_of_the_record(tmp_path, make_record):
+    recorder = make_record(tmp_path / "tiny-1", finish=False, figure=True)
+    recorder.artifact_folder(saved_model(tmp_path / "model"))
+    recorder.artifact("MODEL_CARD.md", b"first")
+    recorder.artifact("MODEL_CARD.md", b"second")
+    recorder.artifact_folder(tmp_path / "model")
+    folder = recorder.finish().parent
+    loaded = record.load(folder)
+    assert set(loaded.artifacts) == {"config.json", "model.safetensors", "MODEL_CARD.md"}
+    assert loaded.files()["model.safetensors"] == hashlib.sha256(b"weights").hexdigest()
+    assert (folder / "MODEL_CARD.md").read_bytes() == b"second"
+    assert record.missing_or_orphaned(folder) == []
+    (folder / "config.json").write_text("{ }")
+    (folder / "model.safetensors").unlink()
+    assert len(record.problems(loaded)) == 2
+
+
+def test_artifacts_take_no_name_of_another_file(tmp_path, make_record):
+    recorder = make_record(tmp_path / "tiny-1", finish=False)
+    folder = saved_model(tmp_path / "model")
+    (folder / "by_depth.csv").write_text("")
+    with pytest.raises(ValueError, match=r"'by_depth\.csv' is the name of another file"):
+        recorder.artifact_folder(folder)
+    assert recorder.record.artifacts == {}
+    (folder / "by_depth.csv").rename(folder / "other.csv")
+    recorder.artifact_folder(folder)
+    with pytest.raises(ValueError, match=r"'other\.csv' is the name of an artifact"):
+        recorder.table("other", pd.DataFrame({"a": [1]}))
+    with pytest.raises(ValueError, match="plain name"):
+        recorder.artifact("record.json", b"")
+    (folder / "inside").mkdir()
+    with pytest.raises(ValueError, match="'inside' is no file"):
+        recorder.artifact_folder(folder)
+
+
+def test_records_from_before_there_were_artifacts_are_read(tmp_path, make_record):
+    path = make_record(tmp_path / "tiny-1")
+    values = json.loads(path.read_text())
+    del values["artifacts"]
+    path.write_text(json.dumps(values))
+    assert record.load(path).artifacts == {}

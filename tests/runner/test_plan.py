@@ -164,6 +164,21 @@ def test_key_follows_what_the_job_depends_on_and_nothing_else(project):
     assert len(set(keys.values())) == len(keys)
 
 
+def test_a_study_may_leave_code_out_of_its_key(project):
+    package = project / "lib" / "toystudies" / "toy" / "__init__.py"
+    text = package.read_text().replace("from typing import", "from typing import ClassVar,")
+    package.write_text(text + "    code_in_key: ClassVar[bool] = False\n")
+    (first,) = make(project)
+    assert set(first.parts) == {"params", "inputs"}
+    shared = project / "lib" / "toystudies" / "shared.py"
+    shared.write_text("import os\n")
+    notebook = project / "notebooks" / "01_toy.ipynb"
+    notebook.write_text(notebook.read_text().replace("A toy study", "Another title"))
+    assert make(project)[0].key == first.key
+    assert make(project, [{"keep_layers": 4}])[0].key != first.key
+    assert make(project, inputs={"weights": "abc"})[0].key != first.key
+
+
 def test_reachable_code_includes_ours(project):
     modules = make(project)[0].parts["modules"]
     assert {"overparam.progress", "overparam.report.record", "overparam.report.stats"} <= set(modules)

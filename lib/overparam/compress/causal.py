@@ -61,7 +61,8 @@ class Recipe:
         optimizer: "muon": Muon for the matrices of the blocks, AdamW for the rest; or "adamw" for all.
         weight_decay: Decoupled, on matrices.
         label_smoothing: Of the cross entropy.
-        balance: Factor of the load-balancing loss, which looks at every layer by itself; 0: none.
+        balance: Factor of the load-balancing loss, which looks at every layer by itself; 0: none. Or factors that
+            change on the way, as (from step, factor).
         clip: Largest norm of the gradient.
         seed: Of the batches; the caller uses it to make them.
         version: Raised by the author of this module when its outcome changes.
@@ -75,7 +76,7 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "adamw"
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
-    balance: float = 0.0
+    balance: float | tuple[tuple[int, float], ...] = 0.0
     clip: float = 1.0
     seed: int = 42
     version: int = 1
@@ -85,6 +86,12 @@ class Recipe:
         up = min(1.0, (step + 1) / max(1, self.warmup))
         down = min(1.0, (self.steps - step) / max(1, self.decay)) if self.decay else 1.0
         return self.learning_rate * min(up, down)
+
+    def balance_at(self, step: int) -> float:
+        """Return the factor of the load-balancing loss at a step, counted from 0."""
+        if not isinstance(self.balance, tuple):
+            return self.balance
+        return next((factor for start, factor in reversed(self.balance) if start <= step), 0.0)
 
 
 @dataclass
@@ -136,14 +143,15 @@ def train(
 
     Raises:
         ValueError: Too few batches, or one without anything to predict; a model whose attention cannot be told who
-            sees whom, or a balance without a mixture of experts; a checkpoint of another recipe or model.
+            sees whom, or a balance without a mixture of experts; a checkpoint of another recipe or model, or of
+            more steps.
         FloatingPointError: If the loss is not finite; says at which step.
     """
     optimizers = _optimizers(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
-    if checkpoint and (checkpoint / "log.json").exists():
-        log = _restore(checkpoint, model, optimizers, recipe)
+    if checkpoint and (found := _newest(checkpoint)):
+        log = _restore(found, model, optimizers, recipe)
     decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
@@ -196,7 +204,9 @@ def _gradients(
     tokens = 0
     for batch in batches:
         real = torch.from_numpy(batch.tree > 0).to(model.device)
-        hidden, router_logits = hidden_states(model, batch, decoder=decoder, router_logits=recipe.balance > 0)
+        hidden, router_logits = hidden_states(
+            model, batch, decoder=decoder, router_logits=recipe.balance_at(step) > 0
+        )
         labels = torch.from_numpy(batch.labels).to(model.device).flatten()
         at = (labels != IGNORED).nonzero().squeeze(1)
         logits = model.get_output_embeddings()(hidden.flatten(0, 1)[at]).float()  # [predicted, vocabulary]
@@ -208,14 +218,14 @@ def _gradients(
         with torch.no_grad():
             plain = functional.cross_entropy(logits, labels[at], reduction="sum")
         loss = smooth / predicted
-        if recipe.balance:
+        if recipe.balance_at(step):
             balance = torch.stack(
                 [
                     load_balance(each, top_k, real.flatten())
                     for each, top_k in zip(router_logits, top_ks, strict=True)
                 ]
             ).mean()
-            loss = loss + recipe.balance * balance / len(batches)
+            loss = loss + recipe.balance_at(step) * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(plain) / predicted
@@ -341,6 +351,15 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]  # type: ignore[arg-type]
 
 
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f"{folder.name}.{ending}")
+
+
+def _newest(folder: Path) -> Path | None:
+    """The folder of the state: the old one, if a run was killed between the two renames of `_store`."""
+    return next((each for each in (folder, _beside(folder, "old")) if (each / "log.json").exists()), None)
+
+
 def _store(
     folder: Path,
     model: PreTrainedModel,
@@ -349,7 +368,7 @@ def _store(
     log: Log,
 ) -> None:
     """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
-    temporary, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    temporary, old = _beside(folder, "partial"), _beside(folder, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
@@ -358,8 +377,8 @@ def _store(
             tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "log.json").write_text(json.dumps({"recipe": asdict(recipe), "log": asdict(log)}))
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -372,13 +391,16 @@ def _restore(
     schedule = ("steps", "decay")  # may change between runs: a longer run goes on where a shorter one ended
     differing = [
         name
-        for name, value in asdict(recipe).items()
+        for name, value in json.loads(json.dumps(asdict(recipe))).items()
         if stored["recipe"].get(name) != value and name not in schedule
     ]
     if differing:
         raise ValueError(
             f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
         )
+    done = len(stored["log"]["loss"])
+    if done > recipe.steps:
+        raise ValueError(f"{folder} holds {done} steps, more than steps = {recipe.steps}; use another folder")
     tensors = load_file(folder / "state.safetensors")
     shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:

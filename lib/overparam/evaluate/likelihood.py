@@ -73,6 +73,7 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
+    prefix: str = "",
     max_length: int = 512,
     batch_tokens: int = 1024,
     label: str = "scoring texts",
@@ -83,7 +84,8 @@ def perplexity(
         model: A decoder with its language-modelling head.
         tokenizer: Its tokenizer.
         texts: Texts of at least two tokens.
-        max_length: Tokens of a text, special tokens included; longer ones are cut. No end token is added.
+        prefix: What comes before each text and is not scored, such as a tag that asks for plain text.
+        max_length: Tokens of a text, special tokens and prefix included; longer ones are cut. No end token is added.
         batch_tokens: As in `negative_log_likelihood`.
         label: What the progress bar says.
 
@@ -95,10 +97,11 @@ def perplexity(
     """
     if not texts or isinstance(texts, str):
         raise ValueError("there are no texts to score: give a list of texts")
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
-    if short := [index for index, row in enumerate(ids) if len(row) < 2]:
+    ids = tokenizer([prefix + text for text in texts], truncation=True, max_length=max_length).input_ids
+    start = len(tokenizer(prefix).input_ids) if prefix else 1
+    if short := [index for index, row in enumerate(ids) if len(row) <= start]:
         raise ValueError(f"text {short[0]} has less than two tokens: nothing in it can be predicted")
-    return _score(model, [(row, 1) for row in ids], batch_tokens, label)
+    return _score(model, [(row, start) for row in ids], batch_tokens, label)
 
 
 def _score(model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_tokens: int, label: str) -> Items:

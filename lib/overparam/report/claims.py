@@ -167,7 +167,7 @@ def verdict_table(claims: list[Claim]) -> pd.DataFrame:
 
 
 def _no_worse(measured: Estimate, margin: float, unit: str) -> tuple[Verdict, str]:
-    rule = f"reproduced when the whole CI of the change is at or above {_text(-margin, unit)}"
+    rule = f"reproduced when the whole CI of the change is at or above {_text(-margin or 0.0, unit)}"
     if measured.low >= -margin:
         return "reproduced", rule
     return ("not reproduced" if measured.high < -margin else "inconclusive"), rule

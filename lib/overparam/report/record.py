@@ -80,6 +80,7 @@ class Record:
         metrics: Name → number or estimate.
         tables: Name → CSV.
         items: Name → parquet of per-item scores.
+        artifacts: File name → any other file, such as those of a saved model.
         figures: In the order in which they were saved.
         claims: With verdicts.
         notebook: The executed notebook; None for a run by hand.
@@ -100,6 +101,7 @@ class Record:
     metrics: dict[str, Metric] = field(default_factory=dict)
     tables: dict[str, FileRef] = field(default_factory=dict)
     items: dict[str, FileRef] = field(default_factory=dict)
+    artifacts: dict[str, FileRef] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     notebook: FileRef | None = None
@@ -108,7 +110,8 @@ class Record:
 
     def files(self) -> dict[str, str]:
         """Return every file of this record but record.json itself, as {name: SHA-256}."""
-        refs = [*self.tables.values(), *self.items.values(), *([self.notebook] if self.notebook else [])]
+        refs = [*self.tables.values(), *self.items.values(), *self.artifacts.values()]
+        refs += [self.notebook] if self.notebook else []
         files = {ref.file: ref.sha256 for ref in refs}
         for figure in self.figures:
             files |= figure.files
@@ -141,6 +144,32 @@ class Recorder:
         data = frame.to_parquet(index=False, compression="zstd")
         self.record.items[name] = self.write_file(f"{name}.parquet", data)
 
+    def artifact(self, name: str, data: bytes) -> None:
+        """Record a file of any other kind; the same name again replaces it.
+
+        Raises:
+            ValueError: when a table, an item file or a figure has that name.
+        """
+        self.record.artifacts.pop(name, None)
+        if name in self.record.files():
+            raise ValueError(f"{name!r} is the name of another file of this record")
+        self.record.artifacts[name] = self.write_file(name, data)
+
+    def artifact_folder(self, folder: Path) -> None:
+        """Record every file of a folder, so that the record's own folder can be loaded as `folder` can.
+
+        Raises:
+            ValueError: for a folder inside, or when one of the names is taken; nothing is recorded then.
+        """
+        paths = sorted(folder.iterdir())
+        taken = {*self.record.files(), FILE_NAME, NOTEBOOK_NAME} - self.record.artifacts.keys()
+        for path in paths:
+            if not path.is_file() or path.name in taken:
+                reason = "is the name of another file of this record" if path.is_file() else "is no file"
+                raise ValueError(f"cannot record the files of a folder: {path.name!r} {reason}")
+        for path in paths:
+            self.artifact(path.name, path.read_bytes())
+
     def claim(self, claim: Claim) -> None:
         """Record the verdict on a claim; the same id again replaces it."""
         self.record.claims = [*(c for c in self.record.claims if c.id != claim.id), claim]
@@ -157,6 +186,8 @@ class Recorder:
         """Write one file of the record's folder, at once or not at all."""
         if Path(name).name != name or name in (FILE_NAME, NOTEBOOK_NAME):
             raise ValueError(f"a file of a record needs a plain name of its own, got {name!r}")
+        if name in self.record.artifacts:
+            raise ValueError(f"{name!r} is the name of an artifact of this record")
         write_atomic(self.directory / name, data)
         return FileRef(name, hashlib.sha256(data).hexdigest())
 
@@ -288,6 +319,8 @@ def load(path: str | Path) -> Record:
         }
         values["tables"] = {name: FileRef(**ref) for name, ref in values["tables"].items()}
         values["items"] = {name: FileRef(**ref) for name, ref in values["items"].items()}
+        # records made before there were artifacts have none
+        values["artifacts"] = {name: FileRef(**ref) for name, ref in values.get("artifacts", {}).items()}
         values["figures"] = [Figure(**figure) for figure in values["figures"]]
         values["claims"] = [Claim.from_dict(claim) for claim in values["claims"]]
         values["notebook"] = FileRef(**values["notebook"]) if values["notebook"] else None

@@ -122,7 +122,9 @@ def plan(
         force: Make every job due.
         inputs: Name → SHA-256 of weights and data, part of every key.
         notebooks_dir: Folder with ``NN_<study>.ipynb``.
-        studies_package: Package with one light module or package a study, each with its ``Params``.
+        studies_package: Package with one light module or package a study, each with its ``Params``. Where that has
+            a class variable ``code_in_key = False``, neither code nor notebook is part of its keys: a run of hours
+            is made again when a parameter changes, one of which says what version of the recipe it is.
 
     Raises:
         BadInput: with a line for each problem found.
@@ -214,10 +216,12 @@ def _jobs(
     inputs: dict[str, str],
     overrides: Sequence[str],
 ) -> list[Job]:
-    code = {
-        "notebook": notebooks.source_hash(notebook),
-        "modules": notebooks.reachable_modules(notebook, module),
-    }
+    code: dict[str, Any] = {}
+    if all(getattr(params, "code_in_key", True) for params, _ in valid):
+        code = {
+            "notebook": notebooks.source_hash(notebook),
+            "modules": notebooks.reachable_modules(notebook, module),
+        }
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
     earlier = _earlier(root / study)
     jobs = []
@@ -284,8 +288,8 @@ def _state(
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    changed = ["notebook"] if before.get("notebook") != now["notebook"] else []
+    changed = ["notebook"] if before.get("notebook") != now.get("notebook") else []
     for part in ("modules", "params", "inputs"):
-        old, new = before.get(part, {}), now[part]
+        old, new = before.get(part, {}), now.get(part, {})
         changed += [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return changed

@@ -36,18 +36,20 @@ class Params(BaseModel):
     plain_share: Annotated[float, Field(ge=0)] = Field(
         0.3, description="pieces of English news and newsgroup text for each verse"
     )
+    max_texts: Count | None = Field(None, description="use the first texts of each corpus only, for a trial")
 
-    steps: Count = 900
+    steps: Count = 1020
     rows: Count = Field(24, description="rows of a batch")
     row_length: Annotated[int, Field(ge=128)] = Field(320, description="tokens of a row")
     accumulate: Count = Field(2, description="batches a step")
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     warmup: Annotated[int, Field(ge=0)] = 30
-    decay: Annotated[int, Field(ge=0)] = Field(300, description="steps of the linear decay at the end")
+    decay: Annotated[int, Field(ge=0)] = Field(270, description="steps of the linear decay at the end")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    balance: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="factor of the load-balancing loss, which looks at each layer by itself"
+    balance: tuple[tuple[int, float], ...] = Field(
+        ((0, 0.01), (350, 0.1)),
+        description="(from step, factor) of the load-balancing loss, which looks at each layer by itself",
     )
     compiled: bool = Field(True, description="compile the decoder, which takes a minute or two once")
     seed: int = 42
@@ -55,7 +57,9 @@ class Params(BaseModel):
 
     checkpoint_every: Count = Field(50, description="steps between checkpoints and points of the curve")
     validation_batches: Count = 4
-    test_verses: Count = Field(200, description="held-out verses translated a direction")
+    test_verses: Annotated[int, Field(ge=1, le=1000)] = Field(
+        200, description="held-out verses translated a direction, and texts of each plain corpus"
+    )
     beams: Count = 4
     minimum_load: Share = Field(
         0.25, description="share of the uniform load below which an expert counts as idle"

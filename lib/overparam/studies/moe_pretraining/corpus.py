@@ -13,7 +13,8 @@ from overparam.data.packing import Tree
 from overparam.data.parallel import VERSIONS
 from overparam.models.translator import PLAIN
 
-_CHUNK = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
+PIECE = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
+PLAIN_CORPORA = ("20newsgroups", "reuters-r52")
 _NEWS_CHARACTERS = 2000  # of a text that the tokenizer is trained on
 _NEWS_TEXTS = 3000
 
@@ -37,29 +38,41 @@ class Mix:
     plain_share: float = 0.3
 
 
-def tokenizer_texts() -> list[str]:
-    """Return the texts that the tokenizer is trained on, all of the training split."""
-    verses = [verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")]
+def tokenizer_texts(max_texts: int | None = None) -> list[str]:
+    """Return the texts that the tokenizer is trained on, all of the training split.
+
+    Args:
+        max_texts: Read only the first of each corpus, for a trial; None: all.
+    """
+    verses = [
+        verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")[:max_texts]
+    ]
     plain = [
         text[:_NEWS_CHARACTERS]
-        for corpus in ("20newsgroups", "reuters-r52")
-        for _, text in corpora.topic_rows(corpus, "train")[:_NEWS_TEXTS]
+        for corpus in PLAIN_CORPORA
+        for _, text in corpora.topic_rows(corpus, "train")[:_NEWS_TEXTS][:max_texts]
     ]
     return verses + plain
 
 
 def trees(
-    tokenizer: PreTrainedTokenizerBase, mix: Mix, *, seed: int, split: str = "train", length: int = 320
+    tokenizer: PreTrainedTokenizerBase,
+    mix: Mix,
+    *,
+    seed: int,
+    split: str = "train",
+    length: int = 320,
+    max_texts: int | None = None,
 ) -> Iterator[Tree]:
     """Yield training sequences for ever, each epoch in another order: the same ones for the same seed.
 
     A verse with its translations that is longer than `length` loses translations, the last of a random order first.
     """
     tokens = {
-        language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)])
+        language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)[:max_texts]])
         for language, name in VERSIONS.items()
     }
-    pieces = _pieces(tokenizer, split)
+    plain_text = pieces(tokenizer, split, max_texts)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in VERSIONS}
     plain = tokenizer.convert_tokens_to_ids(PLAIN)
@@ -87,7 +100,7 @@ def trees(
                 if len(prefix) + len(branch) <= length:
                     yield Tree(prefix, [branch])
             if rng.random() < mix.plain_share:
-                yield Tree([bos], [[plain, *rng.choice(pieces)]])
+                yield Tree([bos], [[plain, *rng.choice(plain_text)]])
         epoch += 1
 
 
@@ -96,11 +109,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
     return {identity: ids for (identity, _), ids in zip(texts, encoded, strict=True)}
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[int]]:
-    """Plain text in pieces of at most `_CHUNK` tokens; newsgroups and news have no validation split."""
+def pieces(tokenizer: PreTrainedTokenizerBase, split: str, max_texts: int | None = None) -> list[list[int]]:
+    """Return plain text in pieces of at most `PIECE` tokens.
+
+    Newsgroups and news have no validation split: "validation" gives the test split.
+    """
     part = "train" if split == "train" else "test"
-    texts = [
-        text for corpus in ("20newsgroups", "reuters-r52") for _, text in corpora.topic_rows(corpus, part)
-    ]
+    texts = [text for corpus in PLAIN_CORPORA for _, text in corpora.topic_rows(corpus, part)[:max_texts]]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [ids[at : at + _CHUNK] for ids in encoded for at in range(0, len(ids), _CHUNK)]
+    return [ids[at : at + PIECE] for ids in encoded for at in range(0, len(ids), PIECE)]

@@ -58,7 +58,7 @@ def recipe(params: Params) -> causal.Recipe:
 
 def untrained(params: Params) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model before its first step, and its tokenizer."""
-    tokenizer = translator.tokenizer(corpus.tokenizer_texts(), vocabulary=params.vocabulary)
+    tokenizer = translator.tokenizer(corpus.tokenizer_texts(params.max_texts), vocabulary=params.vocabulary)
     model = translator.build(
         vocabulary=params.vocabulary,
         hidden=params.hidden,
@@ -91,6 +91,7 @@ def batches(
         seed=params.seed if seed is None else seed,
         split=split,
         length=params.row_length,
+        max_texts=params.max_texts,
     )
     return pack(trees, rows=params.rows, length=params.row_length)
 
@@ -102,6 +103,10 @@ def state_folder(params: Params) -> Path:
     """
     other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
     named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
+    if params.max_texts is None:
+        del named[
+            "max_texts"
+        ]  # so that a run over all texts has the name that it had before there was a limit
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     return packages.cache_dir() / "training" / digest
 
@@ -125,7 +130,9 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
 
     def measure(step: int) -> None:
         curve[step] = validation_loss(model, validation)
-        curve_file.write_text(json.dumps(curve))
+        temporary = curve_file.with_name(f"{curve_file.name}.partial")
+        temporary.write_text(json.dumps(curve))
+        temporary.replace(curve_file)
 
     log = causal.train(
         model,

@@ -1,0 +1,108 @@
+"""The load of every expert, on the training mix and by task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from overparam.compress import causal
+from overparam.data.packing import Packed, Tree, pack
+from overparam.data.parallel import verse_pairs
+from overparam.models.translator import PLAIN
+from overparam.studies.moe_pretraining import Params, corpus, training
+from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
+from overparam.studies.moe_pretraining.study import Study, Translator
+
+MIX, PLAIN_TEXT = "training mix", "plain text"
+
+
+def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
+    """Measure the load of every expert, in units of the uniform load, on held-out text.
+
+    Returns:
+        Columns `task` ("training mix", a direction, or "plain text"), `layer`, `expert`, `routing_mass` (mean over
+        tokens of the normalised top-k weight) and `assignments` (share of the tokens' choices), both over their
+        value in a layer that treats its experts alike, and `tokens`.
+    """
+    params, tokenizer = study.params, translator.tokenizer
+    held_out = training.batches(params, tokenizer, split="validation", seed=training.VALIDATION_SEED)
+    tasks: dict[str, Iterable[Packed]] = {MIX: islice(held_out, params.validation_batches)}
+    for source, target in DIRECTIONS:
+        tasks[arrow(source, target)] = _packed(params, _pairs(translator, params, source, target))
+    tasks[PLAIN_TEXT] = _packed(params, _plain(translator, params))
+    table = pd.concat(
+        [_load(translator.model, batches).assign(task=task) for task, batches in tasks.items()],
+        ignore_index=True,
+    )
+    table = table[["task", "layer", "expert", "routing_mass", "assignments", "tokens"]]
+    study.recorder.table("expert_load", table)
+    of_mix = least(table)
+    study.recorder.metric("least_expert_load", float(of_mix.min()), "uniform loads")
+    study.recorder.metric("busy_experts", float((of_mix >= params.minimum_load).mean()), "share")
+    return table
+
+
+def least(table: pd.DataFrame) -> pd.Series:
+    """Load of every expert on the training mix: the lesser of routing mass and assignments."""
+    return table.loc[table["task"] == MIX, ["routing_mass", "assignments"]].min(axis=1)
+
+
+def by_task(table: pd.DataFrame) -> pd.DataFrame:
+    """For each task: the range of the routing mass over all experts, and how many get next to none."""
+    groups = table.groupby("task", sort=False)["routing_mass"]
+    shares = {"below 0.25": groups.apply(lambda mass: float((mass < 0.25).mean()))}
+    return pd.DataFrame({"least": groups.min(), "most": groups.max(), **shares})
+
+
+@torch.no_grad()
+def _load(model: PreTrainedModel, batches: Iterable[Packed]) -> pd.DataFrame:
+    layers, experts = model.config.num_hidden_layers, model.config.num_experts
+    top_k = model.config.num_experts_per_tok
+    mass, chosen_by = torch.zeros(2, layers, experts, dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        _, router_logits = causal.hidden_states(model, batch, router_logits=True)
+        real = torch.from_numpy(batch.tree > 0).flatten()
+        tokens += int(real.sum())
+        for layer, logits in enumerate(router_logits):
+            weights, chosen = logits[real].float().softmax(-1).topk(top_k)  # [tokens, top_k]
+            weights = (weights / weights.sum(-1, keepdim=True)).double()
+            mass[layer].index_add_(0, chosen.flatten(), weights.flatten())
+            chosen_by[layer] += torch.bincount(chosen.flatten(), minlength=experts)
+    layer, expert = np.indices((layers, experts))
+    return pd.DataFrame(
+        {
+            "layer": layer.flatten(),
+            "expert": expert.flatten(),
+            "routing_mass": (mass / tokens * experts).flatten().numpy(),
+            "assignments": (chosen_by / tokens / top_k * experts).flatten().numpy(),
+            "tokens": tokens,
+        }
+    )
+
+
+def _packed(params: Params, trees: Iterable[Tree]) -> Iterator[Packed]:
+    fitting = (tree for tree in trees if len(tree) <= params.row_length)
+    return pack(fitting, rows=params.rows, length=params.row_length)
+
+
+def _pairs(translator: Translator, params: Params, source: str, target: str) -> Iterator[Tree]:
+    tokenizer = translator.tokenizer
+    tag = tokenizer.convert_tokens_to_ids(f"<2{target}>")
+    for pair in verse_pairs(source, target, "validation", n=params.test_verses, seed=params.seed):
+        first, second = tokenizer([pair.source, pair.target], add_special_tokens=False).input_ids
+        yield Tree([tokenizer.bos_token_id, *first], [[tag, *second, tokenizer.eos_token_id]])
+
+
+def _plain(translator: Translator, params: Params) -> Iterator[Tree]:
+    tokenizer = translator.tokenizer
+    found = corpus.pieces(tokenizer, "validation", params.max_texts)
+    tag = tokenizer.convert_tokens_to_ids(PLAIN)
+    for piece in random.Random(params.seed).sample(found, min(params.test_verses, len(found))):
+        yield Tree([tokenizer.bos_token_id], [[tag, *piece]])

@@ -1,0 +1,117 @@
+"""The steps of the pre-training study, in the order of the notebook."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models
+from overparam.data import corpora
+from overparam.report import record
+from overparam.studies.moe_pretraining import Params, training
+
+SMOOTHED_OVER = 20  # steps of the training loss that a reader sees
+MODEL_CARD = "MODEL_CARD.md"
+
+
+@dataclass
+class Study:
+    """A started study.
+
+    Attributes:
+        params: The validated parameters.
+        recorder: Of the record that the run leaves.
+        items: Per-sentence results of every search that was scored.
+    """
+
+    params: Params
+    recorder: record.Recorder
+    items: list[pd.DataFrame] = field(default_factory=list)
+
+    def finish(self) -> record.Record:
+        """Write the per-sentence results and the record; its last file is record.json."""
+        self.recorder.items("translations", pd.concat(self.items, ignore_index=True))
+        self.recorder.finish()
+        return self.recorder.record
+
+
+@dataclass(frozen=True)
+class Translator:
+    """The translator as it is stored: rounded to bfloat16, read again as float32."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def start(params: Params) -> Study:
+    """Open the record, with the hashes of the texts and of the donor's weights."""
+    donor = models.provenance(params.embedding_donor) if params.embedding_donor else {}
+    recorder = record.start(
+        "moe_pretraining",
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=corpora.provenance("verses", "newsgroups", "reuters") | donor,
+        seeds=sorted({params.seed, training.VALIDATION_SEED}),
+    )
+    return Study(params, recorder)
+
+
+def train(study: Study) -> training.Trained:
+    """Train the translator, or take it from the cache when it is trained already."""
+    trained = training.train(study.params)
+    counts = models.count_parameters(trained.model)
+    for name in ("total", "embedding", "expert", "active"):
+        study.recorder.metric(f"parameters_{name}", getattr(counts, name))
+    study.recorder.metric("training_steps", len(trained.log.loss))
+    study.recorder.metric("training_tokens", trained.log.tokens[-1])
+    study.recorder.metric("training_hours", trained.log.seconds[-1] / 3600, "h")
+    if trained.curve:
+        study.recorder.metric("validation_loss", trained.curve[-1][1], "nats per token")
+    return trained
+
+
+def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
+    """Record the learning curve by step; return it at the checkpoints.
+
+    Columns: `loss` and `validation_loss` in nats per predicted token, `smoothed_loss` the mean over the last
+    `SMOOTHED_OVER` steps, `balance` the load-balancing loss, `tokens` and `minutes` so far.
+    """
+    log, recipe = trained.log, training.recipe(study.params)
+    steps = range(1, len(log.loss) + 1)
+    curve = pd.DataFrame(
+        {
+            "step": steps,
+            "tokens": log.tokens,
+            "predicted": log.predicted,
+            "minutes": np.array(log.seconds) / 60,
+            "learning_rate": [recipe.rate(step - 1) for step in steps],
+            "loss": log.loss,
+            "smoothed_loss": pd.Series(log.loss).rolling(SMOOTHED_OVER, min_periods=1).mean(),
+            "validation_loss": [dict(trained.curve).get(step, np.nan) for step in steps],
+            "balance": log.balance,
+        }
+    )
+    study.recorder.table("learning_curve", curve)
+    return curve[curve["validation_loss"].notna()]
+
+
+def store(study: Study, trained: training.Trained) -> Translator:
+    """Put model and tokenizer into the record's folder in bfloat16, and load them from there.
+
+    All that is measured from here on is measured with what others will load.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy.deepcopy(trained.model).to(torch.bfloat16).save_pretrained(folder)
+        trained.tokenizer.save_pretrained(folder)
+        study.recorder.artifact_folder(folder)
+        size = (folder / "model.safetensors").stat().st_size
+    study.recorder.metric("model_bytes", size, "bytes")
+    return Translator(*models.load(str(study.recorder.directory), causal=True))
