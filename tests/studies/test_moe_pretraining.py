@@ -221,7 +221,7 @@ def test_every_step_leaves_its_part_of_the_record(first, tmp_path, monkeypatch):
     )  # an untrained model knows no token of 400 from another
     claims = verdicts.verdicts(run, by_expert, scores)
     assert [claim.verdict for claim in claims][1:] == ["not reproduced"] * 3
-    assert len(verdicts.verdict_table(claims)) == 4
+    assert len(claims) == 4
     text = card.model_card(run, scores)
     assert "license: apache-2.0" in text
     assert all(sha in text for sha in run.recorder.record.provenance["inputs"].values())

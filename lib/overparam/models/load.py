@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -12,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Mxfp4Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,7 +55,12 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=local
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=local,
+            **_dequantized(source, local=local),
         )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
@@ -105,6 +112,15 @@ def bf16_is_fast() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _dequantized(source: Path | str, *, local: bool) -> dict[str, Any]:
+    """Arguments that turn a checkpoint in MXFP4 (GPT-OSS) into plain tensors, which can be watched and sliced."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    stored = getattr(config, "quantization_config", None) or {}
+    return (
+        {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == "mxfp4" else {}
+    )
 
 
 def _source(name: str) -> Path | str:

@@ -120,6 +120,8 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
         ),
     }
     for targets, colour, marker in (("references", GREEN, "^"), ("parent", PINK, "D")):
+        if recovered.table.empty:
+            break
         rows = recovered.table
         rows = rows[(rows["targets"] == targets) & (rows["trained"] == "all parameters")]
         source = "the parent" if targets == "parent" else targets

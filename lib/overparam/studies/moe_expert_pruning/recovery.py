@@ -78,7 +78,7 @@ def recover(
 ) -> Recovered:
     """Fine-tune the models of the published cut: all parameters, and adapters on the middle share."""
     params = study.params
-    middle = params.recovery_shares[len(params.recovery_shares) // 2]
+    middle = [*params.recovery_shares, None][len(params.recovery_shares) // 2]
     runs = [
         Run(share, targets, lora, seed)
         for share in params.recovery_shares

@@ -25,7 +25,6 @@ from overparam.report import record, stats
 from overparam.studies.moe_expert_pruning import Params
 
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
-_PEAK_FACTOR = 4.5  # unpruned model, and half of it with gradients, optimizer state and activations
 _SHOTS = 3  # examples in a prompt of a base model
 
 Items = NDArray[np.float64]
@@ -224,9 +223,10 @@ def start(params: Params) -> Study:
         ValueError: If the model is dense or of an unknown layout, or a share would leave fewer than top-k experts.
     """
     dtype, device = models.working_dtype(params.dtype), models.working_device()
-    models.check_memory(
-        params.model, dtype, times_weights=_PEAK_FACTOR, purpose="with a pruned copy in training"
-    )
+    if params.recovery_shares:
+        models.check_memory(params.model, dtype, times_weights=4.5, purpose="with a pruned copy in training")
+    else:
+        models.check_memory(params.model, dtype, times_weights=2, purpose="with a pruned copy")
     model, tokenizer = models.load(params.model, dtype=dtype, device=device, causal=True)
     found = experts.layers(model)
     if len({(layer.n_experts, layer.top_k) for layer in found}) > 1:
