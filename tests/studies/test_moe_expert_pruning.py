@@ -276,3 +276,69 @@ def test_every_claim_gets_a_verdict(started, base, swept, translated, calibratio
     assert found["experts-75-recovered"].verdict == "reproduced"
     assert found["experts-70"].verdict == "not testable at this scale"
     assert found["experts-half"].verdict == "inconclusive"
+
+
+def test_a_base_model_is_asked_by_examples_of_the_training_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    asked = study.start(Params(**{**TINY, "prompt": "few_shot"}))
+    test = asked.tests["en-fr"]
+    examples = asked.pairs("en", "fr", "training", 3)
+    assert all(prompt.count("English:") == 4 and prompt.endswith("French:") for prompt in test.prompts)
+    assert all(pair.target in test.prompts[0] for pair in examples)
+    assert all(target.startswith(" ") for target in test.targets)
+    assert asked.tests["fr-en"].prompts[0].endswith("English:")
+    found = asked.losses("unpruned", asked.model, ["en-fr", "news"])
+    assert np.isfinite(found["en-fr"]).all()
+    assert asked.prompter.stop == "\n"
+    calibration = study.calibrate(asked)
+    assert np.allclose(calibration.of("de").routing_mass.sum(axis=1), 1)
+
+
+def test_an_instruction_model_is_asked_through_its_chat_template(tmp_path, monkeypatch):
+    load = study.models.load
+
+    def with_template(*args, **options):
+        model, tokenizer = load(*args, **options)
+        tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}:"
+        return model, tokenizer
+
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    monkeypatch.setattr(study.models, "load", with_template)
+    asked = study.start(Params(**{**TINY, "prompt": "chat"}))
+    pair = asked.pairs("en", "fr", "test", 8)[0]
+    prompt = asked.tests["en-fr"].prompts[0]
+    assert prompt.startswith("[Translate the following text from English into French.")
+    assert prompt.endswith(f"{pair.source}]:")
+    assert np.isfinite(asked.losses("unpruned", asked.model, ["de-en"])["de-en"]).all()
+
+
+def test_sentences_of_the_hub_are_split_into_calibration_and_test(tmp_path, monkeypatch):
+    splits = []
+
+    def flores(source, target, split, *, n, seed):
+        splits.append(split)
+        return study.parallel.verse_pairs(source, target, "test" if split == "devtest" else "train", n=n)
+
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    monkeypatch.setattr(study.parallel, "flores", flores)
+    asked = study.start(Params(**{**TINY, "corpus": "flores"}))
+    for part in ("calibration", "training", "test"):
+        assert len(asked.pairs("en", "fr", part, 8)) == 8
+    assert splits == ["dev", "dev", "devtest"]
+
+
+def test_without_recovery_less_memory_is_asked_for_and_its_figure_still_drawn(
+    tmp_path, monkeypatch, base, swept, translated
+):
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    asked = study.start(Params(**{**TINY, "recovery_shares": ()}))
+    found = recovery.recover(asked, base, swept, translated, {})
+    assert found.table.empty
+    assert not found.change
+    plots.plot_quality(asked, translated, found)
+
+
+def test_a_model_that_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("overparam.models.memory.required_memory", lambda *_, **__: 10**15)
+    with pytest.raises(MemoryError, match="with a pruned copy in training"):
+        study.start(Params(**TINY))

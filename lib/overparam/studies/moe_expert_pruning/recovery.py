@@ -78,14 +78,16 @@ def recover(
 ) -> Recovered:
     """Fine-tune the models of the published cut: all parameters, and adapters on the middle share."""
     params = study.params
-    middle = [*params.recovery_shares, None][len(params.recovery_shares) // 2]
+    middle = sorted(params.recovery_shares)[len(params.recovery_shares) // 2 :][
+        :1
+    ]  # none when none is asked for
     runs = [
         Run(share, targets, lora, seed)
         for share in params.recovery_shares
         for targets in TARGETS
         for lora in (False, True)
         for seed in params.recovery_seeds
-        if not lora or (share == middle and targets == "parent")
+        if not lora or (share in middle and targets == "parent")
     ]
     scores: dict[tuple[float, str, bool], list[Scores]] = {}
     losses: dict[tuple[float, str, bool], list[Losses]] = {}
