@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
+
+from overparam.compress import experts
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -75,3 +78,13 @@ def test_example_in_readme_runs(monkeypatch, tmp_path):
     exec(example.replace("gemma-3-270m", "tiny-gemma3"), scope)
     assert (tmp_path / "pruned" / "config.json").is_file()
     assert scope["model"].config.num_hidden_layers == scope["cuts"].large
+
+
+def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# a bundled name.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example.replace("moe-translator", "tiny-qwen3_moe"), scope)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer-experts")
+    assert {layer.n_experts for layer in experts.layers(reloaded)} == set(scope["half"]) == {4}
