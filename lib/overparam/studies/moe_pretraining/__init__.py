@@ -38,14 +38,14 @@ class Params(BaseModel):
     )
     max_texts: Count | None = Field(None, description="use the first texts of each corpus only, for a trial")
 
-    steps: Count = 1020
+    steps: Count = 900
     rows: Count = Field(24, description="rows of a batch")
     row_length: Annotated[int, Field(ge=128)] = Field(320, description="tokens of a row")
     accumulate: Count = Field(2, description="batches a step")
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     warmup: Annotated[int, Field(ge=0)] = 30
-    decay: Annotated[int, Field(ge=0)] = Field(270, description="steps of the linear decay at the end")
+    decay: Annotated[int, Field(ge=0)] = Field(260, description="steps of the linear decay at the end")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     balance: tuple[tuple[int, float], ...] = Field(
         ((0, 0.01), (350, 0.1)),
