@@ -25,6 +25,7 @@ def negative_log_likelihood(
     *,
     batch_tokens: int = 1024,
     add_special_tokens: bool = True,
+    end_token: bool = True,
     label: str = "scoring translations",
 ) -> Items:
     """How unlikely the model finds each target after its prompt, end token included.
@@ -40,6 +41,7 @@ def negative_log_likelihood(
         batch_tokens: Tokens of a batch, padding included. A batch's logits take up to 8 bytes times its target
             tokens times the vocabulary: 2 GB for 1,024 target tokens of a vocabulary of 262,144.
         add_special_tokens: Whether the tokenizer adds its own special tokens to prompts.
+        end_token: Whether the end token after a target is scored, too.
         label: What the progress bar says.
 
     Returns:
@@ -55,16 +57,14 @@ def negative_log_likelihood(
         )
     if empty := [index for index, target in enumerate(targets) if not target.strip()]:
         raise ValueError(f"{len(empty)} of {len(targets)} targets are empty, the first at index {empty[0]}")
-    if tokenizer.eos_token_id is None:
+    if end_token and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token_id) to score after each target")
     before = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
     after = tokenizer(list(targets), add_special_tokens=False).input_ids
     if bare := [index for index, ids in enumerate(before) if not ids]:
         raise ValueError(f"prompt {bare[0]} has no token: nothing predicts the first target token")
-    rows = [
-        ([*first, *second, tokenizer.eos_token_id], len(first))
-        for first, second in zip(before, after, strict=True)
-    ]
+    end = [tokenizer.eos_token_id] if end_token else []
+    rows = [([*first, *second, *end], len(first)) for first, second in zip(before, after, strict=True)]
     return _score(model, rows, batch_tokens, label)
 
 

@@ -34,16 +34,26 @@ class Prompter:
         stop: Text at which the answer ends, when it does not end with the model's end token.
         add_special_tokens: Whether the tokenizer is to add its own (<bos>); chat templates bring theirs.
         answer_after: Marker after whose last occurrence the answer begins; without the marker there is none.
+        answer_prefix: What stands between the prompt and an answer that is given, such as a space.
     """
 
     build: Callable[[str, str, str], str]
     stop: str | None = None
     add_special_tokens: bool = True
     answer_after: str | None = None
+    answer_prefix: str = ""
 
     def __call__(self, sources: Sequence[str], source_language: str, target_language: str) -> list[str]:
         """Return one prompt a source. Languages are codes such as "en" and "fr"."""
         return [self.build(source, source_language, target_language) for source in sources]
+
+    def given(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return prompts and answers as a model would read them that gave these answers, to score or train it.
+
+        The end token follows where there is no `stop`.
+        """
+        heads = [prompt + (self.answer_after or "") for prompt in prompts]
+        return heads, [f"{self.answer_prefix}{answer}{self.stop or ''}" for answer in answers]
 
 
 def tagged() -> Prompter:
@@ -72,7 +82,7 @@ def few_shot(examples: Sequence[Pair]) -> Prompter:
         blocks = [f"{first}: {_line(pair.source)}\n{second}: {_line(pair.target)}\n\n" for pair in examples]
         return f"{''.join(blocks)}{first}: {_line(source)}\n{second}:"
 
-    return Prompter(build, stop="\n")
+    return Prompter(build, stop="\n", answer_prefix=" ")
 
 
 def chat(tokenizer: PreTrainedTokenizerBase) -> Prompter:

@@ -188,10 +188,11 @@ def suite_score(
     n_resamples: int | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    shared_items: bool = False,
 ) -> Estimate:
     """Estimate the mean score over tasks: {task: (items, statistic)}. Arguments as in `suite_difference`."""
     pairs = {task: (items, items, statistic) for task, (items, statistic) in tasks.items()}
-    points, draws, n = _sample(pairs, n_resamples, seed)
+    points, draws, n = _sample(pairs, n_resamples, seed, shared_items)
     return _interval(points[0], draws[0], n, confidence)
 
 
@@ -201,6 +202,7 @@ def suite_difference(
     n_resamples: int | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    shared_items: bool = False,
 ) -> Estimate:
     """Estimate the mean over tasks of compressed − baseline.
 
@@ -211,8 +213,10 @@ def suite_difference(
         n_resamples: By default 10,000 when every statistic is a mean, else 2,000.
         seed: Seed of the draws.
         confidence: Of the interval.
+        shared_items: The tasks have the same items in the same order (one sentence in several languages), so that
+            one draw of items serves all tasks; drawn apart, they would make the interval too narrow.
     """
-    points, draws, n = _sample(pairs, n_resamples, seed)
+    points, draws, n = _sample(pairs, n_resamples, seed, shared_items)
     return _interval(points[1] - points[0], draws[1] - draws[0], n, confidence)
 
 
@@ -222,13 +226,14 @@ def suite_retention(
     n_resamples: int | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    shared_items: bool = False,
 ) -> Estimate:
     """Estimate the compressed model's mean score over tasks ÷ the baseline's mean score over tasks.
 
     A ratio of means, as published averages are, rather than a mean of ratios, which one task with a baseline
     near zero would rule. Arguments as in `suite_difference`, edge cases as in `retention`.
     """
-    points, draws, n = _sample(pairs, n_resamples, seed)
+    points, draws, n = _sample(pairs, n_resamples, seed, shared_items)
     if points[0] == 0:
         raise ValueError("retention needs a baseline score other than 0, got 0; use difference instead")
     base = _interval(points[0], draws[0], n, confidence)
@@ -271,7 +276,10 @@ def holm(p_values: ArrayLike) -> Array:
 
 
 def _sample(
-    pairs: Mapping[str, tuple[Items, Items, str]], n_resamples: int | None, seed: int
+    pairs: Mapping[str, tuple[Items, Items, str]],
+    n_resamples: int | None,
+    seed: int,
+    shared_items: bool,
 ) -> tuple[Array, Array, int]:
     """Return both sides' scores ``[2]``, their draws ``[2, n_resamples]`` and the number of items."""
     if not pairs:
@@ -295,7 +303,12 @@ def _sample(
     rng = np.random.default_rng(seed)
     seed_draws = rng.integers(seeds, size=(n_resamples, seeds))
     points, draws, total = np.zeros(2), np.zeros((2, n_resamples)), 0
+    if shared_items and len({base.shape[1:] for base, _, _ in tasks.values()}) > 1:
+        raise ValueError("shared_items needs tasks with equally many items, of one kind of score")
+    state = rng.bit_generator.state
     for task, (base, small, name) in tasks.items():
+        if shared_items:
+            rng.bit_generator.state = state  # the same draws for every task
         if base.shape[1] != small.shape[1]:
             raise ValueError(
                 f"paired scores need the same items on both sides{_of(task)}: "

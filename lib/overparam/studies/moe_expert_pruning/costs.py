@@ -21,7 +21,7 @@ _LOAD = "overparam.compress.experts:load_pruned"
 _STEPS = ("prompt", "generate_one", "generate_all")
 
 
-def measure(study: Study, found: Sweep) -> pd.DataFrame:
+def measure(study: Study, found: Sweep) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure the unpruned model and the published cut at every share; see `costs`."""
     params, language = study.params, study.params.languages[0]
     pairs = study.pairs("en", language, "test", params.cost_texts)
@@ -31,10 +31,11 @@ def measure(study: Study, found: Sweep) -> pd.DataFrame:
         study.ask([pair.source for pair in pairs], "en", language),
         new_tokens=params.cost_new_tokens,
         repeats=params.cost_repeats,
+        add_special_tokens=study.prompter.add_special_tokens,
     )
     study.recorder.table("costs", table)
     study.recorder.table("latencies", raw)
-    return table
+    return table, raw
 
 
 def costs(
@@ -44,6 +45,7 @@ def costs(
     *,
     new_tokens: int,
     repeats: int,
+    add_special_tokens: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure mixtures of experts of which different shares were pruned, 0 among them.
 
@@ -57,6 +59,7 @@ def costs(
         texts: Prompts; they make one batch, padded on the left. The first is also translated alone.
         new_tokens: Tokens generated after each.
         repeats: Timed rounds, after one that is not counted.
+        add_special_tokens: Whether the tokenizer adds its own special tokens to prompts.
 
     Returns:
         A row a share. ``parameters``, ``expert_parameters``, ``active_parameters`` (embeddings excluded),
@@ -75,8 +78,9 @@ def costs(
             "costs needs at least one model, one text, one new token and one repeat, got "
             f"{len(models_by_share)}, {len(texts)}, {new_tokens} and {repeats}"
         )
-    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    single = tokenizer(texts[:1], return_tensors="pt")
+    options = {"add_special_tokens": add_special_tokens, "return_tensors": "pt"}
+    batch = tokenizer(texts, padding=True, padding_side="left", **options)
+    single = tokenizer(texts[:1], **options)
     calls: dict[str, Callable[[], Any]] = {}
     for share, model in models_by_share.items():
         calls[f"prompt {share}"] = _reading(model, batch)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pandas as pd
 
 from overparam import models
 from overparam.data.parallel import Pair
 from overparam.evaluate.translation import score
 from overparam.report import stats
-from overparam.studies.moe_expert_pruning.study import CURVE_RESAMPLES, Baseline, Scores, Study, shots
+from overparam.studies.moe_expert_pruning.study import CURVE_RESAMPLES, Baseline, Scores, Study
 
 
 def dense_reference(study: Study, base: Baseline) -> pd.DataFrame | None:
@@ -24,7 +22,7 @@ def dense_reference(study: Study, base: Baseline) -> pd.DataFrame | None:
         return None
     model, tokenizer = models.load(params.dense_reference, device=study.model.device, causal=True)
     asked = params.model_copy(update={"prompt": "few_shot"})
-    dense = replace(study, params=asked, model=model, tokenizer=tokenizer, items=[], prompter=shots(study))
+    dense = Study(asked, study.recorder, model, tokenizer)
     rows = []
     for language in params.languages:
         pairs = study.pairs("en", language, "test", params.translated_items)[: params.dense_items]

@@ -75,16 +75,22 @@ def overlap(study: Study, calibration: Calibration) -> Overlap:
     chance = experts.expected_overlap(_counts(study), study.n_experts)
     rng = np.random.default_rng(study.params.seed)
     draws = []
+    number = min(map(len, calibration.parts.values()))
     for _ in range(_DRAWS):
-        drawn = {}
-        for language, parts in calibration.parts.items():
-            chosen = rng.integers(len(parts), size=len(parts))
-            drawn[language] = added([parts[index] for index in chosen])
-        draws.append(_mean_overlap(study, drawn))
+        chosen = rng.integers(number, size=number)  # the same sentences in every language
+        draws.append(
+            _mean_overlap(
+                study,
+                {
+                    language: added([parts[index] for index in chosen])
+                    for language, parts in calibration.parts.items()
+                },
+            )
+        )
     low, high = np.quantile(draws, [0.025, 0.975])
     point = _mean_overlap(study, {language: calibration.of(language) for language in calibration.parts})
     n = calibration.pooled.sequences
-    languages = stats.Estimate(point, float(min(low, point)), float(max(high, point)), n)
+    languages = stats.Estimate(point, float(low), float(high), n)
     generated = _mean_overlap(study, calibration.generated)
     study.recorder.metric("overlap_languages", languages, "IoU")
     study.recorder.metric("overlap_chance", chance, "IoU")
@@ -100,7 +106,7 @@ def calibration_size(study: Study, calibration: Calibration) -> pd.DataFrame:
         mean and range of the middle 95 % over draws.
     """
     columns = list(zip(*calibration.parts.values(), strict=True))  # parts of the same sentences together
-    size = sum(part.sequences for part in columns[0])
+    size = columns[0][0].sequences
     rng = np.random.default_rng(study.params.seed)
     rows = []
     count = 1

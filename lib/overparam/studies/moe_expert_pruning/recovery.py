@@ -63,14 +63,19 @@ def training_texts(study: Study) -> dict[str, Examples]:
     for language in study.params.languages:
         pairs = study.pairs("en", language, "training", study.params.recovery_items)
         asked = study.ask([pair.source for pair in pairs], "en", language)
-        found["references"][language] = [(p, pair.target) for p, pair in zip(asked, pairs, strict=True)]
+        found["references"][language] = _examples(study, asked, [pair.target for pair in pairs])
         own = study.translations(study.model, pairs, language, label=f"the parent translates, {language}")
-        found["parent"][language] = [
+        usable = [
             (prompt, generation.text)
             for prompt, generation in zip(asked, own, strict=True)
             if generation.ended and generation.text
         ]
+        found["parent"][language] = _examples(study, *map(list, zip(*usable, strict=True))) if usable else []
     return found
+
+
+def _examples(study: Study, asked: list[str], answers: list[str]) -> list[tuple[str, str]]:
+    return list(zip(*study.prompter.given(asked, answers), strict=True))
 
 
 def recover(
@@ -92,8 +97,10 @@ def recover(
     scores: dict[tuple[float, str, bool], list[Scores]] = {}
     losses: dict[tuple[float, str, bool], list[Losses]] = {}
     for run in progress.track(runs, "recovering"):
-        model = copy.deepcopy(study.pruned(found.keep[run.share]))
+        # in float32: in bfloat16 most updates of a short fine-tuning round to nothing
+        model = copy.deepcopy(study.pruned(found.keep[run.share])).float()
         _train(study, model, texts[run.targets], run)
+        model.to(study.model.dtype)
         how = "adapters" if run.lora else "all parameters"
         columns = {"share": run.share, "targets": run.targets, "trained": how, "seed": run.seed}
         written, _ = study.translate_test("recovered", model, **columns)
@@ -142,15 +149,14 @@ def trees(study: Study, examples: Examples) -> list[Tree]:
     """
     length = study.params.recovery_row_length
     branches: dict[tuple[int, ...], list[Sequence[int]]] = {}
-    eos = study.tokenizer.eos_token_id
+    end = [study.tokenizer.eos_token_id] if study.ends else []
     for pairs in examples.values():
         prompts = study.tokenizer(
             [prompt for prompt, _ in pairs], add_special_tokens=study.prompter.add_special_tokens
         )["input_ids"]
-        space = " " if study.params.prompt == "few_shot" else ""
-        targets = study.tokenizer([space + target for _, target in pairs], add_special_tokens=False)
+        targets = study.tokenizer([target for _, target in pairs], add_special_tokens=False)
         for prompt, target in zip(prompts, targets["input_ids"], strict=True):
-            branches.setdefault(tuple(prompt[:-1]), []).append([prompt[-1], *target, eos])
+            branches.setdefault(tuple(prompt[:-1]), []).append([prompt[-1], *target, *end])
     found = []
     for prefix, continued in branches.items():
         whole = Tree(prefix, continued)
@@ -173,7 +179,8 @@ def _row(
     languages = study.params.languages
     before = mean_chrf(base.scores, languages)
     after = float(sum(mean_chrf(each, languages) for each in scores) / len(scores))
-    cut = mean_chrf(pruned.scores[System(share, *PUBLISHED)], languages)
+    unrecovered = pruned.scores[System(share, *PUBLISHED)]
+    cut, lost = mean_chrf(unrecovered, languages), change_in_chrf(study, base.scores, unrecovered)
     groups = {test.group for test in study.tests.values()}
     risen = {
         group: sum(
@@ -195,7 +202,7 @@ def _row(
         "low": change.low,
         "high": change.high,
         "chrF++_pruned": cut,
-        "gap_closed": (after - cut) / (before - cut) if before != cut else float("nan"),
+        "gap_closed": (after - cut) / (before - cut) if lost.high < 0 else float("nan"),
         "failed": sum(failure_share(each, languages) for each in scores) / len(scores),
         **{f"loss_change_{group}": value for group, value in risen.items()},
         **{"loss_change_pruned_seen": change_in_loss(study, base.losses, found.losses[share]).value},

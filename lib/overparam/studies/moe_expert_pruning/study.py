@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models, progress
+from overparam.allocator import keep_freed_memory
 from overparam.compress import experts
 from overparam.data import corpora, parallel
 from overparam.data.parallel import Pair
@@ -41,11 +42,13 @@ class Test:
             (out of domain, into languages of the calibration) or "plain" (English news and newsgroup text).
         prompts: What the model is given.
         targets: What it is to find likely.
+        ends: Whether the end token follows, and is scored.
     """
 
     group: str
     prompts: list[str]
     targets: list[str]
+    ends: bool
 
 
 @dataclass
@@ -56,8 +59,14 @@ class Study:
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompter: prompts.Prompter
     items: list[pd.DataFrame] = field(default_factory=list)
+
+    @cached_property
+    def prompter(self) -> prompts.Prompter:
+        """How the model is asked for translations."""
+        if self.params.prompt == "chat":
+            return prompts.chat(self.tokenizer)
+        return prompts.tagged() if self.params.prompt == "tagged" else self._shots()
 
     @cached_property
     def layers(self) -> list[experts.MoeLayer]:
@@ -88,11 +97,12 @@ class Study:
         return self.prompter(sources, source, target)
 
     def plain(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Return prompts and targets of texts that are not translated."""
+        """Return prompts and targets of texts that are not translated; texts of one word are left out."""
         if self.params.prompt == "tagged":
             return [PLAIN] * len(texts), list(texts)
-        heads = [text.split(" ", 1) for text in texts]  # the first word is given: not every model has a <bos>
-        return [head[0] for head in heads], [f" {head[-1]}" for head in heads]
+        # the first word is given, since not every model has a <bos>
+        parts = [text.partition(" ") for text in texts if " " in text.strip()]
+        return [first for first, _, _ in parts], [f" {rest}" for _, _, rest in parts]
 
     @cached_property
     def tests(self) -> dict[str, Test]:
@@ -101,23 +111,30 @@ class Study:
         found: dict[str, Test] = {}
         for group, languages in (("seen", params.languages), ("unseen", params.unseen)):
             for language in languages:
-                found[f"en-{language}"] = self._test(group, self.pairs("en", language, "test", n), language)
+                found[f"en-{language}"] = self._test(
+                    group, self.pairs("en", language, "test", n), "en", language
+                )
         for language in (*params.languages, *params.unseen):
             pairs = self.pairs(language, "en", "test", n)
-            asked = self.ask([pair.source for pair in pairs], language, "en")
-            found[f"{language}-en"] = Test("reverse", asked, self._targets(pairs))
+            found[f"{language}-en"] = self._test("reverse", pairs, language, "en")
         for language in params.languages:
             if language in parallel.INTERFACE_LANGUAGES:
                 strings = parallel.interface_pairs(language, n=n, seed=params.seed)
-                found[f"interface en-{language}"] = self._test("interface", strings, language)
+                found[f"interface en-{language}"] = self._test("interface", strings, "en", language)
         for name, corpus in (("news", "reuters-r52"), ("newsgroups", "20newsgroups")):
-            found[name] = Test("plain", *self.plain(self.plain_texts(corpus, "test", n)))
+            found[name] = Test("plain", *self.plain(self.plain_texts(corpus, "test", n)), ends=False)
         return found
 
     def plain_texts(self, corpus: str, part: str, n: int) -> list[str]:
-        """Return `n` texts of news or newsgroups, spread over the corpus, each cut to the same length."""
+        """Return `n` texts of news or newsgroups, spread over the corpus, each cut to the same length.
+
+        Raises:
+            ValueError: If the corpus has fewer.
+        """
         texts = [text for _, text in corpora.topic_rows(corpus, part) if len(text.split()) > 8]
-        step = max(1, len(texts) // n)
+        if len(texts) < n:
+            raise ValueError(f"{corpus} ({part}) has {len(texts)} texts, {n} are asked for")
+        step = len(texts) // n
         return [text[: self.params.plain_characters].rsplit(" ", 1)[0] for text in texts[::step][:n]]
 
     def losses(
@@ -134,6 +151,7 @@ class Study:
                 test.targets,
                 batch_tokens=self.params.batch_tokens,
                 add_special_tokens=self.prompter.add_special_tokens,
+                end_token=test.ends,
                 label=f"likelihood of {name}",
             )
             self._keep(system, name, {"nll": found[name][:, 0], "tokens": found[name][:, 1]}, columns)
@@ -197,12 +215,31 @@ class Study:
         self.recorder.finish()
         return self.recorder.record
 
-    def _test(self, group: str, pairs: Sequence[Pair], language: str) -> Test:
-        return Test(group, self.ask([pair.source for pair in pairs], "en", language), self._targets(pairs))
+    @property
+    def ends(self) -> bool:
+        """Whether a translation ends with the end token, not with a text."""
+        return self.prompter.stop is None
 
-    def _targets(self, pairs: Sequence[Pair]) -> list[str]:
-        space = " " if self.params.prompt == "few_shot" else ""  # after "French:"
-        return [space + pair.target for pair in pairs]
+    def given(self, pairs: Sequence[Pair], source: str, target: str) -> tuple[list[str], list[str]]:
+        """Return prompts and answers that give these translations."""
+        asked = self.ask([pair.source for pair in pairs], source, target)
+        return self.prompter.given(asked, [pair.target for pair in pairs])
+
+    def _test(self, group: str, pairs: Sequence[Pair], source: str, target: str) -> Test:
+        return Test(group, *self.given(pairs, source, target), ends=self.ends)
+
+    def _shots(self) -> prompts.Prompter:
+        """Ask by examples in whichever languages are asked for; no sentence of another step is an example."""
+        cached: dict[tuple[str, str], Callable[[str, str, str], str]] = {}
+        used = max(self.params.calibration_items, self.params.recovery_items)
+
+        def build(text: str, source: str, target: str) -> str:
+            if (source, target) not in cached:
+                examples = self.pairs(source, target, "training", used + _SHOTS)[used:]
+                cached[source, target] = prompts.few_shot(examples).build
+            return cached[source, target](text, source, target)
+
+        return replace(prompts.few_shot([Pair("", "-", "-")]), build=build)
 
     def _keep(
         self,
@@ -223,10 +260,9 @@ def start(params: Params) -> Study:
         ValueError: If the model is dense or of an unknown layout, or a share would leave fewer than top-k experts.
     """
     dtype, device = models.working_dtype(params.dtype), models.working_device()
-    if params.recovery_shares:
-        models.check_memory(params.model, dtype, times_weights=4.5, purpose="with a pruned copy in training")
-    else:
-        models.check_memory(params.model, dtype, times_weights=2, purpose="with a pruned copy")
+    models.check_memory(
+        params.model, dtype, times_weights=_peak(params, dtype), purpose="with its pruned copies"
+    )
     model, tokenizer = models.load(params.model, dtype=dtype, device=device, causal=True)
     found = experts.layers(model)
     if len({(layer.n_experts, layer.top_k) for layer in found}) > 1:
@@ -237,7 +273,8 @@ def start(params: Params) -> Study:
             raise ValueError(
                 f"shares must be at most {1 - least:g} for {params.model} (each layer keeps its top-k), got {share}"
             )
-    sets = ["verses", "interface", "reuters", "newsgroups"]
+    keep_freed_memory()
+    sets = ["interface", "reuters", "newsgroups", *(["verses"] if params.corpus == "verses" else [])]
     inputs = models.provenance(params.model) | corpora.provenance(*sets)
     if params.dense_reference:
         inputs |= models.provenance(params.dense_reference)
@@ -254,29 +291,17 @@ def start(params: Params) -> Study:
     recorder.metric("moe_layers", len(found))
     recorder.metric("experts", found[0].n_experts, "per layer")
     recorder.metric("top_k", found[0].top_k)
-    study = Study(params, recorder, model, tokenizer, prompts.tagged())
-    study.prompter = _prompter(study)
-    return study
+    return Study(params, recorder, model, tokenizer)
 
 
-def _prompter(study: Study) -> prompts.Prompter:
-    kind = study.params.prompt
-    if kind == "chat":
-        return prompts.chat(study.tokenizer)
-    return prompts.tagged() if kind == "tagged" else shots(study)
-
-
-def shots(study: Study) -> prompts.Prompter:
-    """Ask by examples from the training text, in whichever languages are asked for."""
-    cached: dict[tuple[str, str], Callable[[str, str, str], str]] = {}
-
-    def build(text: str, source: str, target: str) -> str:
-        if (source, target) not in cached:
-            examples = study.pairs(source, target, "training", _SHOTS)
-            cached[source, target] = prompts.few_shot(examples).build
-        return cached[source, target](text, source, target)
-
-    return prompts.Prompter(build, stop="\n")
+def _peak(params: Params, dtype: torch.dtype) -> float:
+    """Peak of the study in multiples of the weights: all cuts at once while costs are measured, or a recovery."""
+    costs = 1.1 + sum(1 - share for share in params.shares)
+    if not params.recovery_shares:
+        return costs
+    # trained in float32: weights, gradients, and two numbers a weight in the optimizer
+    recovery = 1.5 + 4 * (1 - min(params.recovery_shares)) * torch.float32.itemsize / dtype.itemsize
+    return max(costs, recovery)
 
 
 @dataclass(frozen=True)
@@ -314,7 +339,8 @@ def baseline(study: Study) -> Baseline:
         rows.append(row)
     study.recorder.table("baseline", pd.DataFrame(rows))
     suite = stats.suite_score(
-        {language: (scores[language].chrf.items, "chrf++") for language in study.params.languages}
+        {language: (scores[language].chrf.items, "chrf++") for language in study.params.languages},
+        shared_items=True,
     )
     study.recorder.metric("baseline_chrf", suite, "chrF++")
     return Baseline(losses, scores, texts)
@@ -324,25 +350,36 @@ def change_in_loss(study: Study, before: Losses, after: Losses, tests: Sequence[
     """Rise of the negative log-likelihood a token, mean over the tests into the seen languages, in nats."""
     named = tests or [f"en-{language}" for language in study.params.languages]
     return stats.suite_difference(
-        {name: (before[name], after[name], "nll_per_token") for name in named}, n_resamples=CURVE_RESAMPLES
+        {name: (before[name], after[name], "nll_per_token") for name in named},
+        n_resamples=CURVE_RESAMPLES,
+        shared_items=study.tests[named[0]].group != "plain",  # else the same sentences in several languages
     )
 
 
 def change_in_chrf(
-    study: Study, before: Scores, after: Scores | Sequence[Scores], languages: Sequence[str] = ()
+    study: Study,
+    before: Scores | Sequence[Scores],
+    after: Scores | Sequence[Scores],
+    languages: Sequence[str] = (),
 ) -> stats.Estimate:
-    """Relative change of chrF++, mean over languages, in percent of the baseline; several runs are seeds.
+    """Relative change of chrF++, mean over languages, in percent of `before`; several runs are seeds.
 
     A baseline that translates nothing (a random model) bounds no change: the interval is then unbounded.
     """
-    runs = [after] if isinstance(after, dict) else list(after)
-    if not mean_chrf(before, languages or study.params.languages):
+    sides = [[side] if isinstance(side, dict) else list(side) for side in (before, after)]
+    named = languages or study.params.languages
+    if not any(mean_chrf(one, named) for one in sides[0]):
         return stats.Estimate(0.0, -math.inf, math.inf, study.params.translated_items)
     kept = stats.suite_retention(
         {
-            language: (before[language].chrf.items, [run[language].chrf.items for run in runs], "chrf++")
-            for language in languages or study.params.languages
-        }
+            language: (
+                [run[language].chrf.items for run in sides[0]],
+                [run[language].chrf.items for run in sides[1]],
+                "chrf++",
+            )
+            for language in named
+        },
+        shared_items=True,  # the same sentences in every language
     )
     return percent(kept)
 
@@ -377,6 +414,8 @@ class Calibration:
         english: The same sentences as plain English text.
         news: English news.
         reverse: Into English, for each language.
+        others: What is never calibrated on, and counts only where idle experts are looked for: the unseen
+            languages in both directions, and newsgroup text.
     """
 
     parts: dict[str, list[experts.RoutingStatistics]]
@@ -384,6 +423,7 @@ class Calibration:
     english: experts.RoutingStatistics
     news: experts.RoutingStatistics
     reverse: dict[str, experts.RoutingStatistics]
+    others: list[experts.RoutingStatistics]
 
     def of(self, language: str) -> experts.RoutingStatistics:
         """Statistics of one language."""
@@ -396,13 +436,8 @@ class Calibration:
 
     @property
     def mix(self) -> NDArray[np.float64]:
-        """Mean routing mass over all that the model was made for: every direction, and plain text."""
-        every = [
-            *map(self.of, self.parts),
-            *self.reverse.values(),
-            self.english,
-            self.news,
-        ]
+        """Mean routing mass over every direction and kind of text of the study, each counted alike."""
+        every = [*map(self.of, self.parts), *self.reverse.values(), self.english, self.news, *self.others]
         return np.mean([each.routing_mass for each in every], axis=0)
 
 
@@ -428,7 +463,7 @@ def calibrate(study: Study) -> Calibration:
         pairs = study.pairs("en", language, "calibration", n)
         asked = study.ask([pair.source for pair in pairs], "en", language)
         own = study.translations(study.model, pairs, language, label=f"calibration, {language}")
-        sequences = _sequences(study, asked, [generation.ids for generation in own])
+        sequences = _sequences(study, asked, [generation.ids for generation in own], end=study.ends)
         chunks = [sequences[at : at + _PART] for at in range(0, n, _PART)]
         label = f"routing of {language}"
         parts[language] = [
@@ -438,29 +473,32 @@ def calibrate(study: Study) -> Calibration:
         generated[language] = experts.collect(
             study.model, (_batch(study, chunk, generated_only=True) for chunk in chunks)
         )
-        back = study.pairs(language, "en", "calibration", n)
-        asked = study.ask([pair.source for pair in back], language, "en")
-        sequences = _sequences(study, asked, _ids(study, [pair.target for pair in back]))
-        reverse[language] = experts.collect(study.model, _batches(study, sequences))
+        reverse[language] = _reading(study, language, "en")
     texts = [pair.source for pair in study.pairs("en", params.languages[0], "calibration", n)]
-    news = study.plain_texts("reuters-r52", "train", n)
-    plain = []
-    for some in (texts, news):
-        given, rest = study.plain(some)
-        sequences = _sequences(study, given, _ids(study, rest), end=False)
-        plain.append(experts.collect(study.model, _batches(study, sequences), reap=True))
-    return Calibration(parts, generated, plain[0], plain[1], reverse)
+    collections = (texts, *(study.plain_texts(name, "train", n) for name in ("reuters-r52", "20newsgroups")))
+    english, news, newsgroups = (_collected(study, *study.plain(some), end=False) for some in collections)
+    others = [_reading(study, *way) for other in params.unseen for way in (("en", other), (other, "en"))]
+    return Calibration(parts, generated, english, news, reverse, [*others, newsgroups])
+
+
+def _reading(study: Study, source: str, target: str) -> experts.RoutingStatistics:
+    """Statistics of reference translations of the calibration sentences."""
+    pairs = study.pairs(source, target, "calibration", study.params.calibration_items)
+    return _collected(study, *study.given(pairs, source, target), end=study.ends)
+
+
+def _collected(
+    study: Study, given: Sequence[str], written: Sequence[str], *, end: bool
+) -> experts.RoutingStatistics:
+    ids = [list(row) for row in study.tokenizer(list(written), add_special_tokens=False)["input_ids"]]
+    return experts.collect(study.model, _batches(study, _sequences(study, given, ids, end=end)))
 
 
 Sequence_ = tuple[list[int], list[int]]  # what was given, what was written
 
 
-def _ids(study: Study, texts: Sequence[str]) -> list[list[int]]:
-    return [list(ids) for ids in study.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-
 def _sequences(
-    study: Study, given: Sequence[str], written: Sequence[Sequence[int]], *, end: bool = True
+    study: Study, given: Sequence[str], written: Sequence[Sequence[int]], *, end: bool
 ) -> list[Sequence_]:
     before = study.tokenizer(list(given), add_special_tokens=study.prompter.add_special_tokens)["input_ids"]
     eos = [study.tokenizer.eos_token_id] if end else []
@@ -507,12 +545,14 @@ def keep_sets(
         seed: Of the method "random".
     """
     layers, groups = len(study.layers), study.layers[0].groups
-    total = round(layers * study.n_experts * (1 - share))
-    limits = (study.top_k, study.n_experts)
+    # in units of one expert a group, since routers that choose among groups need them equal
+    total = round(layers * study.n_experts * (1 - share) / groups)
+    limits = (math.ceil(study.top_k / groups), study.n_experts // groups)
     if allocation == "uniform":
-        counts = experts.allocate_uniform(total, layers, *limits)
+        units = experts.allocate_uniform(total, layers, *limits)
     else:
         apart = experts.divergence(statistics.routing_mass, english.routing_mass)
         share_out = experts.allocate if allocation == "divergence" else experts.allocate_inverse
-        counts = share_out(apart, total, *limits)
+        units = share_out(apart, total, *limits)
+    counts = [groups * unit for unit in units]
     return experts.select(experts.scores(statistics, method, seed=seed), counts, groups=groups)

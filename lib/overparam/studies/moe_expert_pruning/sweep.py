@@ -28,7 +28,7 @@ from overparam.studies.moe_expert_pruning.study import (
 
 PUBLISHED = ("routing_mass", "divergence")  # score and layer budget of the paper
 _PEERS = ("frequency", "koishekenov", "reap")  # published with equal budgets
-_CONTROLS = ("random", "inverted")
+_DEEP = 0.75  # share at which peer and chance are translated with once more
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def sweep(study: Study, base: Baseline, calibration: Calibration) -> Sweep:
                 "share_pruned": system.share,
                 "method": system.method,
                 "allocation": system.allocation,
-                "seed": system.seed,
+                "seed": study.params.seed + system.seed if system.method == "random" else None,
                 "loss_change": change.value,
                 "low": change.low,
                 "high": change.high,
@@ -149,14 +149,19 @@ class Quality:
 
 
 def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
-    """Translate with pruned models: the published method and equal budgets at every share, all systems at half."""
-    half = min(study.params.shares, key=lambda share: abs(share - 0.5))
+    """Translate with pruned models.
+
+    The published method and equal budgets at every share; all systems at half; REAP and random experts also deeper.
+    """
+    half, deep = (min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP))
     chosen = [
         System(share, PUBLISHED[0], allocation)
         for share in study.params.shares
         for allocation in ("divergence", "uniform")
     ]
     chosen += [system for system in systems(study, half) if system not in chosen]
+    deeper = [system for system in systems(study, deep) if system.method in ("reap", "random")]
+    chosen += [system for system in deeper if system not in chosen]
     languages = study.params.languages
     rows = [_row(System(0.0, *PUBLISHED), base.scores, stats.Estimate(0.0, 0.0, 0.0, 0), languages)]
     scores: dict[System, Scores] = {}
@@ -189,7 +194,7 @@ def _row(
         "share_pruned": system.share,
         "method": system.method,
         "allocation": system.allocation,
-        "seed": system.seed,
+        "repeat": system.seed,
         "chrF++": mean_chrf(scores, languages),
         "change_percent": change.value,
         "low": change.low,
@@ -236,10 +241,11 @@ def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
     return table
 
 
-def transfer(study: Study, base: Baseline, calibration: Calibration, shares: Sequence[float]) -> pd.DataFrame:
+def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
     """Calibrate on one text, test on another: each language, all languages, translation into English, news.
 
-    Layer budgets are equal here, so that only the choice of experts differs.
+    At the shares next to 50 and 75 %. Layer budgets are equal here, so that only the choice of experts differs; one
+    random choice stands beside.
 
     Returns:
         One row a share, calibration and test: rise of the negative log-likelihood a token, with its interval.
@@ -249,11 +255,22 @@ def transfer(study: Study, base: Baseline, calibration: Calibration, shares: Seq
         "all languages": calibration.pooled,
         "into English": added(list(calibration.reverse.values())),
         "news": calibration.news,
+        "none (random)": calibration.pooled,
     }
+    shares = sorted({min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP)})
     rows = []
     for share in shares:
         for name, statistics in progress.track(sources.items(), f"calibrations at {share:.0%}"):
-            keep = keep_sets(study, statistics, calibration.english, share, allocation="uniform")
+            method = "random" if name.startswith("none") else PUBLISHED[0]
+            keep = keep_sets(
+                study,
+                statistics,
+                calibration.english,
+                share,
+                method=method,
+                allocation="uniform",
+                seed=study.params.seed,
+            )
             losses = study.losses(
                 f"calibrated on {name}", study.pruned(keep), share=share, allocation="uniform"
             )
