@@ -235,27 +235,35 @@ def _costs(bytes_kept):
             "share_pruned": [0.0, 0.75],
             "parameters": [100, 40],
             "folder_bytes": [1000, bytes_kept],
-            "generate_all_seconds": [1.0, 1.02],
-            "generate_all_seconds_low": [0.98, 1.0],
-            "generate_all_seconds_high": [1.02, 1.04],
+            "resident_bytes": [1100, 440],
+            "active_parameters": [30, 30],
         }
     )
 
 
-@pytest.mark.parametrize(("bytes_kept", "verdict"), [(400, "reproduced"), (700, "reproduced in direction")])
-def test_memory_is_judged_against_the_parameters(bytes_kept, verdict):
-    assert verdicts.bytes_claim(_costs(bytes_kept)).verdict == verdict
-
-
-def test_time_that_stays_is_what_was_published():
-    claim = verdicts.time_claim(_costs(400))
-    assert claim.verdict == "reproduced"
-    faster = _costs(400).assign(
-        generate_all_seconds=[1.0, 0.5],
-        generate_all_seconds_low=[1, 0.49],
-        generate_all_seconds_high=[1, 0.51],
+def _latencies(pruned_seconds):
+    seconds = [1.0, 1.1, 0.9, 1.0, 1.0]
+    return pd.DataFrame(
+        {
+            "share_pruned": [0.0] * 5 + [0.75] * 5,
+            "step": "generate_all",
+            "seconds": seconds + [pruned_seconds * each for each in seconds],
+        }
     )
-    assert verdicts.time_claim(faster).verdict == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("bytes_kept", "verdict"), [(400, "reproduced"), (411, "reproduced"), (500, "reproduced in direction")]
+)
+def test_bytes_are_judged_against_the_parameters(bytes_kept, verdict):
+    disk, memory = verdicts.size_claims(_costs(bytes_kept))
+    assert disk.verdict == verdict
+    assert memory.verdict == "reproduced"
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.02, "reproduced"), (0.5, "not reproduced")])
+def test_time_that_stays_is_what_was_published(seconds, verdict):
+    assert verdicts.time_claim(_costs(400), _latencies(seconds)).verdict == verdict
 
 
 def test_every_claim_gets_a_verdict(started, base, swept, translated, calibration):
