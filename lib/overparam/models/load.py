@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from overparam import packages
+from overparam import packages, trained
 from overparam.catalogue import PACKAGED, TINY, TRAINED, check_model_name
-from overparam.models import gguf, trained
+from overparam.models import gguf
 from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 

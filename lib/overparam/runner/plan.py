@@ -225,8 +225,9 @@ def _jobs(
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
     earlier = _earlier(root / study)
     jobs = []
-    for slug, (_, params) in zip(_slugs(study, valid), valid, strict=True):
-        parts = {**code, "params": params, "inputs": inputs}
+    for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
+        own = getattr(validated, "key_inputs", dict)()
+        parts = {**code, "params": params, "inputs": {**inputs, **own}}
         key = files.digest(parts)
         directory = root / study / f"{slug}-{key[:8]}"
         target = f"{study}/{slug}" if len(valid) > 1 else study

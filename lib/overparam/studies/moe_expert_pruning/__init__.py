@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam.catalogue import check_model_name
+from overparam import trained
+from overparam.catalogue import TRAINED, check_model_name
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -124,6 +125,10 @@ class Params(BaseModel):
         if self.translated_items > self.test_items or self.dense_items > self.translated_items:
             raise ValueError("dense_items must be at most translated_items, and those at most test_items")
         return self
+
+    def key_inputs(self) -> dict[str, str]:
+        """Return the hashes that belong to the key of a job: of weights that neither code nor a pin determines."""
+        return trained.hashes(self.model) if self.model in TRAINED else {}
 
     def slug(self) -> str:
         """Short name of a parameter set: the model's."""

@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from overparam import models
-from overparam.models import trained
+from overparam import models, trained
 
 NAME = "moe-translator"
 
@@ -41,11 +40,14 @@ def test_the_newest_finished_record_is_loaded_as_float32(results):
     assert tokenizer.eos_token_id is not None
     assert models.provenance(NAME) == models.provenance(str(results / f"{NAME}-a"))
     assert models.required_memory(NAME) > 0
+    (digest,) = trained.hashes(NAME).values()
+    assert digest in models.provenance(NAME).values()
 
 
 def test_without_a_record_the_error_says_how_to_make_one(results):
     with pytest.raises(FileNotFoundError, match=r"run_all\.py --profile reference --only moe_pretraining"):
         models.load(NAME, causal=True)
+    assert trained.hashes(NAME) == {}
 
 
 def test_a_folder_may_be_named(results, tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[3] / "results" / "reference"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "reference"
 _STUDIES = {"moe-translator": "moe_pretraining"}
 
 
@@ -37,3 +38,12 @@ def folder(name: str) -> Path:
             f"--profile reference --only {study}`, or let {variable} name a folder that holds the model"
         )
     return max(found, key=lambda path: (found[path], path.name))
+
+
+def hashes(name: str) -> dict[str, str]:
+    """Return the SHA-256 of each weight file of a trained model; nothing where it is not there yet."""
+    try:
+        files = sorted(folder(name).glob("*.safetensors"))
+    except FileNotFoundError:
+        return {}
+    return {f"{name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
