@@ -180,8 +180,7 @@ def test_a_study_may_leave_code_out_of_its_key(project):
 
 
 def test_a_study_may_add_hashes_to_its_keys(project):
-    package = project / "lib" / "toystudies" / "toy.py"
-    package = package if package.exists() else package.with_name("toy") / "__init__.py"
+    package = project / "lib" / "toystudies" / "toy" / "__init__.py"
     (before,) = make(project)
     package.write_text(package.read_text() + "    def key_inputs(self):\n        return {'weights': 'abc'}\n")
     (job,) = make(project)

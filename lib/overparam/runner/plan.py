@@ -226,7 +226,7 @@ def _jobs(
     earlier = _earlier(root / study)
     jobs = []
     for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
-        own = getattr(validated, "key_inputs", dict)()
+        own: dict[str, str] = getattr(validated, "key_inputs", dict)()
         parts = {**code, "params": params, "inputs": {**inputs, **own}}
         key = files.digest(parts)
         directory = root / study / f"{slug}-{key[:8]}"

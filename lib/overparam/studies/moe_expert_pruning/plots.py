@@ -49,7 +49,7 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
             rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
         top = float(routing["routing_mass"].max())
-        image = None
+        image: Any = None
         for text, axis in zip(texts, axes.flat, strict=False):
             table = routing[routing["text"] == text].pivot(
                 index="layer", columns="expert", values="routing_mass"

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedModel
@@ -102,7 +103,12 @@ def recover(
         _train(study, model, texts[run.targets], run)
         model.to(study.model.dtype)
         how = "adapters" if run.lora else "all parameters"
-        columns = {"share": run.share, "targets": run.targets, "trained": how, "seed": run.seed}
+        columns: dict[str, Any] = {
+            "share": run.share,
+            "targets": run.targets,
+            "trained": how,
+            "seed": run.seed,
+        }
         written, _ = study.translate_test("recovered", model, **columns)
         key = (run.share, run.targets, run.lora)
         scores.setdefault(key, []).append(written)

@@ -138,7 +138,7 @@ class Study:
         return [text[: self.params.plain_characters].rsplit(" ", 1)[0] for text in texts[::step][:n]]
 
     def losses(
-        self, system: str, model: PreTrainedModel, tests: Sequence[str] = (), **columns: object
+        self, system: str, model: PreTrainedModel, tests: Sequence[str] = (), **columns: float | str
     ) -> Losses:
         """Measure the negative log-likelihood of tests (all by default), and keep it by item."""
         found = {}
@@ -179,7 +179,7 @@ class Study:
         model: PreTrainedModel,
         *,
         languages: Sequence[str] = (),
-        **columns: object,
+        **columns: float | str,
     ) -> tuple[Scores, dict[str, list[str]]]:
         """Translate the test sentences into each language; return scores and texts, and keep scores by item."""
         scores: Scores = {}
@@ -438,7 +438,7 @@ class Calibration:
     def mix(self) -> NDArray[np.float64]:
         """Mean routing mass over every direction and kind of text of the study, each counted alike."""
         every = [*map(self.of, self.parts), *self.reverse.values(), self.english, self.news, *self.others]
-        return np.mean([each.routing_mass for each in every], axis=0)
+        return np.asarray(np.mean([each.routing_mass for each in every], axis=0))
 
 
 def added(parts: Sequence[experts.RoutingStatistics]) -> experts.RoutingStatistics:
