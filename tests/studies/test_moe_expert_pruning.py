@@ -211,6 +211,13 @@ def test_unended_translations_of_the_parent_are_left_out(started):
     assert all(target for _, target in texts["parent"]["fr"])
 
 
+def test_a_parent_that_ends_nothing_teaches_nothing(started, base, swept, translated):
+    references = recovery.training_texts(started)["references"]
+    texts = {"references": references, "parent": {"fr": [], "de": []}}
+    found = recovery.recover(started, base, swept, translated, texts)
+    assert set(found.table["targets"]) == {"references"}
+
+
 def test_figures_are_drawn_from_what_they_save(started, base, calibration, swept):
     plots.plot_routing(started, overlap.routing_table(started, calibration))
     plots.plot_methods(started, swept)

@@ -95,6 +95,10 @@ def recover(
         for seed in params.recovery_seeds
         if not lora or (share in middle and targets == "parent")
     ]
+    for targets in TARGETS:
+        if runs and not any(texts[targets].values()):
+            progress.note(f"no translation of {targets} came to an end: nothing to learn from, left out")
+            runs = [run for run in runs if run.targets != targets]
     scores: dict[tuple[float, str, bool], list[Scores]] = {}
     losses: dict[tuple[float, str, bool], list[Losses]] = {}
     for run in progress.track(runs, "recovering"):
@@ -156,7 +160,7 @@ def trees(study: Study, examples: Examples) -> list[Tree]:
     length = study.params.recovery_row_length
     branches: dict[tuple[int, ...], list[Sequence[int]]] = {}
     end = [study.tokenizer.eos_token_id] if study.ends else []
-    for pairs in examples.values():
+    for pairs in filter(None, examples.values()):
         prompts = study.tokenizer(
             [prompt for prompt, _ in pairs], add_special_tokens=study.prompter.add_special_tokens
         )["input_ids"]
