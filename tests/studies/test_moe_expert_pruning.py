@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,17 @@ from pydantic import ValidationError
 
 from overparam.compress import experts
 from overparam.report import stats
-from overparam.studies.moe_expert_pruning import Params, overlap, plots, recovery, study, sweep, verdicts
+from overparam.studies.moe_expert_pruning import (
+    Params,
+    learned,
+    overlap,
+    plots,
+    recovery,
+    study,
+    sweep,
+    verdicts,
+)
+from overparam.studies.moe_expert_pruning import calibration as calibrations
 
 TINY = {
     "model": "tiny-qwen3_moe",
@@ -81,7 +92,7 @@ def base(started):
 
 @pytest.fixture(scope="module")
 def calibration(started):
-    return study.calibrate(started)
+    return calibrations.calibrate(started)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +133,9 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(started, calibration):
 @pytest.mark.parametrize("allocation", ["divergence", "uniform", "inverse"])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_budgets_are_met_exactly(started, calibration, allocation, share):
-    keep = study.keep_sets(started, calibration.pooled, calibration.english, share, allocation=allocation)
+    keep = calibrations.keep_sets(
+        started, calibration.pooled, calibration.english, share, allocation=allocation
+    )
     assert sum(map(len, keep)) == round(len(started.layers) * started.n_experts * (1 - share))
     assert min(map(len, keep)) >= started.top_k
     pruned = started.pruned(keep)
@@ -130,7 +143,7 @@ def test_budgets_are_met_exactly(started, calibration, allocation, share):
 
 
 def test_pruning_a_copy_leaves_the_unpruned_model_as_it_was(started, base, calibration):
-    keep = study.keep_sets(started, calibration.pooled, calibration.english, 0.5)
+    keep = calibrations.keep_sets(started, calibration.pooled, calibration.english, 0.5)
     started.pruned(keep)
     again = started.losses("again", started.model, ["en-fr"])["en-fr"]
     assert np.array_equal(again, base.losses["en-fr"])
@@ -277,20 +290,23 @@ def test_every_claim_gets_a_verdict(started, base, swept, translated, calibratio
     recovered = recovery.Recovered(
         pd.DataFrame(), {(0.75, "parent", False): stats.Estimate(-1.0, -1.8, -0.2, 8)}
     )
-    claims = verdicts.verdicts(
-        started,
-        base,
-        swept,
-        translated,
-        recovered,
-        overlap.overlap(started, calibration),
-        (_costs(400), _latencies(1.0)),
-    )
+    agreement, cost = overlap.overlap(started, calibration), (_costs(400), _latencies(1.0))
+    claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost)
     found = {claim.id: claim for claim in claims}
     assert len(found) == len(claims) == 11
     assert found["experts-75-recovered"].verdict == "reproduced"
     assert found["experts-70"].verdict == "not testable at this scale"
     assert found["experts-half"].verdict == "inconclusive"
+    name = sweep.System(0.0, *sweep.PUBLISHED).name
+    change = {
+        (name, 0.5, "", ""): stats.Estimate(-1.0, -1.5, -0.5, 8),
+        ("recovered", 0.75, "parent", "all parameters"): stats.Estimate(-9.0, -9.8, -8.2, 8),
+    }
+    scored = learned.Learned(pd.DataFrame(), change)
+    claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost, scored)
+    found = {claim.id: (claim.verdict, claim.unit) for claim in claims}
+    assert found["experts-half"] == ("reproduced", "% of COMET")
+    assert found["experts-75-recovered"] == ("not reproduced", "% of COMET")
 
 
 def test_a_base_model_is_asked_by_examples_of_the_training_text(tmp_path, monkeypatch):
@@ -306,7 +322,7 @@ def test_a_base_model_is_asked_by_examples_of_the_training_text(tmp_path, monkey
     found = asked.losses("unpruned", asked.model, ["en-fr", "news"])
     assert np.isfinite(found["en-fr"]).all()
     assert asked.prompter.stop == "\n"
-    calibration = study.calibrate(asked)
+    calibration = calibrations.calibrate(asked)
     assert np.allclose(calibration.of("de").routing_mass.sum(axis=1), 1)
 
 
@@ -331,6 +347,9 @@ def test_an_instruction_model_is_asked_through_its_chat_template(tmp_path, monke
 def test_sentences_of_the_hub_are_split_into_calibration_and_test(tmp_path, monkeypatch):
     splits = []
 
+    def wmt24pp(target, *, n, seed):
+        return study.parallel.verse_pairs("en", target, "validation", n=n)
+
     def flores(source, target, split, *, n, seed):
         splits.append(split)
         return study.parallel.verse_pairs(source, target, "test" if split == "devtest" else "train", n=n)
@@ -341,6 +360,9 @@ def test_sentences_of_the_hub_are_split_into_calibration_and_test(tmp_path, monk
     for part in ("calibration", "training", "test"):
         assert len(asked.pairs("en", "fr", part, 8)) == 8
     assert splits == ["dev", "dev", "devtest"]
+    monkeypatch.setattr(study.parallel, "wmt24pp", wmt24pp)
+    assert asked.tests["wmt24++ en-de"].group == "wmt24++"
+    assert "wmt24++ en-it" not in asked.tests
 
 
 def test_without_recovery_less_memory_is_asked_for_and_its_figure_still_drawn(
@@ -358,3 +380,55 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr("overparam.models.memory.required_memory", lambda *_, **__: 10**15)
     with pytest.raises(MemoryError, match="needs about"):
         study.start(Params(**TINY))
+
+
+COMET = """#!{python}
+import json, sys
+value = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+lines = open(value["-t"], encoding="utf-8").read().splitlines()
+json.dump({{"t": [{{"COMET": len(line) / 1000}} for line in lines]}}, open(value["--to_json"], "w"))
+"""
+
+
+def test_every_translation_is_scored_by_comet_once_more(tmp_path, monkeypatch):
+    command = tmp_path / "comet-score"
+    command.write_text(COMET.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setenv("OVERPARAM_COMET", str(command))
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
+    asked = study.start(Params(**{**TINY, "comet": "some/model"}))
+    name = sweep.System(0.5, *sweep.PUBLISHED).name
+    rows = [
+        ("unpruned", 0.0, None, None, None, "abcd"),
+        (name, 0.5, 0, None, None, "abc"),
+        ("random 0, uniform budgets", 0.5, 0, None, None, "a"),
+        ("random 1, uniform budgets", 0.5, 1, None, None, "abc"),
+        ("recovered", 0.5, 42, "parent", "all parameters", ""),
+    ]
+    for system, share, seed, targets, trained, text in rows:
+        for language in asked.params.languages:
+            asked.written.append(
+                pd.DataFrame(
+                    {
+                        "system": system, "share": share, "seed": seed, "targets": targets, "trained": trained,
+                        "test": f"translated en-{language}", "item": range(8), "source": "s", "reference": "r",
+                        "translation": text, "failure": "" if text else "empty",
+                    }
+                )
+            )  # fmt: skip
+    found = learned.comet_scores(asked)
+    values = {key[:2]: (change.value, change.low) for key, change in found.change.items()}
+    assert values[name, 0.5] == pytest.approx((-25, -25))
+    assert values["random, uniform budgets", 0.5] == pytest.approx((-50, -75), abs=1e-6)
+    assert values["recovered", 0.5] == (-100, -100)
+    table = pd.read_csv(tmp_path / "job" / "comet.csv")
+    assert table["comet"].tolist() == pytest.approx([0.004, 0.003, 0.002, 0.0])
+    by_item = pd.read_parquet(tmp_path / "job" / "comet.parquet")
+    assert len(by_item) == 5 * 2 * 8
+
+
+def test_without_a_model_there_are_no_comet_scores_and_without_the_command_no_start(started, monkeypatch):
+    assert learned.comet_scores(started) is None
+    monkeypatch.setenv("OVERPARAM_COMET", "no-such-command")
+    with pytest.raises(RuntimeError, match="pipx install"):
+        study.start(Params(**{**TINY, "comet": "Unbabel/XCOMET-XL"}))

@@ -67,11 +67,21 @@ def comet(
     return items
 
 
-def _run(columns: list[list[str]], model: str, batch_size: int) -> list[float]:
-    """Scores of the rows of [sources, hypotheses, references]."""
+def comet_command() -> str:
+    """Return the command that scores.
+
+    Raises:
+        RuntimeError: It is not installed.
+    """
     command = os.environ.get("OVERPARAM_COMET") or shutil.which("comet-score")
     if command is None or shutil.which(command) is None:
         raise RuntimeError(f"COMET scores need the command comet-score of unbabel-comet: {_INSTALL}")
+    return command
+
+
+def _run(columns: list[list[str]], model: str, batch_size: int) -> list[float]:
+    """Scores of the rows of [sources, hypotheses, references]."""
+    command = comet_command()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = [folder / "sources", folder / "translations", folder / "references"]

@@ -18,6 +18,8 @@ from transformers import (
 from overparam import progress
 from overparam.evaluate.prompts import Prompter
 
+_ROUND = 16  # tokens after which rows that are done leave a batch
+
 Limit = int | Callable[[int], int]
 """New tokens at most: a number, or a function of the number of source (or prompt) tokens."""
 
@@ -50,7 +52,7 @@ def translate(
     sources: Sequence[str],
     *,
     source_language: str,
-    target_language: str,
+    target_language: str | Sequence[str],
     prompter: Prompter,
     max_new_tokens: Limit = default_limit,
     num_beams: int = 1,
@@ -60,10 +62,12 @@ def translate(
     """Translate texts: the prompter's prompts, `generate`, and the prompter's idea of an answer.
 
     A function as `max_new_tokens` is given the number of tokens of the *source*, so that examples in the prompt
-    do not raise the limit; for models that reason first, give a number with room for that. Other arguments,
+    do not raise the limit; for models that reason first, give a number with room for that. `target_language` is
+    that of all, or one for each source: one call for several languages makes larger batches. Other arguments,
     order and errors are those of `generate`.
     """
     _check_texts(sources, "sources")
+    targets = [target_language] * len(sources) if isinstance(target_language, str) else target_language
     limits: Limit | list[int] = max_new_tokens
     if callable(max_new_tokens):
         ids = tokenizer(list(sources), add_special_tokens=False).input_ids
@@ -71,7 +75,10 @@ def translate(
     return generate(
         model,
         tokenizer,
-        prompter(sources, source_language, target_language),
+        [
+            prompter([source], source_language, target)[0]
+            for source, target in zip(sources, targets, strict=True)
+        ],
         max_new_tokens=limits,
         num_beams=num_beams,
         batch_tokens=batch_tokens,
@@ -129,8 +136,8 @@ def generate(
     groups = list(_groups(ids, limits, batch_tokens // num_beams))
     found: dict[int, Generation] = {}
     for rows in progress.track(groups, label):
-        batch, limit = [ids[row] for row in rows], max(limits[row] for row in rows)
-        new = _continue(model, tokenizer, batch, limit, ends, num_beams, stop)
+        batch, allowed = [ids[row] for row in rows], [limits[row] for row in rows]
+        new = _continue(model, tokenizer, batch, allowed, ends, num_beams, stop)
         for row, tokens in zip(rows, new, strict=True):
             found[row] = _read(tokenizer, tokens, limits[row], ends, stop, marker)
     return [found[row] for row in range(len(ids))]
@@ -153,19 +160,60 @@ def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
-    limit: int,
+    limits: list[int],
     ends: list[int],
     num_beams: int,
     stop: str | None,
 ) -> list[list[int]]:
-    """New token ids of each row, end token and padding still there."""
+    """New token ids of each row, up to its limit and beyond; end token and padding are still there.
+
+    A greedy search goes in rounds, and rows that are done leave the batch: a few that never end would else keep
+    all others in it, up to the longest limit.
+    """
     width = max(len(row) for row in ids)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids])  # [rows, width]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    # Given one by one, so that the settings that come with a checkpoint (sampling, penalties) do not apply.
-    config = GenerationConfig(
-        max_new_tokens=limit,
+    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids]).to(model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]).to(model.device)
+    criteria = StoppingCriteriaList([_StopText(tokenizer, stop, width)] if stop else [])
+    found: list[list[int]] = [[] for _ in ids]
+    rows, cache = list(range(len(ids))), None
+    while rows:
+        left = max(limits[row] - len(found[row]) for row in rows)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=input_ids,  # [rows, width and what was written]
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=_config(
+                    min(left, _ROUND) if num_beams == 1 else left, num_beams, ends, padding
+                ),
+                stopping_criteria=criteria,
+            )
+        for row, sequence in zip(rows, output.sequences.tolist(), strict=True):
+            found[row] = sequence[width:]
+        if num_beams > 1:
+            break
+        done = [
+            len(found[row]) >= limits[row]
+            or any(token in ends for token in found[row])
+            or (stop is not None and stop in tokenizer.decode(found[row], skip_special_tokens=True))
+            for row in rows
+        ]
+        staying = [place for place, over in enumerate(done) if not over]
+        rows = [rows[place] for place in staying]
+        if rows:
+            cache = output.past_key_values
+            if len(staying) < len(done):
+                cache.batch_select_indices(torch.tensor(staying, device=model.device))
+            input_ids = output.sequences[staying]
+            mask = torch.nn.functional.pad(mask[staying], (0, input_ids.shape[1] - mask.shape[1]), value=1)
+    return found
+
+
+def _config(new_tokens: int, num_beams: int, ends: list[int], padding: int) -> GenerationConfig:
+    """Settings given one by one, so that those of a checkpoint (sampling, penalties) do not apply."""
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=num_beams,
         temperature=1.0,
@@ -177,16 +225,8 @@ def _continue(
         early_stopping=False,
         eos_token_id=ends,
         pad_token_id=padding,
+        return_dict_in_generate=True,
     )
-    criteria = StoppingCriteriaList([_StopText(tokenizer, stop, width)] if stop else [])
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            stopping_criteria=criteria,
-        )
-    return list(output[:, width:].tolist())
 
 
 def _read(

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 from cycler import cycler
 
 from overparam.report.record import Figure, Recorder
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MplFigure
+    from numpy.typing import ArrayLike
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -57,6 +60,25 @@ def legend_above(figure: MplFigure) -> None:
     """Put the legend above the axes, where it hides no point, and make the figure taller by as much."""
     figure.set_size_inches(WIDTH, 0.85 * WIDTH)
     figure.legend(loc="outside upper center", ncols=2, fontsize=6)
+
+
+def line_with_band(
+    axes: Axes, x: ArrayLike, value: ArrayLike, low: ArrayLike, high: ArrayLike, *, color: str, **line: Any
+) -> None:
+    """Draw a line over its interval; `line` is what `Axes.plot` takes besides."""
+    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, value, color=color, **line)
+
+
+def publish(fig: MplFigure, id: str, *, data: pd.DataFrame, caption: str, recorder: Recorder) -> MplFigure:
+    """Save a figure of pyplot under the stem of its id (``fig:layers-cost``: ``figure_cost``), close and return it.
+
+    Arguments and errors are those of `save`.
+    """
+    stem = "_".join(["figure", *id.removeprefix("fig:").split("-")[1:]])
+    save(fig, stem, data=data, caption=caption, id=id, recorder=recorder)
+    plt.close(fig)
+    return fig
 
 
 def save(

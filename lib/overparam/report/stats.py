@@ -41,6 +41,10 @@ class Estimate:
     high: float
     n: int
 
+    def columns(self, name: str) -> dict[str, float]:
+        """Return value and ends as columns of a table: ``name``, ``name_low``, ``name_high``."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; an end that is not bounded becomes None."""
         low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))

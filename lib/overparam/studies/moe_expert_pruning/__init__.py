@@ -73,6 +73,10 @@ class Params(BaseModel):
     lora_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     recovery_seeds: tuple[int, ...] = Field((42,), min_length=1)
 
+    comet: str | None = Field(
+        None,
+        description="COMET model that scores the translations too, such as Unbabel/XCOMET-XL; null: chrF++ alone",
+    )
     dense_reference: str | None = Field(
         "gemma-3-270m", description="a dense model asked by examples on the same test; null: none"
     )

@@ -24,13 +24,16 @@ def dense_reference(study: Study, base: Baseline) -> pd.DataFrame | None:
     asked = params.model_copy(update={"prompt": "few_shot"})
     dense = Study(asked, study.recorder, model, tokenizer)
     rows = []
-    for language in params.languages:
-        pairs = study.pairs("en", language, "test", params.translated_items)[: params.dense_items]
-        written = dense.translations(model, pairs, language, label=f"{params.dense_reference}, {language}")
+    every = {
+        language: study.pairs("en", language, "test", params.translated_items)[: params.dense_items]
+        for language in params.languages
+    }
+    written = dense.translations(model, every, label=f"{params.dense_reference} translates")
+    for language, pairs in every.items():
         texts = {
             params.dense_reference: (
-                [each.text for each in written],
-                [each.ended for each in written],
+                [each.text for each in written[language]],
+                [each.ended for each in written[language]],
             ),
             params.model: (base.texts[language][: len(pairs)], _ended(base.scores, language, len(pairs))),
         }

@@ -10,7 +10,8 @@ import pandas as pd
 
 from overparam.compress import experts
 from overparam.report import stats
-from overparam.studies.moe_expert_pruning.study import Calibration, Study, added
+from overparam.studies.moe_expert_pruning.calibration import Calibration, added
+from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import idle_experts
 
 SHARE = 0.75  # of the experts pruned, at which the paper compares kept sets

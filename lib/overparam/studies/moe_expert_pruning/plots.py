@@ -33,6 +33,7 @@ _GROUPS = {  # group of tests: label, colour, marker
     "unseen": ("into an unseen language", ORANGE, "s"),
     "reverse": ("into English", GREEN, "^"),
     "interface": ("interface strings", PINK, "D"),
+    "wmt24++": ("WMT24++", SKY, "P"),
     "plain": ("English news, newsgroups", GREY, "v"),
 }
 
@@ -68,7 +69,9 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
             "model's own translation), on the same sentences in English, and on English news. "
             f"The uniform share is {1 / study.n_experts:.3f}."
         )
-        return _save(study, figure, "routing-mass", routing, caption)
+        return figures.publish(
+            figure, "fig:experts-routing-mass", data=routing, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_methods(study: Study, found: Sweep) -> Any:
@@ -83,20 +86,9 @@ def plot_methods(study: Study, found: Sweep) -> Any:
         figure, axes = plt.subplots()
         for (method, allocation), (label, colour, marker) in _METHODS.items():
             rows = table[(table["method"] == method) & (table["allocation"] == allocation)]
-            axes.fill_between(
-                100 * rows["share_pruned"],
-                rows["low"].clip(lower=1e-3),
-                rows["high"].clip(lower=1e-3),
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-            axes.plot(
-                100 * rows["share_pruned"],
-                rows["loss_change"].clip(lower=1e-3),
-                color=colour,
-                marker=marker,
-                label=label,
+            drawn = (rows[name].clip(lower=1e-3) for name in ("loss_change", "low", "high"))
+            figures.line_with_band(
+                axes, 100 * rows["share_pruned"], *drawn, color=colour, marker=marker, label=label
             )
         axes.set_yscale("log")
         figures.legend_above(figure)
@@ -108,7 +100,9 @@ def plot_methods(study: Study, found: Sweep) -> Any:
             f"interval over {study.params.test_items} sentences a language (random: range over "
             f"{study.params.random_seeds} choices). Rises below 0.001 are drawn there."
         )
-        return _save(study, figure, "methods", table, caption)
+        return figures.publish(
+            figure, "fig:experts-methods", data=table, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any:
@@ -167,7 +161,9 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
             "Dotted: xCOMET of GPT-OSS-20B on FLORES-200 (arXiv 2605.28042), another model and metric; at 87.5 % "
             "without training it wrote nothing that could be used."
         )
-        return _save(study, figure, "quality", data, caption)
+        return figures.publish(
+            figure, "fig:experts-quality", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_chrf(study: Study, translated: Quality) -> Any:
@@ -202,7 +198,9 @@ def plot_chrf(study: Study, translated: Quality) -> Any:
             f"{study.params.random_seeds} choices). Scores other than the published ones were translated with at "
             "some shares only."
         )
-        return _save(study, figure, "chrf", table, caption)
+        return figures.publish(
+            figure, "fig:experts-chrf", data=table, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
@@ -213,16 +211,9 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
             rows = table[table["group"] == group]
             if rows.empty:
                 continue
-            axes.fill_between(
-                100 * rows["share_pruned"],
-                rows["low"],
-                rows["high"],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-            axes.plot(
-                100 * rows["share_pruned"], rows["loss_change"], color=colour, marker=marker, label=label
+            drawn = (rows[name] for name in ("loss_change", "low", "high"))
+            figures.line_with_band(
+                axes, 100 * rows["share_pruned"], *drawn, color=colour, marker=marker, label=label
             )
         axes.axhline(0, color=GREY, linewidth=0.6, marker="")
         figures.legend_above(figure)
@@ -232,9 +223,11 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
             f"Rise of the negative log-likelihood when the experts of {study.params.model} are chosen for translation "
             f"from English into {', '.join(study.params.languages)} (routing mass, budgets by divergence): on those "
             f"languages, on {', '.join(study.params.unseen) or 'none'}, which calibration never saw, into English, on "
-            "interface strings, and on plain English. 95 % bootstrap interval over sentences."
+            "text of other domains, and on plain English. 95 % bootstrap interval over sentences."
         )
-        return _save(study, figure, "elsewhere", table, caption)
+        return figures.publish(
+            figure, "fig:experts-elsewhere", data=table, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
@@ -264,7 +257,9 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
             f"Rise of the negative log-likelihood of each test when {100 * share:g} % of the experts of "
             f"{study.params.model} are pruned by the routing mass on each calibration text, equal layer budgets."
         )
-        return _save(study, figure, "transfer", rows, caption)
+        return figures.publish(
+            figure, "fig:experts-transfer", data=rows, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_overlap(study: Study, agreement: Overlap) -> Any:
@@ -294,15 +289,17 @@ def plot_overlap(study: Study, agreement: Overlap) -> Any:
             f"on: intersection over union, mean over layers. Two random choices agree by {agreement.chance:.2f}; the "
             "paper reports about 0.6 between languages."
         )
-        return _save(study, figure, "overlap", data, caption)
+        return figures.publish(
+            figure, "fig:experts-overlap", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_calibration_size(study: Study, table: pd.DataFrame, agreement: Overlap) -> Any:
     """Draw how stable the choice is against the number of calibration sentences."""
     with figures.style():
         figure, axes = plt.subplots()
-        axes.fill_between(table["sentences"], table["low"], table["high"], color=BLUE, alpha=0.2, linewidth=0)
-        axes.plot(table["sentences"], table["overlap"], color=BLUE, marker="o")
+        columns = (table[name] for name in ("sentences", "overlap", "low", "high"))
+        figures.line_with_band(axes, *columns, color=BLUE, marker="o")
         axes.axhline(agreement.chance, color=GREY, linestyle=":", marker="")
         axes.annotate("chance", (table["sentences"].iloc[0], agreement.chance), xytext=(0, 3), color=GREY,
                       textcoords="offset points", fontsize=7)  # fmt: skip
@@ -315,7 +312,9 @@ def plot_calibration_size(study: Study, table: pd.DataFrame, agreement: Overlap)
             f"Agreement of the experts of {study.params.model} kept at {100 * SHARE:g} % pruned when they are chosen "
             "on two disjoint draws of so many calibration sentences: mean and middle 95 % of 200 draws."
         )
-        return _save(study, figure, "calibration-size", table, caption)
+        return figures.publish(
+            figure, "fig:experts-calibration-size", data=table, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
@@ -345,21 +344,10 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
             "bytes of the saved folder, memory of a fresh process that has loaded it, and median time of reading "
             "prompts and of translating them. A token uses as many experts as before, so that its computation stays."
         )
-        return _save(study, figure, "cost", data, caption)
+        return figures.publish(
+            figure, "fig:experts-cost", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def _of(table: pd.DataFrame, method: tuple[str, str]) -> pd.DataFrame:
     return table[(table["method"] == method[0]) & (table["allocation"] == method[1])]
-
-
-def _save(study: Study, figure: Any, name: str, data: pd.DataFrame, caption: str) -> Any:
-    figures.save(
-        figure,
-        f"figure_{name.replace('-', '_')}",
-        data=data,
-        caption=caption,
-        id=f"fig:experts-{name}",
-        recorder=study.recorder,
-    )
-    plt.close(figure)
-    return figure

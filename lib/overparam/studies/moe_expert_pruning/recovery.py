@@ -61,14 +61,18 @@ def training_texts(study: Study) -> dict[str, Examples]:
     end are left out.
     """
     found: dict[str, Examples] = {kind: {} for kind in TARGETS}
-    for language in study.params.languages:
-        pairs = study.pairs("en", language, "training", study.params.recovery_items)
+    params = study.params
+    every = {
+        language: study.pairs("en", language, "training", params.recovery_items)
+        for language in params.languages
+    }
+    own = study.translations(study.model, every, label="the parent translates the training text")
+    for language, pairs in every.items():
         asked = study.ask([pair.source for pair in pairs], "en", language)
         found["references"][language] = _examples(study, asked, [pair.target for pair in pairs])
-        own = study.translations(study.model, pairs, language, label=f"the parent translates, {language}")
         usable = [
             (prompt, generation.text)
-            for prompt, generation in zip(asked, own, strict=True)
+            for prompt, generation in zip(asked, own[language], strict=True)
             if generation.ended and generation.text
         ]
         found["parent"][language] = _examples(study, *map(list, zip(*usable, strict=True))) if usable else []

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, progress
+from overparam import models
 from overparam.allocator import keep_freed_memory
 from overparam.compress import experts
 from overparam.data import corpora, parallel
 from overparam.data.parallel import Pair
 from overparam.evaluate import likelihood, prompts
+from overparam.evaluate.comet import comet_command
 from overparam.evaluate.generation import Generation, default_limit, translate
 from overparam.evaluate.translation import TranslationScore, score
 from overparam.models.translator import PLAIN
@@ -26,6 +27,7 @@ from overparam.report import record, stats
 from overparam.studies.moe_expert_pruning import Params
 
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
+_GENERATING = 8  # tokens of a batch that is written, in multiples of one that is read with all its logits
 _SHOTS = 3  # examples in a prompt of a base model
 
 Items = NDArray[np.float64]
@@ -38,8 +40,9 @@ class Test:
     """A set of texts whose likelihood is measured.
 
     Attributes:
-        group: "seen" (into a language of the calibration), "unseen", "reverse" (into English), "interface"
-            (out of domain, into languages of the calibration) or "plain" (English news and newsgroup text).
+        group: "seen" (into a language of the calibration), "unseen", "reverse" (into English), "interface" and
+            "wmt24++" (out of domain, into languages of the calibration; the latter beside FLORES+) or "plain"
+            (English news and newsgroup text).
         prompts: What the model is given.
         targets: What it is to find likely.
         ends: Whether the end token follows, and is scored.
@@ -53,13 +56,14 @@ class Test:
 
 @dataclass
 class Study:
-    """A started study: what every step needs, and the per-item scores collected so far."""
+    """A started study: what every step needs, and the per-item scores and translations collected so far."""
 
     params: Params
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     items: list[pd.DataFrame] = field(default_factory=list)
+    written: list[pd.DataFrame] = field(default_factory=list)
 
     @cached_property
     def prompter(self) -> prompts.Prompter:
@@ -121,6 +125,9 @@ class Study:
             if language in parallel.INTERFACE_LANGUAGES:
                 strings = parallel.interface_pairs(language, n=n, seed=params.seed)
                 found[f"interface en-{language}"] = self._test("interface", strings, "en", language)
+            if params.corpus == "flores":
+                segments = parallel.wmt24pp(language, n=n, seed=params.seed)
+                found[f"wmt24++ en-{language}"] = self._test("wmt24++", segments, "en", language)
         for name, corpus in (("news", "reuters-r52"), ("newsgroups", "20newsgroups")):
             found[name] = Test("plain", *self.plain(self.plain_texts(corpus, "test", n)), ends=False)
         return found
@@ -154,24 +161,29 @@ class Study:
                 end_token=test.ends,
                 label=f"likelihood of {name}",
             )
-            self._keep(system, name, {"nll": found[name][:, 0], "tokens": found[name][:, 1]}, columns)
+            self._keep(
+                self.items, system, name, {"nll": found[name][:, 0], "tokens": found[name][:, 1]}, columns
+            )
         return found
 
     def translations(
-        self, model: PreTrainedModel, pairs: Sequence[Pair], language: str, *, label: str
-    ) -> list[Generation]:
-        """Translate the sources of pairs from English, greedily."""
-        return translate(
-            model,
-            self.tokenizer,
-            [pair.source for pair in pairs],
-            source_language="en",
-            target_language=language,
-            prompter=self.prompter,
-            max_new_tokens=self.params.max_new_tokens or default_limit,
-            batch_tokens=2 * self.params.batch_tokens,
-            label=label,
+        self, model: PreTrainedModel, pairs: Mapping[str, Sequence[Pair]], *, label: str
+    ) -> dict[str, list[Generation]]:
+        """Translate the sources of pairs from English into each language, greedily and all in the same batches."""
+        found = iter(
+            translate(
+                model,
+                self.tokenizer,
+                [pair.source for some in pairs.values() for pair in some],
+                source_language="en",
+                target_language=[language for language, some in pairs.items() for _ in some],
+                prompter=self.prompter,
+                max_new_tokens=self.params.max_new_tokens or default_limit,
+                batch_tokens=_GENERATING * self.params.batch_tokens,
+                label=label,
+            )
         )
+        return {language: [next(found) for _ in some] for language, some in pairs.items()}
 
     def translate_test(
         self,
@@ -181,17 +193,20 @@ class Study:
         languages: Sequence[str] = (),
         **columns: float | str,
     ) -> tuple[Scores, dict[str, list[str]]]:
-        """Translate the test sentences into each language; return scores and texts, and keep scores by item."""
+        """Translate the test sentences into each language; return scores and texts, and keep both by item."""
         scores: Scores = {}
         texts: dict[str, list[str]] = {}
-        for language in languages or self.params.languages:
-            pairs = self.pairs("en", language, "test", self.params.translated_items)
-            generated = self.translations(model, pairs, language, label=f"translating into {language}")
-            texts[language] = [generation.text for generation in generated]
+        asked = {
+            language: self.pairs("en", language, "test", self.params.translated_items)
+            for language in languages or self.params.languages
+        }
+        generated = self.translations(model, asked, label=f"translating into {', '.join(asked)}")
+        for language, pairs in asked.items():
+            texts[language] = [generation.text for generation in generated[language]]
             scores[language] = score(
                 texts[language],
                 [pair.target for pair in pairs],
-                ended=[generation.ended for generation in generated],
+                ended=[generation.ended for generation in generated[language]],
                 target_language=language,
             )
             kept = {
@@ -199,7 +214,18 @@ class Study:
                 for k, column in enumerate(scores[language].chrf.items.T)
             }
             failed = [reason or "" for reason in scores[language].failures]
-            self._keep(system, f"translated en-{language}", {**kept, "failure": failed}, columns)
+            named = (system, f"translated en-{language}")
+            self._keep(self.items, *named, {**kept, "failure": failed}, columns)
+            sentences = {
+                "source": [pair.source for pair in pairs],
+                "reference": [pair.target for pair in pairs],
+            }
+            self._keep(
+                self.written,
+                *named,
+                {**sentences, "translation": texts[language], "failure": failed},
+                columns,
+            )
         return scores, texts
 
     def pruned(self, keep: Sequence[Sequence[int]]) -> PreTrainedModel:
@@ -207,11 +233,12 @@ class Study:
         return experts.prune(models.sharing_copy(self.model), keep)
 
     def finish(self) -> record.Record:
-        """Write the per-item scores and the record; its last file is record.json."""
-        frames = pd.concat(self.items, ignore_index=True)
-        for column in ("system", "test", "failure"):
-            frames[column] = frames[column].astype("category")
-        self.recorder.items("items", frames)
+        """Write per-item scores, translations and the record; its last file is record.json."""
+        for name, frames in (("items", self.items), ("translations", self.written)):
+            found = pd.concat(frames, ignore_index=True)
+            for column in ("system", "test", "failure"):
+                found[column] = found[column].astype("category")
+            self.recorder.items(name, found)
         self.recorder.finish()
         return self.recorder.record
 
@@ -241,8 +268,9 @@ class Study:
 
         return replace(prompts.few_shot([Pair("", "-", "-")]), build=build)
 
+    @staticmethod
     def _keep(
-        self,
+        frames: list[pd.DataFrame],
         system: str,
         test: str,
         values: Mapping[str, Sequence[object] | Items],
@@ -250,7 +278,7 @@ class Study:
     ) -> None:
         frame = pd.DataFrame({key: list(column) for key, column in values.items()})
         named = {"system": system, **columns, "test": test, "item": range(len(frame))}
-        self.items.append(pd.concat([pd.DataFrame(named, index=frame.index), frame], axis=1))
+        frames.append(pd.concat([pd.DataFrame(named, index=frame.index), frame], axis=1))
 
 
 def start(params: Params) -> Study:
@@ -258,6 +286,7 @@ def start(params: Params) -> Study:
 
     Raises:
         ValueError: If the model is dense or of an unknown layout, or a share would leave fewer than top-k experts.
+        RuntimeError: If COMET is asked for and not installed.
     """
     dtype, device = models.working_dtype(params.dtype), models.working_device()
     models.check_memory(
@@ -273,6 +302,8 @@ def start(params: Params) -> Study:
             raise ValueError(
                 f"shares must be at most {1 - least:g} for {params.model} (each layer keeps its top-k), got {share}"
             )
+    if params.comet:
+        comet_command()
     keep_freed_memory()
     sets = ["interface", "reuters", "newsgroups", *(["verses"] if params.corpus == "verses" else [])]
     inputs = models.provenance(params.model) | corpora.provenance(*sets)
@@ -327,11 +358,11 @@ def baseline(study: Study) -> Baseline:
     rows = []
     for name, items in losses.items():
         perplexity = stats.bootstrap(items, statistic="perplexity", n_resamples=CURVE_RESAMPLES)
-        row = {"test": name, "group": study.tests[name].group, **_columns("perplexity", perplexity)}
+        row = {"test": name, "group": study.tests[name].group, **perplexity.columns("perplexity")}
         if (language := name.removeprefix("en-")) in scores:
             found = scores[language]
-            row |= _columns("chrF++", stats.bootstrap(found.chrf.items, statistic="chrf++"))
-            row |= _columns("BLEU", stats.bootstrap(found.bleu.items, statistic="bleu"))
+            row |= stats.bootstrap(found.chrf.items, statistic="chrf++").columns("chrF++")
+            row |= stats.bootstrap(found.bleu.items, statistic="bleu").columns("BLEU")
             row |= {
                 "failed": found.failure_shares["any"],
                 "signatures": f"{found.chrf.signature}; {found.bleu.signature}",
@@ -362,25 +393,32 @@ def change_in_chrf(
     after: Scores | Sequence[Scores],
     languages: Sequence[str] = (),
 ) -> stats.Estimate:
-    """Relative change of chrF++, mean over languages, in percent of `before`; several runs are seeds.
-
-    A baseline that translates nothing (a random model) bounds no change: the interval is then unbounded.
-    """
+    """Relative change of chrF++, mean over languages, in percent; several runs are seeds (`relative_change`)."""
     sides = [[side] if isinstance(side, dict) else list(side) for side in (before, after)]
-    named = languages or study.params.languages
-    if not any(mean_chrf(one, named) for one in sides[0]):
-        return stats.Estimate(0.0, -math.inf, math.inf, study.params.translated_items)
-    kept = stats.suite_retention(
+    return relative_change(
         {
             language: (
                 [run[language].chrf.items for run in sides[0]],
                 [run[language].chrf.items for run in sides[1]],
                 "chrf++",
             )
-            for language in named
-        },
-        shared_items=True,  # the same sentences in every language
+            for language in languages or study.params.languages
+        }
     )
+
+
+def relative_change(pairs: Mapping[str, tuple[list[Items], list[Items], str]]) -> stats.Estimate:
+    """Relative change of a mean over languages, in percent.
+
+    Args:
+        pairs: Language -> scores by item of each run before, of each run after, and their statistic.
+
+    Returns:
+        The change; a baseline of 0 (a random model, which translates nothing) bounds none: infinite ends.
+    """
+    if not any(stats.STATISTICS[name](np.stack(before)).any() for before, _, name in pairs.values()):
+        return stats.Estimate(0.0, -math.inf, math.inf, len(next(iter(pairs.values()))[0][0]))
+    kept = stats.suite_retention(pairs, shared_items=True)  # the same sentences in every language
     return percent(kept)
 
 
@@ -397,162 +435,3 @@ def mean_chrf(scores: Scores, languages: Sequence[str]) -> float:
 def failure_share(scores: Scores, languages: Sequence[str]) -> float:
     """Mean share of failed generations over languages."""
     return float(np.mean([scores[language].failure_shares["any"] for language in languages]))
-
-
-def _columns(name: str, estimate: stats.Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How the unpruned model routes calibration text.
-
-    Attributes:
-        parts: For each language, statistics of parts of its text: instruction, source and the model's own
-            translation.
-        generated: For each language, statistics of the generated tokens alone.
-        english: The same sentences as plain English text.
-        news: English news.
-        reverse: Into English, for each language.
-        others: What is never calibrated on, and counts only where idle experts are looked for: the unseen
-            languages in both directions, and newsgroup text.
-    """
-
-    parts: dict[str, list[experts.RoutingStatistics]]
-    generated: dict[str, experts.RoutingStatistics]
-    english: experts.RoutingStatistics
-    news: experts.RoutingStatistics
-    reverse: dict[str, experts.RoutingStatistics]
-    others: list[experts.RoutingStatistics]
-
-    def of(self, language: str) -> experts.RoutingStatistics:
-        """Statistics of one language."""
-        return added(self.parts[language])
-
-    @property
-    def pooled(self) -> experts.RoutingStatistics:
-        """Statistics of all languages of the calibration together."""
-        return added([part for parts in self.parts.values() for part in parts])
-
-    @property
-    def mix(self) -> NDArray[np.float64]:
-        """Mean routing mass over every direction and kind of text of the study, each counted alike."""
-        every = [*map(self.of, self.parts), *self.reverse.values(), self.english, self.news, *self.others]
-        return np.asarray(np.mean([each.routing_mass for each in every], axis=0))
-
-
-def added(parts: Sequence[experts.RoutingStatistics]) -> experts.RoutingStatistics:
-    """Add statistics up."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-_PART = 4  # sentences of a part: what a bootstrap over calibration text draws
-
-
-def calibrate(study: Study) -> Calibration:
-    """Let the model translate the calibration text, and collect the routing of all that it read and wrote."""
-    params = study.params
-    n = params.calibration_items
-    parts: dict[str, list[experts.RoutingStatistics]] = {}
-    generated: dict[str, experts.RoutingStatistics] = {}
-    reverse: dict[str, experts.RoutingStatistics] = {}
-    for language in params.languages:
-        pairs = study.pairs("en", language, "calibration", n)
-        asked = study.ask([pair.source for pair in pairs], "en", language)
-        own = study.translations(study.model, pairs, language, label=f"calibration, {language}")
-        sequences = _sequences(study, asked, [generation.ids for generation in own], end=study.ends)
-        chunks = [sequences[at : at + _PART] for at in range(0, n, _PART)]
-        label = f"routing of {language}"
-        parts[language] = [
-            experts.collect(study.model, [_batch(study, chunk)], reap=True)
-            for chunk in progress.track(chunks, label)
-        ]
-        generated[language] = experts.collect(
-            study.model, (_batch(study, chunk, generated_only=True) for chunk in chunks)
-        )
-        reverse[language] = _reading(study, language, "en")
-    texts = [pair.source for pair in study.pairs("en", params.languages[0], "calibration", n)]
-    collections = (texts, *(study.plain_texts(name, "train", n) for name in ("reuters-r52", "20newsgroups")))
-    english, news, newsgroups = (_collected(study, *study.plain(some), end=False) for some in collections)
-    others = [_reading(study, *way) for other in params.unseen for way in (("en", other), (other, "en"))]
-    return Calibration(parts, generated, english, news, reverse, [*others, newsgroups])
-
-
-def _reading(study: Study, source: str, target: str) -> experts.RoutingStatistics:
-    """Statistics of reference translations of the calibration sentences."""
-    pairs = study.pairs(source, target, "calibration", study.params.calibration_items)
-    return _collected(study, *study.given(pairs, source, target), end=study.ends)
-
-
-def _collected(
-    study: Study, given: Sequence[str], written: Sequence[str], *, end: bool
-) -> experts.RoutingStatistics:
-    ids = [list(row) for row in study.tokenizer(list(written), add_special_tokens=False)["input_ids"]]
-    return experts.collect(study.model, _batches(study, _sequences(study, given, ids, end=end)))
-
-
-Sequence_ = tuple[list[int], list[int]]  # what was given, what was written
-
-
-def _sequences(
-    study: Study, given: Sequence[str], written: Sequence[Sequence[int]], *, end: bool
-) -> list[Sequence_]:
-    before = study.tokenizer(list(given), add_special_tokens=study.prompter.add_special_tokens)["input_ids"]
-    eos = [study.tokenizer.eos_token_id] if end else []
-    return [(list(first), [*second, *eos]) for first, second in zip(before, written, strict=True)]
-
-
-def _batches(study: Study, sequences: Sequence[Sequence_], size: int = 16) -> list[dict[str, torch.Tensor]]:
-    return [_batch(study, sequences[at : at + size]) for at in range(0, len(sequences), size)]
-
-
-def _batch(
-    study: Study, sequences: Sequence[Sequence_], *, generated_only: bool = False
-) -> dict[str, torch.Tensor]:
-    width = max(len(given) + len(written) for given, written in sequences)
-    ids = torch.full((len(sequences), width), int(study.tokenizer.pad_token_id or 0))
-    mask, count = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (given, written) in enumerate(sequences):
-        end = len(given) + len(written)
-        ids[row, :end] = torch.tensor([*given, *written])
-        mask[row, :end] = 1
-        count[row, len(given) if generated_only else 0 : end] = True
-    return {"input_ids": ids, "attention_mask": mask, "count_mask": count}
-
-
-def keep_sets(
-    study: Study,
-    statistics: experts.RoutingStatistics,
-    english: experts.RoutingStatistics,
-    share: float,
-    *,
-    method: str = "routing_mass",
-    allocation: str = "divergence",
-    seed: int = 0,
-) -> list[list[int]]:
-    """Choose the experts that stay when `share` of all are pruned.
-
-    Args:
-        study: The started study.
-        statistics: Of the calibration text.
-        english: Of English text of the same content, for the layer budgets.
-        share: Share of all experts that is pruned.
-        method: One of `experts.METHODS`.
-        allocation: "divergence" (published), "uniform" or "inverse".
-        seed: Of the method "random".
-    """
-    layers, groups = len(study.layers), study.layers[0].groups
-    # in units of one expert a group, since routers that choose among groups need them equal
-    total = round(layers * study.n_experts * (1 - share) / groups)
-    limits = (math.ceil(study.top_k / groups), study.n_experts // groups)
-    if allocation == "uniform":
-        units = experts.allocate_uniform(total, layers, *limits)
-    else:
-        apart = experts.divergence(statistics.routing_mass, english.routing_mass)
-        share_out = experts.allocate if allocation == "divergence" else experts.allocate_inverse
-        units = share_out(apart, total, *limits)
-    counts = [groups * unit for unit in units]
-    return experts.select(experts.scores(statistics, method, seed=seed), counts, groups=groups)

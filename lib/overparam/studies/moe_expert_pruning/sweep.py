@@ -11,18 +11,16 @@ import pandas as pd
 from overparam import progress
 from overparam.compress import experts
 from overparam.report import stats
+from overparam.studies.moe_expert_pruning.calibration import Calibration, added, keep_sets
 from overparam.studies.moe_expert_pruning.study import (
     CURVE_RESAMPLES,
     Baseline,
-    Calibration,
     Losses,
     Scores,
     Study,
-    added,
     change_in_chrf,
     change_in_loss,
     failure_share,
-    keep_sets,
     mean_chrf,
 )
 

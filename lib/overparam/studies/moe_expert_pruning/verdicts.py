@@ -6,6 +6,7 @@ import pandas as pd
 
 from overparam.report import stats
 from overparam.report.claims import Claim, judged
+from overparam.studies.moe_expert_pruning.learned import Learned
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf, percent
@@ -48,6 +49,7 @@ def verdicts(
     recovered: Recovered,
     agreement: Overlap,
     costs: tuple[pd.DataFrame, pd.DataFrame],
+    learned: Learned | None = None,
 ) -> list[Claim]:
     """Judge each published claim by its rule, and put it into the record.
 
@@ -59,12 +61,18 @@ def verdicts(
         recovered: From `recovery.recover`.
         agreement: From `overlap.overlap`.
         costs: From `costs.measure`.
+        learned: From `learned.comet_scores`; the quality after a cut is then judged by COMET, as published.
     """
     params = study.params
     cuts = {
         share: change_in_chrf(study, base.scores, translated.scores[System(share, *PUBLISHED)])
         for share in params.shares
     }
+    after = {share: found for (share, *how), found in recovered.change.items() if how == ["parent", False]}
+    if learned:
+        name, how = System(0.0, *PUBLISHED).name, ("parent", "all parameters")
+        cuts = {share: learned.change[name, share, "", ""] for share in params.shares}
+        after = {share: learned.change["recovered", share, *how] for share in after}
     rows = [
         (
             "experts-half",
@@ -96,15 +104,15 @@ def verdicts(
             id,
             statement,
             source=f"{PAPER}, abstract and tables",
-            published=_published(share, recovered=after),
+            published=_published(share, recovered=tuned),
             kind="no_worse",
-            measured=recovered.change.get((share, "parent", False)) if after else cuts.get(share),
+            measured=(after if tuned else cuts).get(share),
             margin=margin,
-            unit="% of chrF++",
+            unit="% of COMET" if learned else "% of chrF++",
             figure="fig:experts-quality",
-            note=_idle(study, found, share) + (_training(study) if after else ""),
+            note=_idle(study, found, share) + (_training(study) if tuned else ""),
         )
-        for id, statement, (share, after), margin in rows
+        for id, statement, (share, tuned), margin in rows
     ]
     claims += [
         _against(

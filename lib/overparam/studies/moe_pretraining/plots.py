@@ -49,7 +49,9 @@ def plot_curve(study: Study, trained: Trained) -> Any:
             f"(1: every expert of every layer carries the same). {trained.log.tokens[-1] / 1e6:.1f} million tokens "
             f"took {trained.log.seconds[-1] / 3600:.2f} h."
         )
-        return _save(study, figure, "moe-pretraining-curve", data, caption)
+        return figures.publish(
+            figure, "fig:moe-pretraining-curve", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_load(study: Study, load: pd.DataFrame) -> Any:
@@ -80,7 +82,9 @@ def plot_load(study: Study, load: pd.DataFrame) -> Any:
             f"Below: the difference between the tasks that use it most and least, of {number} tasks (eight directions "
             "and plain text)."
         )
-        return _save(study, figure, "moe-expert-load", data, caption)
+        return figures.publish(
+            figure, "fig:moe-expert-load", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_quality(study: Study, translation: pd.DataFrame) -> Any:
@@ -110,11 +114,6 @@ def plot_quality(study: Study, translation: pd.DataFrame) -> Any:
             "failed translations count as empty. Dashed: the goal from English. Floor: the human translation of "
             "another verse. Italian was seen for a part of the verses only."
         )
-        return _save(study, figure, "moe-translator-quality", data, caption)
-
-
-def _save(study: Study, figure: Any, name: str, data: pd.DataFrame, caption: str) -> Any:
-    stem = f"figure_{name.split('-', 1)[1].replace('-', '_')}"
-    figures.save(figure, stem, data=data, caption=caption, id=f"fig:{name}", recorder=study.recorder)
-    plt.close(figure)
-    return figure
+        return figures.publish(
+            figure, "fig:moe-translator-quality", data=data, caption=caption, recorder=study.recorder
+        )

@@ -106,7 +106,7 @@ def plain_text(study: Study, translator: Translator) -> pd.DataFrame:
         found = stats.bootstrap(items, statistic="perplexity", seed=params.seed)
         study.recorder.metric(f"perplexity_{name}", found)
         tokens = int(items[:, 1].sum())
-        rows.append({"corpus": name, **_columns("perplexity", found), "texts": found.n, "tokens": tokens})
+        rows.append({"corpus": name, **found.columns("perplexity"), "texts": found.n, "tokens": tokens})
     table = pd.DataFrame(rows)
     study.recorder.table("plain_text", table)
     return table
@@ -144,10 +144,7 @@ def _score(
     )
     row: dict[str, Any] = {"search": search, "source": source, "target": target, "verses": len(pairs)}
     for name, score in both.items():
-        row |= _columns(name, stats.bootstrap(score.items, statistic=score.statistic, seed=study.params.seed))
+        estimate = stats.bootstrap(score.items, statistic=score.statistic, seed=study.params.seed)
+        row |= estimate.columns(name)
     row |= {f"failed_{reason}": share for reason, share in found.failure_shares.items()}
     return row | {f"{name}_signature": score.signature for name, score in both.items()}
-
-
-def _columns(name: str, estimate: stats.Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -26,8 +26,8 @@ def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> 
     )
     with figures.style():
         figure, axes = plt.subplots()
-        axes.fill_between(data["depth"], data["low"], data["high"], color=BLUE, alpha=0.2, linewidth=0)
-        axes.plot(data["depth"], data["loss"], color=BLUE, marker="o")
+        columns = (data[name] for name in ("depth", "loss", "low", "high"))
+        figures.line_with_band(axes, *columns, color=BLUE, marker="o")
         axes.axvline(loss.layers // 2 + 0.5, color=GREY, linestyle=":", linewidth=0.8, marker="")
         for name, keep, marker in (("small", cuts.small, "s"), ("large", cuts.large, "D")):
             axes.plot(keep, loss.mean[keep], marker=marker, color=ORANGE, markersize=6, linestyle="")
@@ -49,7 +49,9 @@ def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> 
             f"picks the least loss in each half (border dotted): {_interior(cuts.interior_small)} at {cuts.small} "
             f"and {_interior(cuts.interior_large)} at {cuts.large} layers."
         )
-        return _save(study, figure, "initial_loss", data, caption)
+        return figures.publish(
+            figure, "fig:layers-initial-loss", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
@@ -63,9 +65,9 @@ def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
             "os",
             strict=True,
         ):
-            axes.fill_between(rows["depth"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
             label = study.params.model if system == "zero-shot" else system
-            axes.plot(rows["depth"], rows["score"], color=colour, marker=marker, label=label)
+            columns = (rows[name] for name in ("depth", "score", "low", "high"))
+            figures.line_with_band(axes, *columns, color=colour, marker=marker, label=label)
         words = float(data.loc[data["system"] == "bag of words", "score"].iloc[0])
         axes.axhline(words, color=GREEN, linestyle="--", marker="", label="bag of words")
         for keep in (cuts.small, cuts.large):
@@ -79,7 +81,9 @@ def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
             "training, with 95 % bootstrap interval over items; floors are a twin with random weights (up to the "
             "`small` pick) and hashed bags of words."
         )
-        return _save(study, figure, "zero_shot", data, caption)
+        return figures.publish(
+            figure, "fig:layers-zero-shot", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_tasks(study: Study, zero: ZeroShot) -> Any:
@@ -105,7 +109,9 @@ def plot_tasks(study: Study, zero: ZeroShot) -> Any:
             f"Main score of {study.params.model} on each task by depth, without training; a white dot marks each "
             "task's best depth. One cut for all tasks is a compromise."
         )
-        return _save(study, figure, "tasks", data, caption)
+        return figures.publish(
+            figure, "fig:layers-tasks", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_trained(study: Study, trained: Trained) -> Any:
@@ -173,7 +179,9 @@ def plot_trained(study: Study, trained: Trained) -> Any:
             "Open markers: the published picks of four models (arXiv 2410.14578, its table). Grey band: what "
             "counts as negligible."
         )
-        return _save(study, figure, "trained", data, caption)
+        return figures.publish(
+            figure, "fig:layers-trained", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
@@ -193,7 +201,9 @@ def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
             f"difference of the mean score on {', '.join(study.params.rule_tasks)} to keeping the leading layers, "
             "paired 95 % bootstrap interval over items."
         )
-        return _save(study, figure, "rules", data, caption)
+        return figures.publish(
+            figure, "fig:layers-rules", data=data, caption=caption, recorder=study.recorder
+        )
 
 
 def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
@@ -225,7 +235,7 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
             f"energy of encoding {study.params.cost_texts} texts, peak resident memory of a fresh process, and "
             "parameters with and without the embedding table, which is not pruned. Dotted: proportional."
         )
-        return _save(study, figure, "cost", data, caption)
+        return figures.publish(figure, "fig:layers-cost", data=data, caption=caption, recorder=study.recorder)
 
 
 def _depth_axis(axes: Any, layers: int) -> None:
@@ -235,16 +245,3 @@ def _depth_axis(axes: Any, layers: int) -> None:
 
 def _interior(flag: bool) -> str:
     return "a local minimum" if flag else "only the edge of its half"
-
-
-def _save(study: Study, figure: Any, name: str, data: pd.DataFrame, caption: str) -> Any:
-    figures.save(
-        figure,
-        f"figure_{name}",
-        data=data,
-        caption=caption,
-        id=f"fig:layers-{name.replace('_', '-')}",
-        recorder=study.recorder,
-    )
-    plt.close(figure)
-    return figure

@@ -7,7 +7,6 @@ import pandas as pd
 from overparam.compress import depth
 from overparam.report import stats
 from overparam.report.claims import Claim, judged
-from overparam.report.claims import verdict_table as verdict_table
 from overparam.studies.trailing_layer_pruning.study import Study
 from overparam.studies.trailing_layer_pruning.training import (
     MODEST_SHARE,
