@@ -245,6 +245,27 @@ def test_statistics_of_different_models_do_not_add_up():
         whole + experts.collect(model, batches)
 
 
+def test_super_experts_are_kept_before_all_others():
+    rng = np.random.default_rng(0)
+    routed = np.full((2, 6), 10.0)
+    norms = rng.uniform(20, 60, (2, 6))
+    norms[1, 3], routed[1, 3] = 9000.0, 1.0  # one token, a huge output
+    mass = rng.dirichlet(np.ones(6), 2)
+    mass[1, 3] = 1e-4
+    statistics = experts.RoutingStatistics(
+        np.array([6, 6]), 1, 60, mass, routed, routed, routed, gated_norm_sum=norms
+    )
+    assert experts.super_experts(statistics) == [[], [3]]
+    values = experts.scores(statistics, "routing_mass_super")
+    assert values[1].argmax() == 3
+    others = [0, 1, 2, 4, 5]
+    np.testing.assert_array_equal(values[0], mass[0])
+    np.testing.assert_array_equal(values[1, others], mass[1, others])
+    without = experts.RoutingStatistics(np.array([6, 6]), 1, 60, mass, routed, routed, routed)
+    with pytest.raises(ValueError, match="reap=True"):
+        experts.super_experts(without)
+
+
 def test_scores():
     statistics = experts.collect(models.tiny_twin("mixtral"), [padded(sequences())])
     np.testing.assert_array_equal(experts.scores(statistics, "inverted"), -statistics.routing_mass)

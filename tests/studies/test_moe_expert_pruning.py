@@ -158,11 +158,25 @@ def test_a_random_model_bounds_no_change_of_chrf(started, base):
 
 def test_sweep_holds_every_system_at_every_share(started, swept):
     table = swept.table
-    assert len(table) == len(started.params.shares) * len(sweep.systems(started, 0.5)) == 10
+    assert len(table) == len(started.params.shares) * len(sweep.systems(started, 0.5)) == 11
     assert set(table["method"]) == set(experts.METHODS)
     assert table["idle_among_pruned"].between(0, 1).all()
     assert (table["low"] <= table["loss_change"]).all()
-    assert set(swept.losses) == {0.5}
+    assert set(swept.losses) == set(swept.keep) == {("routing_mass", 0.5), ("routing_mass_super", 0.5)}
+
+
+def test_a_super_expert_is_pruned_alone_and_beside_the_most_used_one(started, base, calibration, monkeypatch):
+    assert sweep.without_super_experts(started, base, calibration).empty
+    monkeypatch.setattr(sweep.experts, "super_experts", lambda _: [[2], [], []])
+    table = sweep.without_super_experts(started, base, calibration)
+    mass = calibration.pooled.routing_mass[0]
+    assert table["expert"].tolist() == [
+        2,
+        max(set(range(started.n_experts)) - {2}, key=lambda each: mass[each]),
+    ]
+    assert table["super"].tolist() == [True, False]
+    assert table["loss_change"].abs().gt(0).all()
+    assert started.recorder.record.metrics["super_experts"].value == 1
 
 
 def test_idle_experts_are_those_that_hardly_work(started, calibration):
@@ -209,7 +223,12 @@ def test_recovery_trains_a_copy_of_its_own(started, base, swept, translated, tmp
     texts = {"references": references, "parent": references}  # a random parent never ends a translation
     found = recovery.recover(started, base, swept, translated, texts)
     assert set(found.table["trained"]) == {"all parameters", "adapters"}
-    assert set(found.change) == {(0.5, "references", False), (0.5, "parent", False), (0.5, "parent", True)}
+    assert set(found.change) == {
+        recovery.Kind(0.5, "routing_mass", "references"),
+        recovery.Kind(0.5, "routing_mass", "parent"),
+        recovery.Kind(0.5, "routing_mass", "parent", lora=True),
+        recovery.Kind(0.5, "routing_mass_super", "parent"),
+    }
     assert all(value.equal(before[name]) for name, value in started.model.state_dict().items())
     plots.plot_quality(started, translated, found)
     plots.plot_chrf(started, translated)
@@ -288,7 +307,7 @@ def test_time_that_stays_is_what_was_published(seconds, verdict):
 
 def test_every_claim_gets_a_verdict(started, base, swept, translated, calibration):
     recovered = recovery.Recovered(
-        pd.DataFrame(), {(0.75, "parent", False): stats.Estimate(-1.0, -1.8, -0.2, 8)}
+        pd.DataFrame(), {recovery.Kind(0.75, "routing_mass", "parent"): stats.Estimate(-1.0, -1.8, -0.2, 8)}
     )
     agreement, cost = overlap.overlap(started, calibration), (_costs(400), _latencies(1.0))
     claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost)
@@ -300,7 +319,7 @@ def test_every_claim_gets_a_verdict(started, base, swept, translated, calibratio
     name = sweep.System(0.0, *sweep.PUBLISHED).name
     change = {
         (name, 0.5, "", ""): stats.Estimate(-1.0, -1.5, -0.5, 8),
-        ("recovered", 0.75, "parent", "all parameters"): stats.Estimate(-9.0, -9.8, -8.2, 8),
+        (f"recovered, {name}", 0.75, "parent", "all parameters"): stats.Estimate(-9.0, -9.8, -8.2, 8),
     }
     scored = learned.Learned(pd.DataFrame(), change)
     claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost, scored)

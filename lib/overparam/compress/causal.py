@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,11 +13,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from overparam import progress
+from overparam.compress import checkpoint as checkpoints
 from overparam.compress.muon import Muon
 
 IGNORED = -100
@@ -150,8 +148,8 @@ def train(
     optimizers = _optimizers(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
-    if checkpoint and (found := _newest(checkpoint)):
-        log = _restore(found, model, optimizers, recipe)
+    if checkpoint and (found := checkpoints.find(checkpoint)):
+        log = Log(**checkpoints.restore(found, model, optimizers, recipe=asdict(recipe)))
     decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
@@ -176,7 +174,7 @@ def train(
         log.seconds.append(before + time.perf_counter() - started)
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
             if checkpoint:
-                _store(checkpoint, model, optimizers, recipe, log)
+                checkpoints.store(checkpoint, model, optimizers, recipe=asdict(recipe), log=asdict(log))
             if at_checkpoint:
                 model.eval()
                 at_checkpoint(step + 1)
@@ -349,70 +347,3 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Opti
         {"params": rest, "weight_decay": 0.0},
     ]
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]  # type: ignore[arg-type]
-
-
-def _beside(folder: Path, ending: str) -> Path:
-    return folder.with_name(f"{folder.name}.{ending}")
-
-
-def _newest(folder: Path) -> Path | None:
-    """The folder of the state: the old one, if a run was killed between the two renames of `_store`."""
-    return next((each for each in (folder, _beside(folder, "old")) if (each / "log.json").exists()), None)
-
-
-def _store(
-    folder: Path,
-    model: PreTrainedModel,
-    optimizers: list[torch.optim.Optimizer],
-    recipe: Recipe,
-    log: Log,
-) -> None:
-    """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
-    temporary, old = _beside(folder, "partial"), _beside(folder, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
-    save_file(tensors, temporary / "state.safetensors")
-    (temporary / "log.json").write_text(json.dumps({"recipe": asdict(recipe), "log": asdict(log)}))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _restore(
-    folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], recipe: Recipe
-) -> Log:
-    stored = json.loads((folder / "log.json").read_text())
-    schedule = ("steps", "decay")  # may change between runs: a longer run goes on where a shorter one ended
-    differing = [
-        name
-        for name, value in json.loads(json.dumps(asdict(recipe))).items()
-        if stored["recipe"].get(name) != value and name not in schedule
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
-        )
-    done = len(stored["log"]["loss"])
-    if done > recipe.steps:
-        raise ValueError(f"{folder} holds {done} steps, more than steps = {recipe.steps}; use another folder")
-    tensors = load_file(folder / "state.safetensors")
-    shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
-        raise ValueError(f"{folder} was made with a model of other tensors; use another folder")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, key = name.split(".", 3)
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return Log(**stored["log"])

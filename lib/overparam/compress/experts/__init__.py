@@ -18,7 +18,7 @@ from overparam.compress.experts.layout import LAYOUTS, Layout, MoeLayer, layers
 from overparam.compress.experts.pruning import prune
 from overparam.compress.experts.recovery import Lora, recover
 from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
-from overparam.compress.experts.scoring import METHODS, scores
+from overparam.compress.experts.scoring import METHODS, scores, super_experts
 from overparam.compress.experts.storage import load_pruned, save_pruned
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "save_pruned",
     "scores",
     "select",
+    "super_experts",
 ]

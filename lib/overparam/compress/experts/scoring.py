@@ -7,13 +7,18 @@ from numpy.typing import NDArray
 
 from overparam.compress.experts.routing import RoutingStatistics
 
-METHODS = ("routing_mass", "frequency", "koishekenov", "reap", "random", "inverted")
+METHODS = (
+    *("routing_mass", "routing_mass_super", "frequency", "koishekenov", "reap"),
+    *("random", "inverted"),
+)
+SUPER_FACTOR = 5.0
 
 
 def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDArray[np.float64]:
     """Score every expert from the statistics of a text; in each layer the highest are kept (`select`).
 
     - ``routing_mass``: mean normalised top-k weight (arXiv 2605.28042).
+    - ``routing_mass_super``: the same, with the `super_experts` of each layer before all others.
     - ``frequency``: share of tokens routed to the expert.
     - ``koishekenov``: share of tokens of which it is the first choice × exp(mean gate on those), the gate being
       the softmax of the router's logits (arXiv 2212.09811).
@@ -23,7 +28,7 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
     - ``inverted``: minus the routing mass, a control that keeps the least used.
 
     Args:
-        statistics: From `collect`; with ``reap=True`` for ``reap``.
+        statistics: From `collect`; with ``reap=True`` for ``reap`` and ``routing_mass_super``.
         method: One of `METHODS`.
         seed: Of ``random``.
 
@@ -35,6 +40,10 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
     """
     if method == "routing_mass":
         values = statistics.routing_mass
+    elif method == "routing_mass_super":
+        values = statistics.routing_mass.copy()
+        for layer, found in zip(values, super_experts(statistics), strict=True):
+            layer[found] += 1.0  # above any share
     elif method == "inverted":
         values = -statistics.routing_mass
     elif method == "frequency":
@@ -43,15 +52,38 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
         gate = _mean(statistics.top1_gate_sum, statistics.top1)
         values = statistics.top1 / statistics.tokens * np.exp(gate)
     elif method == "reap":
-        if statistics.gated_norm_sum is None:
-            raise ValueError("the score of REAP needs statistics collected with reap=True")
-        values = _mean(statistics.gated_norm_sum, statistics.routed)
+        values = _output_norms(statistics)
     elif method == "random":
         values = np.random.default_rng(seed).random(statistics.mass_sum.shape)
     else:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     exists = np.arange(values.shape[1]) < statistics.n_experts[:, None]
     return np.where(exists, values, -np.inf)
+
+
+def super_experts(statistics: RoutingStatistics) -> list[list[int]]:
+    """Find the experts of each layer whose outputs are far larger than those of the others.
+
+    Super experts (arXiv 2507.23279) make the massive activations on which attention sinks rest. They may serve a
+    single token of a text, such as the first, so that measures of use rank them low; without them a model breaks
+    down. Here an expert is one when its output norm, weighted by the gate, mean over routed tokens (REAP's score), is
+    more than `SUPER_FACTOR` times the median of its layer.
+
+    Raises:
+        ValueError: If the statistics lack the norms.
+    """
+    norms = _output_norms(statistics)
+    return [
+        np.flatnonzero(row > SUPER_FACTOR * np.median(row[:n])).tolist()
+        for row, n in zip(norms, statistics.n_experts, strict=True)
+    ]
+
+
+def _output_norms(statistics: RoutingStatistics) -> NDArray[np.float64]:
+    """Mean over routed tokens of gate × output norm. float64 [layers, experts]."""
+    if statistics.gated_norm_sum is None:
+        raise ValueError("the norms of the experts' outputs need statistics collected with reap=True")
+    return _mean(statistics.gated_norm_sum, statistics.routed)
 
 
 def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:

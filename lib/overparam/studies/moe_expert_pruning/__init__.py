@@ -41,10 +41,10 @@ class Params(BaseModel):
 
     calibration_items: Annotated[int, Field(ge=8)] = Field(64, description="sentences a language")
     test_items: Annotated[int, Field(ge=8)] = Field(
-        60, description="sentences a direction whose likelihood is measured"
+        40, description="sentences a direction whose likelihood is measured"
     )
     translated_items: Annotated[int, Field(ge=8)] = Field(
-        40, description="sentences a language that are translated"
+        32, description="sentences a language that are translated"
     )
     plain_characters: Annotated[int, Field(ge=64)] = Field(
         400, description="characters of a news or newsgroup text"
@@ -66,7 +66,7 @@ class Params(BaseModel):
     recovery_items: Annotated[int, Field(ge=8)] = Field(
         240, description="training sentences, each in every language"
     )
-    recovery_steps: Count = 24
+    recovery_steps: Count = 16
     recovery_rows: Count = Field(16, description="rows of a batch")
     recovery_row_length: Annotated[int, Field(ge=64)] = 320
     recovery_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -80,9 +80,7 @@ class Params(BaseModel):
     dense_reference: str | None = Field(
         "gemma-3-270m", description="a dense model asked by examples on the same test; null: none"
     )
-    dense_items: Annotated[int, Field(ge=2)] = Field(
-        12, description="sentences a language that it translates"
-    )
+    dense_items: Annotated[int, Field(ge=2)] = Field(8, description="sentences a language that it translates")
     cost_texts: Annotated[int, Field(ge=2)] = Field(
         16, description="texts of a batch when costs are measured"
     )

@@ -103,7 +103,7 @@ def _collected(
     study: Study, given: Sequence[str], written: Sequence[str], *, end: bool
 ) -> experts.RoutingStatistics:
     ids = [list(row) for row in study.tokenizer(list(written), add_special_tokens=False)["input_ids"]]
-    return experts.collect(study.model, _batches(study, _sequences(study, given, ids, end=end)))
+    return experts.collect(study.model, _batches(study, _sequences(study, given, ids, end=end)), reap=True)
 
 
 Sequence_ = tuple[list[int], list[int]]  # what was given, what was written

@@ -15,7 +15,7 @@ from overparam import models, progress
 from overparam.compress import experts
 from overparam.measure import disk, energy, memory, speed
 from overparam.studies.moe_expert_pruning.study import Study
-from overparam.studies.moe_expert_pruning.sweep import Sweep
+from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
 
 _LOAD = "overparam.compress.experts:load_pruned"
 _STEPS = ("prompt", "generate_one", "generate_all")
@@ -26,7 +26,10 @@ def measure(study: Study, found: Sweep) -> tuple[pd.DataFrame, pd.DataFrame]:
     params, language = study.params, study.params.languages[0]
     pairs = study.pairs("en", language, "test", params.cost_texts)
     table, raw = costs(
-        {0.0: study.model, **{share: study.pruned(keep) for share, keep in found.keep.items()}},
+        {
+            0.0: study.model,
+            **{share: study.pruned(found.keep[PUBLISHED[0], share]) for share in params.shares},
+        },
         study.tokenizer,
         study.ask([pair.source for pair in pairs], "en", language),
         new_tokens=params.cost_new_tokens,

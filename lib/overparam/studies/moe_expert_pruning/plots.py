@@ -13,14 +13,15 @@ from overparam.report import figures
 from overparam.studies.moe_expert_pruning.overlap import SHARE, Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
 from overparam.studies.moe_expert_pruning.study import Study
-from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Quality, Sweep
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep
 from overparam.studies.moe_expert_pruning.verdicts import PUBLISHED_QUALITY
 
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = figures.OKABE_ITO[:6]
-GREY = "#777777"
+GREY, DARK_YELLOW = "#777777", "#B8A800"
 _METHODS = {  # (method, allocation): label, colour, marker
     PUBLISHED: ("routing mass, by divergence", BLUE, "o"),
     ("routing_mass", "uniform"): ("routing mass, equal", SKY, "s"),
+    GUARDED: ("routing mass, super experts kept", DARK_YELLOW, "h"),
     ("routing_mass", "inverse"): ("routing mass, inverse", PINK, "v"),
     ("frequency", "uniform"): ("frequency, equal", YELLOW, "P"),
     ("koishekenov", "uniform"): ("Koishekenov, equal", GREEN, "^"),
@@ -116,14 +117,18 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
             "s",
             "-",
         ),
+        "no training, super experts kept": (_of(ours, GUARDED), DARK_YELLOW, "h", "-"),
     }
-    for targets, colour, marker in (("references", GREEN, "^"), ("parent", PINK, "D")):
+    for label, method, targets, colour, marker in (
+        ("recovered on references", PUBLISHED[0], "references", GREEN, "^"),
+        ("recovered on the parent", PUBLISHED[0], "parent", PINK, "D"),
+        ("same, super experts kept", GUARDED[0], "parent", "#000000", "X"),
+    ):
         if recovered.table.empty:
             break
-        rows = recovered.table
-        rows = rows[(rows["targets"] == targets) & (rows["trained"] == "all parameters")]
-        source = "the parent" if targets == "parent" else targets
-        series[f"recovered on {source}"] = (rows, colour, marker, "-")
+        rows = recovered.table[recovered.table["trained"] == "all parameters"]
+        rows = rows[(rows["targets"] == targets) & (rows["method"] == method)]
+        series[label] = (rows, colour, marker, "-")
     paper = PUBLISHED_QUALITY
     series["paper, no training (xCOMET)"] = (paper[~paper["recovered"]], ORANGE, "v", ":")
     series["paper, recovered (xCOMET)"] = (paper[paper["recovered"]], YELLOW, "P", ":")
@@ -204,24 +209,33 @@ def plot_chrf(study: Study, translated: Quality) -> Any:
 
 
 def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
-    """Draw what the published cut does to other languages, directions and texts."""
+    """Draw what a cut does to other languages, directions and texts: the published one, and with super experts kept."""
+    panels = {PUBLISHED[0]: "as published", GUARDED[0]: "super experts kept"}
     with figures.style():
-        figure, axes = plt.subplots()
-        for group, (label, colour, marker) in _GROUPS.items():
-            rows = table[table["group"] == group]
-            if rows.empty:
-                continue
-            drawn = (rows[name] for name in ("loss_change", "low", "high"))
-            figures.line_with_band(
-                axes, 100 * rows["share_pruned"], *drawn, color=colour, marker=marker, label=label
-            )
-        axes.axhline(0, color=GREY, linewidth=0.6, marker="")
+        figure, both = plt.subplots(1, 2, sharey=True)
+        for axes, (method, title) in zip(both, panels.items(), strict=True):
+            for group, (label, colour, marker) in _GROUPS.items():
+                rows = table[(table["group"] == group) & (table["method"] == method)]
+                if rows.empty:
+                    continue
+                drawn = (rows[name] for name in ("loss_change", "low", "high"))
+                figures.line_with_band(
+                    axes,
+                    100 * rows["share_pruned"],
+                    *drawn,
+                    color=colour,
+                    marker=marker,
+                    label=label if method == PUBLISHED[0] else None,
+                )
+            axes.axhline(0, color=GREY, linewidth=0.6, marker="")
+            axes.set_title(title, fontsize=7)
         figures.legend_above(figure)
-        axes.set_xlabel("experts pruned (%)")
-        axes.set_ylabel("rise of the loss (nats a token)")
+        figure.supxlabel("experts pruned (%)", fontsize=8)
+        both[0].set_ylabel("rise of the loss (nats a token)")
         caption = (
             f"Rise of the negative log-likelihood when the experts of {study.params.model} are chosen for translation "
-            f"from English into {', '.join(study.params.languages)} (routing mass, budgets by divergence): on those "
+            f"from English into {', '.join(study.params.languages)}, by routing mass with budgets by divergence "
+            "(left) or with super experts kept and equal budgets (right): on those "
             f"languages, on {', '.join(study.params.unseen) or 'none'}, which calibration never saw, into English, on "
             "text of other domains, and on plain English. 95 % bootstrap interval over sentences."
         )
@@ -231,9 +245,8 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
 
 
 def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
-    """Draw which calibration text serves which test, at the largest share."""
-    share = table["share_pruned"].max()
-    rows = table[table["share_pruned"] == share]
+    """Draw which calibration text serves which test."""
+    share, rows = table["share_pruned"].iloc[0], table
     grid = rows.pivot_table(
         index="calibration", columns="test", values="loss_change", sort=False, observed=True
     )
@@ -255,7 +268,8 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
         axes.tick_params(axis="y", rotation=0, labelsize=6)
         caption = (
             f"Rise of the negative log-likelihood of each test when {100 * share:g} % of the experts of "
-            f"{study.params.model} are pruned by the routing mass on each calibration text, equal layer budgets."
+            f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept and "
+            "equal layer budgets."
         )
         return figures.publish(
             figure, "fig:experts-transfer", data=rows, caption=caption, recorder=study.recorder

@@ -25,20 +25,28 @@ from overparam.studies.moe_expert_pruning.study import (
     failure_share,
     mean_chrf,
 )
-from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Quality, Sweep, System
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
 
 Examples = dict[str, list[tuple[str, str]]]  # language -> (prompt, target)
 TARGETS = ("references", "parent")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One recovery: what was pruned, what it learned from, and how."""
+class Kind:
+    """One way to recover: how much was pruned by which score, what the model learned from, and how."""
 
     share: float
+    method: str
     targets: str
-    lora: bool
-    seed: int
+    lora: bool = False
+
+    @property
+    def trained(self) -> str:
+        """What was trained, in words."""
+        return "adapters" if self.lora else "all parameters"
+
+
+CUTS = {method: System(0.0, method, allocation).name for method, allocation in (PUBLISHED, GUARDED)}
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,12 @@ class Recovered:
     """Recovered models.
 
     Attributes:
-        table: One row a share, kind of targets and way of training, over seeds.
-        change: Relative change of chrF++ against the unpruned model, by the same, in percent.
+        table: One row a kind, over seeds.
+        change: Relative change of chrF++ against the unpruned model, in percent.
     """
 
     table: pd.DataFrame
-    change: dict[tuple[float, str, bool], stats.Estimate]
+    change: dict[Kind, stats.Estimate]
 
 
 def training_texts(study: Study) -> dict[str, Examples]:
@@ -86,61 +94,59 @@ def _examples(study: Study, asked: list[str], answers: list[str]) -> list[tuple[
 def recover(
     study: Study, base: Baseline, found: Sweep, pruned: Quality, texts: Mapping[str, Examples]
 ) -> Recovered:
-    """Fine-tune the models of the published cut: all parameters, and adapters on the middle share."""
+    """Fine-tune the models of the published cut and of the guarded one.
+
+    All parameters, on references and on the parent's translations; adapters on the middle share; the guarded cut on
+    the parent's translations alone.
+    """
     params = study.params
-    middle = sorted(params.recovery_shares)[len(params.recovery_shares) // 2 :][
-        :1
-    ]  # none when none is asked for
-    runs = [
-        Run(share, targets, lora, seed)
-        for share in params.recovery_shares
-        for targets in TARGETS
-        for lora in (False, True)
-        for seed in params.recovery_seeds
-        if not lora or (share in middle and targets == "parent")
-    ]
+    kinds = [Kind(share, PUBLISHED[0], targets) for share in params.recovery_shares for targets in TARGETS]
+    kinds += [Kind(share, GUARDED[0], "parent") for share in params.recovery_shares]
+    if params.recovery_shares:
+        middle = sorted(params.recovery_shares)[len(params.recovery_shares) // 2]
+        kinds.append(Kind(middle, PUBLISHED[0], "parent", lora=True))
     for targets in TARGETS:
-        if runs and not any(texts[targets].values()):
+        if kinds and not any(texts[targets].values()):
             progress.note(f"no translation of {targets} came to an end: nothing to learn from, left out")
-            runs = [run for run in runs if run.targets != targets]
-    scores: dict[tuple[float, str, bool], list[Scores]] = {}
-    losses: dict[tuple[float, str, bool], list[Losses]] = {}
-    for run in progress.track(runs, "recovering"):
+            kinds = [kind for kind in kinds if kind.targets != targets]
+    scores: dict[Kind, list[Scores]] = {}
+    losses: dict[Kind, list[Losses]] = {}
+    runs = [(kind, seed) for kind in kinds for seed in params.recovery_seeds]
+    for kind, seed in progress.track(runs, "recovering"):
         # in float32: in bfloat16 most updates of a short fine-tuning round to nothing
-        model = copy.deepcopy(study.pruned(found.keep[run.share])).float()
-        _train(study, model, texts[run.targets], run)
+        model = copy.deepcopy(study.pruned(found.keep[kind.method, kind.share])).float()
+        _train(study, model, texts[kind.targets], kind, seed)
         model.to(study.model.dtype)
-        how = "adapters" if run.lora else "all parameters"
+        system = f"recovered, {CUTS[kind.method]}"
         columns: dict[str, Any] = {
-            "share": run.share,
-            "targets": run.targets,
-            "trained": how,
-            "seed": run.seed,
+            "share": kind.share,
+            "targets": kind.targets,
+            "trained": kind.trained,
+            "seed": seed,
         }
-        written, _ = study.translate_test("recovered", model, **columns)
-        key = (run.share, run.targets, run.lora)
-        scores.setdefault(key, []).append(written)
-        losses.setdefault(key, []).append(study.losses("recovered", model, **columns))
-    change = {key: change_in_chrf(study, base.scores, several) for key, several in scores.items()}
-    rows = [_row(study, base, found, pruned, key, scores[key], losses[key], change[key]) for key in scores]
+        written, _ = study.translate_test(system, model, **columns)
+        scores.setdefault(kind, []).append(written)
+        losses.setdefault(kind, []).append(study.losses(system, model, **columns))
+    change = {kind: change_in_chrf(study, base.scores, several) for kind, several in scores.items()}
+    rows = [_row(study, base, pruned, kind, scores[kind], losses[kind], change[kind]) for kind in scores]
     table = pd.DataFrame(rows)
     study.recorder.table("recovery", table)
     return Recovered(table, change)
 
 
-def _train(study: Study, model: PreTrainedModel, examples: Examples, run: Run) -> None:
+def _train(study: Study, model: PreTrainedModel, examples: Examples, kind: Kind, seed: int) -> None:
     params = study.params
     recipe = causal.Recipe(
         steps=params.recovery_steps,
-        learning_rate=params.lora_learning_rate if run.lora else params.recovery_learning_rate,
+        learning_rate=params.lora_learning_rate if kind.lora else params.recovery_learning_rate,
         warmup=max(1, params.recovery_steps // 10),
         decay=params.recovery_steps // 2,
         balance=0.01,
-        seed=run.seed,
+        seed=seed,
     )
-    adapters = experts.Lora() if run.lora else None
-    label = f"recovering at {run.share:.1%}, {run.targets}"
-    experts.recover(model, _batches(study, examples, run.seed), recipe, lora=adapters, label=label)
+    adapters = experts.Lora() if kind.lora else None
+    label = f"recovering at {kind.share:.1%}, {kind.targets}"
+    experts.recover(model, _batches(study, examples, seed), recipe, lora=adapters, label=label)
 
 
 def _batches(study: Study, examples: Examples, seed: int) -> Iterator[Packed]:
@@ -182,18 +188,17 @@ def trees(study: Study, examples: Examples) -> list[Tree]:
 def _row(
     study: Study,
     base: Baseline,
-    found: Sweep,
     pruned: Quality,
-    key: tuple[float, str, bool],
+    kind: Kind,
     scores: Sequence[Scores],
     losses: Sequence[Losses],
     change: stats.Estimate,
 ) -> dict[str, object]:
-    share, targets, lora = key
     languages = study.params.languages
     before = mean_chrf(base.scores, languages)
     after = float(sum(mean_chrf(each, languages) for each in scores) / len(scores))
-    unrecovered = pruned.scores[System(share, *PUBLISHED)]
+    allocation = next(each for method, each in (PUBLISHED, GUARDED) if method == kind.method)
+    unrecovered = pruned.scores[System(kind.share, kind.method, allocation)]
     cut, lost = mean_chrf(unrecovered, languages), change_in_chrf(study, base.scores, unrecovered)
     groups = {test.group for test in study.tests.values()}
     risen = {
@@ -207,9 +212,10 @@ def _row(
         for group in sorted(groups)
     }
     return {
-        "share_pruned": share,
-        "targets": targets,
-        "trained": "adapters" if lora else "all parameters",
+        "share_pruned": kind.share,
+        "method": kind.method,
+        "targets": kind.targets,
+        "trained": kind.trained,
         "seeds": len(scores),
         "chrF++": after,
         "change_percent": change.value,
@@ -219,5 +225,4 @@ def _row(
         "gap_closed": (after - cut) / (before - cut) if lost.high < 0 else float("nan"),
         "failed": sum(failure_share(each, languages) for each in scores) / len(scores),
         **{f"loss_change_{group}": value for group, value in risen.items()},
-        **{"loss_change_pruned_seen": change_in_loss(study, base.losses, found.losses[share]).value},
     }

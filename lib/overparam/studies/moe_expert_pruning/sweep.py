@@ -25,6 +25,7 @@ from overparam.studies.moe_expert_pruning.study import (
 )
 
 PUBLISHED = ("routing_mass", "divergence")  # score and layer budget of the paper
+GUARDED = ("routing_mass_super", "uniform")  # the same score with super experts kept: not the paper's
 _PEERS = ("frequency", "koishekenov", "reap")  # published with equal budgets
 _DEEP = 0.75  # share at which peer and chance are translated with once more
 
@@ -52,19 +53,20 @@ class Sweep:
     Attributes:
         table: One row a system: rise of the negative log-likelihood a token with its interval, and how many of
             the pruned experts were idle on the training mix anyway.
-        losses: Of the published method on every test, by share.
-        keep: Experts that the published method keeps, by share.
+        losses: Of the published method and the guarded one on every test, by method and share.
+        keep: Experts that they keep, likewise.
     """
 
     table: pd.DataFrame
-    losses: dict[float, Losses]
-    keep: dict[float, list[list[int]]]
+    losses: dict[tuple[str, float], Losses]
+    keep: dict[tuple[str, float], list[list[int]]]
 
 
 def systems(study: Study, share: float) -> list[System]:
-    """Return the systems that are compared at a share: the method, its budgets' controls, its peers, and chance."""
+    """Return the systems that are compared at a share: the method, controls of its budgets, its peers, and chance."""
     method = PUBLISHED[0]
     found = [System(share, method, allocation) for allocation in ("divergence", "uniform", "inverse")]
+    found += [System(share, *GUARDED)]
     found += [System(share, peer, "uniform") for peer in (*_PEERS, "inverted")]
     return found + [System(share, "random", "uniform", seed) for seed in range(study.params.random_seeds)]
 
@@ -77,12 +79,12 @@ def sweep(study: Study, base: Baseline, calibration: Calibration) -> Sweep:
     every = [system for share in study.params.shares for system in systems(study, share)]
     for system in progress.track(every, "pruning"):
         keep = _keep(study, system, pooled, calibration.english)
-        published = (system.method, system.allocation) == PUBLISHED
+        everywhere = (system.method, system.allocation) in (PUBLISHED, GUARDED)
         found = study.losses(
-            system.name, study.pruned(keep), () if published else seen, share=system.share, seed=system.seed
+            system.name, study.pruned(keep), () if everywhere else seen, share=system.share, seed=system.seed
         )
-        if published:
-            losses[system.share], kept[system.share] = found, keep
+        if everywhere:
+            losses[system.method, system.share], kept[system.method, system.share] = found, keep
         change = change_in_loss(study, base.losses, found)
         rows.append(
             {
@@ -149,13 +151,14 @@ class Quality:
 def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
     """Translate with pruned models.
 
-    The published method and equal budgets at every share; all systems at half; REAP and random experts also deeper.
+    The published method, equal budgets and super experts kept at every share; all systems at half; REAP and random
+    experts also deeper.
     """
     half, deep = (min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP))
     chosen = [
-        System(share, PUBLISHED[0], allocation)
+        System(share, *how)
         for share in study.params.shares
-        for allocation in ("divergence", "uniform")
+        for how in (PUBLISHED, (PUBLISHED[0], "uniform"), GUARDED)
     ]
     chosen += [system for system in systems(study, half) if system not in chosen]
     deeper = [system for system in systems(study, deep) if system.method in ("reap", "random")]
@@ -167,16 +170,16 @@ def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
     everywhere = (*languages, *study.params.unseen)
     pooled = calibration.pooled
     for system in progress.track(chosen, "translating with pruned models"):
-        published = (system.method, system.allocation) == PUBLISHED
+        how = (system.method, system.allocation)
         model = study.pruned(_keep(study, system, pooled, calibration.english))
         scores[system], written = study.translate_test(
             system.name,
             model,
-            languages=everywhere if published else languages,
+            languages=everywhere if how in (PUBLISHED, GUARDED) else languages,
             share=system.share,
             seed=system.seed,
         )
-        if published:
+        if how == PUBLISHED:
             texts[system.share] = written
         change = change_in_chrf(study, base.scores, scores[system])
         rows.append(_row(system, scores[system], change, languages))
@@ -201,6 +204,43 @@ def _row(
     }
 
 
+def without_super_experts(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
+    """Prune single experts: each super expert, and beside it the most used other one of its layer.
+
+    Returns:
+        One row an expert: its routing mass, its output norm against the median of its layer, and the rise of the
+        negative log-likelihood without it. Empty when the model has no super expert.
+    """
+    pooled = calibration.pooled
+    mass, norms = (experts.scores(pooled, method) for method in ("routing_mass", "reap"))
+    seen = [f"en-{language}" for language in study.params.languages]
+    rows = []
+    for layer, found in enumerate(experts.super_experts(pooled)):
+        if not found:
+            continue
+        used = max(set(range(study.n_experts)) - set(found), key=lambda each: mass[layer][each])
+        for expert in (*found, used):
+            keep = [[each for each in range(study.n_experts) if (at, each) != (layer, expert)]
+                    for at in range(len(study.layers))]  # fmt: skip
+            after = study.losses(f"without expert {expert} of layer {layer}", study.pruned(keep), seen)
+            change = change_in_loss(study, base.losses, after)
+            rows.append(
+                {
+                    "layer": study.layers[layer].index,
+                    "expert": expert,
+                    "super": expert in found,
+                    "routing_mass": mass[layer][expert],
+                    "norm_over_median": norms[layer][expert] / np.median(norms[layer]),
+                    **change.columns("loss_change"),
+                }
+            )
+    columns = ["layer", "expert", "super", "routing_mass", "norm_over_median"]
+    table = pd.DataFrame(rows, columns=None if rows else columns)
+    study.recorder.table("super_experts", table)
+    study.recorder.metric("super_experts", int(sum(row["super"] for row in rows)))
+    return table
+
+
 def examples(study: Study, found: Quality, language: str, item: int = 0) -> pd.DataFrame:
     """Show one test sentence as each pruned model translates it."""
     pair = study.pairs("en", language, "test", study.params.translated_items)[item]
@@ -213,20 +253,21 @@ def examples(study: Study, found: Quality, language: str, item: int = 0) -> pd.D
 
 
 def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
-    """Compare what the published cut does to seen and unseen languages, to English, and to other texts.
+    """Compare what a cut does to seen and unseen languages, to English, and to other texts.
 
     Returns:
-        One row a share and group: rise of the negative log-likelihood a token, with its interval.
+        One row a method, share and group: rise of the negative log-likelihood a token, with its interval.
     """
     groups: dict[str, list[str]] = {}
     for name, test in study.tests.items():
         groups.setdefault(test.group, []).append(name)
     rows = []
-    for share, losses in found.losses.items():
+    for (method, share), losses in found.losses.items():
         for group, names in groups.items():
             change = change_in_loss(study, base.losses, losses, names)
             rows.append(
                 {
+                    "method": method,
                     "share_pruned": share,
                     "group": group,
                     "loss_change": change.value,
@@ -242,11 +283,11 @@ def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
 def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
     """Calibrate on one text, test on another: each language, all languages, translation into English, news.
 
-    At the shares next to 50 and 75 %. Layer budgets are equal here, so that only the choice of experts differs; one
-    random choice stands beside.
+    At the share next to 50 %. Super experts, which serve every text, stay and layer budgets are equal here, so that
+    only the choice of the other experts differs; one random choice stands beside.
 
     Returns:
-        One row a share, calibration and test: rise of the negative log-likelihood a token, with its interval.
+        One row a calibration and test: rise of the negative log-likelihood a token, with its interval.
     """
     sources = {language: calibration.of(language) for language in study.params.languages}
     sources |= {
@@ -255,38 +296,35 @@ def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataF
         "news": calibration.news,
         "none (random)": calibration.pooled,
     }
-    shares = sorted({min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP)})
+    share = min(study.params.shares, key=lambda each: abs(each - 0.5))
     rows = []
-    for share in shares:
-        for name, statistics in progress.track(sources.items(), f"calibrations at {share:.0%}"):
-            method = "random" if name.startswith("none") else PUBLISHED[0]
-            keep = keep_sets(
-                study,
-                statistics,
-                calibration.english,
-                share,
-                method=method,
-                allocation="uniform",
-                seed=study.params.seed,
+    for name, statistics in progress.track(sources.items(), f"calibrations at {share:.0%}"):
+        method = "random" if name.startswith("none") else GUARDED[0]
+        keep = keep_sets(
+            study,
+            statistics,
+            calibration.english,
+            share,
+            method=method,
+            allocation="uniform",
+            seed=study.params.seed,
+        )
+        losses = study.losses(f"calibrated on {name}", study.pruned(keep), share=share, allocation="uniform")
+        for test, items in losses.items():
+            change = stats.difference(
+                base.losses[test], items, statistic="nll_per_token", n_resamples=CURVE_RESAMPLES
             )
-            losses = study.losses(
-                f"calibrated on {name}", study.pruned(keep), share=share, allocation="uniform"
+            rows.append(
+                {
+                    "share_pruned": share,
+                    "calibration": name,
+                    "test": test,
+                    "group": study.tests[test].group,
+                    "loss_change": change.value,
+                    "low": change.low,
+                    "high": change.high,
+                }
             )
-            for test, items in losses.items():
-                change = stats.difference(
-                    base.losses[test], items, statistic="nll_per_token", n_resamples=CURVE_RESAMPLES
-                )
-                rows.append(
-                    {
-                        "share_pruned": share,
-                        "calibration": name,
-                        "test": test,
-                        "group": study.tests[test].group,
-                        "loss_change": change.value,
-                        "low": change.low,
-                        "high": change.high,
-                    }
-                )
     table = pd.DataFrame(rows)
     study.recorder.table("transfer", table)
     return table

@@ -8,9 +8,9 @@ from overparam.report import stats
 from overparam.report.claims import Claim, judged
 from overparam.studies.moe_expert_pruning.learned import Learned
 from overparam.studies.moe_expert_pruning.overlap import Overlap
-from overparam.studies.moe_expert_pruning.recovery import Recovered
+from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf, percent
-from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Quality, Sweep, System
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
 
 PAPER = "Martin, Bandarkar & Peng, arXiv 2605.28042"
 
@@ -68,11 +68,16 @@ def verdicts(
         share: change_in_chrf(study, base.scores, translated.scores[System(share, *PUBLISHED)])
         for share in params.shares
     }
-    after = {share: found for (share, *how), found in recovered.change.items() if how == ["parent", False]}
+    after = {
+        kind.share: change
+        for kind, change in recovered.change.items()
+        if kind == Kind(kind.share, PUBLISHED[0], "parent")
+    }
     if learned:
-        name, how = System(0.0, *PUBLISHED).name, ("parent", "all parameters")
+        name = System(0.0, *PUBLISHED).name
         cuts = {share: learned.change[name, share, "", ""] for share in params.shares}
-        after = {share: learned.change["recovered", share, *how] for share in after}
+        how = ("parent", "all parameters")
+        after = {share: learned.change[f"recovered, {name}", share, *how] for share in after}
     rows = [
         (
             "experts-half",
@@ -110,7 +115,9 @@ def verdicts(
             margin=margin,
             unit="% of COMET" if learned else "% of chrF++",
             figure="fig:experts-quality",
-            note=_idle(study, found, share) + (_training(study) if tuned else ""),
+            note=_idle(study, found, share)
+            + _guarded(translated, recovered, share, recovered_too=tuned)
+            + (_training(study) if tuned else ""),
         )
         for id, statement, (share, tuned), margin in rows
     ]
@@ -151,6 +158,18 @@ def _idle(study: Study, found: Sweep, share: float) -> str:
     return f"{mark}{cut}, {_percent(round(idle, 2))} of them idle on all texts of the study. "
 
 
+def _guarded(translated: Quality, recovered: Recovered, share: float, *, recovered_too: bool) -> str:
+    """Say what the same share costs when super experts stay."""
+    table = recovered.table if recovered_too else translated.table
+    if table.empty:
+        return ""
+    rows = table[(table["method"] == GUARDED[0]) & (table["share_pruned"] == share)]
+    if rows.empty:
+        return ""
+    change, low, high = rows[["change_percent", "low", "high"]].iloc[0]
+    return f"With super experts kept and equal budgets: {change:.1f} [{low:.1f}, {high:.1f}] % of chrF++. "
+
+
 def _training(study: Study) -> str:
     params = study.params
     text = " The parent was trained on the same verses." if params.model == "moe-translator" else ""
@@ -188,15 +207,23 @@ def _against(study: Study, translated: Quality, method: str, name: str, publishe
 def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
     """How much more an unseen language loses than the seen ones, at half of the experts."""
     unseen, seen = study.params.unseen, study.params.languages
-    scores = translated.scores.get(System(0.5, *PUBLISHED))
-    measured = None
-    if unseen and scores is not None:
+    gaps = {}
+    for how in (PUBLISHED, GUARDED):
+        scores = translated.scores.get(System(0.5, *how))
+        if not unseen or scores is None:
+            continue
         there, here = (change_in_chrf(study, base.scores, scores, each) for each in (unseen, seen))
         gap = there.value - here.value
         # the two intervals as if they were independent, which is wide for the same sentences
         low = gap - ((there.value - there.low) ** 2 + (here.high - here.value) ** 2) ** 0.5
         high = gap + ((there.high - there.value) ** 2 + (here.value - here.low) ** 2) ** 0.5
-        measured = stats.Estimate(gap, low, high, there.n)
+        gaps[how] = stats.Estimate(gap, low, high, there.n)
+    measured, guarded = gaps.get(PUBLISHED), gaps.get(GUARDED)
+    kept = (
+        f" With super experts kept: {guarded.value:.1f} [{guarded.low:.1f}, {guarded.high:.1f}]."
+        if guarded
+        else ""
+    )
     return judged(
         "experts-unseen",
         "The cut carries over to languages that calibration never saw",
@@ -208,7 +235,8 @@ def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
         unit="% of chrF++",
         figure="fig:experts-elsewhere",
         note=f"Change of {', '.join(unseen) or 'none'} less change of {', '.join(seen)}, at half of the experts. The "
-        "model was trained on that language, the calibration was not. The interval adds both as independent.",
+        "model was trained on that language, the calibration was not. The interval adds both as independent."
+        + kept,
     )
 
 
