@@ -14,6 +14,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from overparam.models.tables import principal_rows
+
 LANGUAGES = ("en", "fr", "de", "es", "it")
 PLAIN = "<lm>"  # comes before text that is not translated
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", *(f"<2{language}>" for language in LANGUAGES), PLAIN)
@@ -120,19 +122,6 @@ def borrow_embeddings(
             ids = donor_tokenizer(text, add_special_tokens=False)["input_ids"]
             rows.append(row)
             means.append(table[ids].mean(0))
-    found = torch.stack(means)
-    found = found / found.norm(dim=-1, keepdim=True)
-    found = found - found.mean(0)
     with torch.no_grad():
         target = model.get_input_embeddings().weight
-        _, _, directions = torch.linalg.svd(found, full_matrices=False)
-        projected = found @ directions[: target.shape[1]].T
-        projected = projected @ _rotation(target.shape[1])
-        target[rows] = scale * projected / projected.std()
-
-
-def _rotation(width: int) -> torch.Tensor:
-    """A fixed random rotation: spreads the variance of principal components over all dimensions."""
-    generator = torch.Generator().manual_seed(0)
-    orthogonal, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
-    return torch.as_tensor(orthogonal)
+        target[rows] = principal_rows(torch.stack(means), target.shape[1], scale=scale)

@@ -1,0 +1,42 @@
+"""Embedding tables that begin from vectors of a larger model."""
+
+from __future__ import annotations
+
+import torch
+
+
+def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int = 0) -> torch.Tensor:
+    """Bring vectors of a larger model to `width` dimensions, so that they can begin an embedding table.
+
+    They are brought to unit length, centred, projected on their first principal components, rotated at random
+    (which spreads the variance of the components over all dimensions, and changes no distance) and scaled.
+
+    Args:
+        vectors: float32 [rows, dimensions]
+        width: Dimensions of the table.
+        scale: Standard deviation of the rows that result.
+        seed: Of the rotation.
+
+    Returns:
+        float32 [rows, width]
+
+    Raises:
+        ValueError: If there are fewer rows, or fewer dimensions, than `width`.
+    """
+    if min(vectors.shape) < width:
+        raise ValueError(
+            f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions have no {width} principal components; "
+            f"take a larger model and vocabulary, or a table of at most {min(vectors.shape)} dimensions"
+        )
+    unit = vectors / vectors.norm(dim=-1, keepdim=True)
+    unit = unit - unit.mean(0)
+    _, _, directions = torch.linalg.svd(unit, full_matrices=False)
+    projected = unit @ directions[:width].T
+    projected = projected @ _rotation(width, seed)
+    return torch.as_tensor(scale * projected / projected.std())
+
+
+def _rotation(width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    orthogonal, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    return torch.as_tensor(orthogonal)
