@@ -1,0 +1,308 @@
+"""What a student is told about its teacher: losses on classes, embeddings, states and next tokens.
+
+Every loss is a scalar of the student's dtype or float32, whichever is wider, so that logits in bfloat16 lose nothing
+more on the way. The teacher's side is a constant: no gradient reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from overparam.compress.causal import IGNORED
+
+
+def soft_targets(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of the classes at temperature T, mean over rows.
+
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531, section 2): the factor T² keeps the gradient as large as that of
+    the cross entropy, whatever the temperature.
+
+    Args:
+        student_logits: [rows, classes].
+        teacher_logits: [rows, classes].
+        temperature: T, above 0.
+
+    Raises:
+        ValueError: T is not above 0, or classes or rows differ in number.
+    """
+    _check_rows(student_logits, teacher_logits)
+    _check_width(student_logits, teacher_logits, "classes")
+    student, teacher = _logs(student_logits, temperature), _logs(teacher_logits, temperature).detach()
+    return temperature**2 * _kl(teacher, student).mean()
+
+
+def classification(
+    student_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    temperature: float,
+    soft_weight: float,
+) -> Tensor:
+    """(1 − `soft_weight`) · cross entropy + `soft_weight` · `soft_targets`.
+
+    The cross entropy is the mean over rows with a label and taken at temperature 1, the soft part the mean over all
+    rows: text without a label teaches through the teacher alone.
+
+    Args:
+        student_logits: [rows, classes].
+        labels: int64 [rows]; −100 where there is none. A batch without any has a cross entropy of 0.
+        teacher_logits: [rows, classes]; None for training without a teacher, which needs a `soft_weight` of 0.
+        temperature: Of the soft part.
+        soft_weight: Share of the soft part, 0..1.
+
+    Raises:
+        ValueError: A weight outside 0..1, or above 0 without a teacher; a label that is no class, or nothing to
+            learn from; and as `soft_targets` does.
+    """
+    if not 0 <= soft_weight <= 1:
+        raise ValueError(f"soft_weight must be in 0..1, got {soft_weight}")
+    if soft_weight and teacher_logits is None:
+        raise ValueError(f"soft_weight {soft_weight} needs teacher_logits; without a teacher it must be 0")
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels must be one a row, [{len(student_logits)}], got {list(labels.shape)}")
+    labelled, classes = labels != IGNORED, student_logits.shape[-1]
+    known = labels[labelled]
+    if wrong := known[(known < 0) | (known >= classes)].tolist():
+        raise ValueError(f"labels must be in 0..{classes - 1}, or {IGNORED} for none, got {wrong[0]}")
+    if not soft_weight and not len(known):
+        raise ValueError("no row has a label, and soft_weight is 0: there is nothing to learn from")
+    logits = _widened(student_logits)
+    hard = functional.cross_entropy(logits[labelled], known) if len(known) else logits.new_zeros(())
+    if teacher_logits is None or not soft_weight:
+        return hard
+    soft = soft_targets(student_logits, teacher_logits, temperature=temperature)
+    return (1 - soft_weight) * hard + soft_weight * soft
+
+
+def similarity_kl(student_embeddings: Tensor, teacher_embeddings: Tensor, *, temperature: float) -> Tensor:
+    """KL(teacher ‖ student) of whom each row of a batch resembles, mean over rows.
+
+    A row's distribution is the softmax over its cosine similarities to the other rows, divided by the temperature;
+    itself it is not compared with. Only the relations count (Park et al. 2019, arXiv 1904.05068; in this form
+    Fang et al. 2021, arXiv 2101.04731, with the batch as their queue), so that widths may differ.
+
+    Args:
+        student_embeddings: [rows, width].
+        teacher_embeddings: [rows, other width].
+        temperature: Above 0; small values look at the nearest rows. The loss is not multiplied by its square.
+
+    Raises:
+        ValueError: The temperature is not above 0, rows differ in number, or there are less than 3: with 2, each has
+            one other row, which takes all of the probability on both sides.
+    """
+    _check_rows(student_embeddings, teacher_embeddings)
+    rows = len(student_embeddings)
+    if rows < 3:
+        raise ValueError(f"similarities need a batch of at least 3 rows, got {rows}")
+    others = ~torch.eye(rows, dtype=torch.bool, device=student_embeddings.device)
+
+    def relations(embeddings: Tensor) -> Tensor:
+        unit = functional.normalize(_widened(embeddings), dim=-1)
+        return _logs(_products(unit)[others].view(rows, rows - 1), temperature)
+
+    return _kl(relations(teacher_embeddings).detach(), relations(student_embeddings)).mean()
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 − cosine of each row [rows, width] to the teacher's, mean over rows.
+
+    Raises:
+        ValueError: Rows or widths differ.
+    """
+    _check_rows(student, teacher)
+    _check_width(student, teacher, "dimensions")
+    return (1 - functional.cosine_similarity(_widened(student), _widened(teacher).detach(), dim=-1)).mean()
+
+
+def attention_relations(
+    student_states: Tensor, teacher_states: Tensor, mask: Tensor, *, heads: int
+) -> Tensor:
+    """KL(teacher ‖ student) of which tokens each token's state resembles, mean over heads and real tokens.
+
+    MiniLMv2's self-attention relation (Wang et al. 2021, arXiv 2012.15828, section 3): states are split into relation
+    heads, whose number need not be that of attention heads; a relation is the softmax over scaled dot products of
+    a head's part. The paper adds three such losses, of the queries, the keys and the values of one layer; hidden
+    states can be given as well. Every real token of the batch has the same weight.
+
+    Args:
+        student_states: [rows, length, width].
+        teacher_states: [rows, length, other width].
+        mask: [rows, length], true or 1 at real tokens; padding neither asks nor is looked at.
+        heads: Relation heads, a divisor of both widths.
+
+    Raises:
+        ValueError: `heads` does not divide a width, shapes do not agree, or there is no real token.
+    """
+    real = _check_states(student_states, teacher_states, mask)
+    for side, states in (("student", student_states), ("teacher", teacher_states)):
+        if heads < 1 or states.shape[-1] % heads:
+            raise ValueError(f"heads must divide the {side}'s width {states.shape[-1]}, got {heads}")
+    padding = ~real[:, None, None, :]  # [rows, 1, 1, length (key)]
+
+    def relations(states: Tensor) -> Tensor:
+        parts = _widened(states).reshape(*real.shape, heads, -1).transpose(1, 2)
+        # [rows, heads, length, width / heads] -> [rows, heads, length, length]
+        scores = _products(parts) / math.sqrt(parts.shape[-1])
+        # the least number rather than −inf, which turns rows without a real token to NaN
+        return scores.masked_fill(padding, torch.finfo(scores.dtype).min).log_softmax(-1)
+
+    divergence = _kl(relations(teacher_states).detach(), relations(student_states))  # [rows, heads, length]
+    return divergence.transpose(1, 2)[real].mean()
+
+
+def hidden_states(student_states: Tensor, teacher_states: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of the states of real tokens, over tokens and dimensions.
+
+    For students as wide as the teacher (or states that the caller has projected, as in TinyBERT, Jiao et al. 2020,
+    arXiv 1909.10351); `attention_relations` compares states of any widths.
+
+    Args:
+        student_states: [rows, length, width].
+        teacher_states: [rows, length, width].
+        mask: [rows, length], true or 1 at real tokens.
+
+    Raises:
+        ValueError: Widths differ, shapes do not agree, or there is no real token.
+    """
+    real = _check_states(student_states, teacher_states, mask)
+    if student_states.shape[-1] != teacher_states.shape[-1]:
+        raise ValueError(
+            f"the student's states have {student_states.shape[-1]} dimensions, the teacher's "
+            f"{teacher_states.shape[-1]}: project the student's first, or use attention_relations"
+        )
+    return functional.mse_loss(_widened(student_states)[real], _widened(teacher_states).detach()[real])
+
+
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher ‖ student) of the next token, mean over tokens: the student covers all that the teacher may say.
+
+    Word-level distillation of Kim & Rush 2016 (arXiv 1606.07947). Like the other losses on tokens it is not
+    multiplied by the temperature's square.
+
+    Args:
+        student_logits: Finite, [..., vocabulary]; usually [tokens, vocabulary].
+        teacher_logits: Of the same shape.
+        mask: [...], true or 1 at tokens that count; all by default.
+        temperature: Above 0, divides the logits of both.
+
+    Raises:
+        ValueError: The temperature is not above 0, shapes differ, or no token counts.
+    """
+    student, teacher = _token_logs(student_logits, teacher_logits, mask, temperature)
+    return _kl(teacher, student).mean()
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """KL(student ‖ teacher) of the next token, mean over tokens: the student keeps to what the teacher would say.
+
+    The divergence of MiniLLM (Gu et al. 2024, arXiv 2306.08543), by token and through the student's distribution;
+    the paper's policy gradient over whole texts is not in it. Arguments and errors as in `forward_kl`.
+    """
+    student, teacher = _token_logs(student_logits, teacher_logits, mask, temperature)
+    return _kl(student, teacher).mean()
+
+
+def generalized_jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Generalized Jensen-Shannon divergence of the next token, mean over tokens.
+
+    β KL(teacher ‖ M) + (1 − β) KL(student ‖ M) with the mixture M = β teacher + (1 − β) student (GKD, Agarwal et al.
+    2024, arXiv 2306.13649, section 2); at most ln 2 for β = 1/2. The divergence itself goes to 0 at both ends: divided
+    by β it goes to the forward KL for β → 0, and divided by 1 − β to the reverse KL for β → 1, so that its gradients
+    point where theirs do.
+
+    Args:
+        student_logits: As in `forward_kl`.
+        teacher_logits: As in `forward_kl`.
+        beta: β, between 0 and 1, ends excluded.
+        mask: As in `forward_kl`.
+        temperature: As in `forward_kl`.
+
+    Raises:
+        ValueError: β is not between 0 and 1; and as `forward_kl` does.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must be between 0 and 1, got {beta}; the ends are forward_kl (β → 0) and reverse_kl (β → 1)"
+        )
+    student, teacher = _token_logs(student_logits, teacher_logits, mask, temperature)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return (beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)).mean()
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _products(vectors: Tensor) -> Tensor:
+    """Dot products of all pairs of vectors, [..., n, width] -> [..., n, n]; autocast would take bfloat16 for them."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return vectors @ vectors.transpose(-1, -2)
+
+
+def _logs(logits: Tensor, temperature: float) -> Tensor:
+    """Logarithms of the softmax over the last dimension."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return (_widened(logits) / temperature).log_softmax(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) over the last dimension, both as logarithms of probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _token_logs(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Logarithms of both sides' probabilities at the tokens that count, [tokens, vocabulary]."""
+    _check_width(student_logits, teacher_logits, "tokens of the vocabulary")
+    _check_rows(student_logits, teacher_logits)
+    places = student_logits.shape[:-1]
+    if mask is None:
+        mask = torch.ones(places, dtype=torch.bool, device=student_logits.device)
+    if mask.shape != places:
+        raise ValueError(f"mask must have the shape {list(places)}, got {list(mask.shape)}")
+    if not (counted := mask.bool()).any():
+        raise ValueError("the mask leaves no token to learn from")
+    student, teacher = student_logits[counted], teacher_logits[counted]
+    return _logs(student, temperature), _logs(teacher, temperature).detach()
+
+
+def _check_states(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """The mask as booleans."""
+    _check_rows(student, teacher)
+    if mask.shape != student.shape[:-1]:
+        raise ValueError(f"mask must be [rows, length] = {list(student.shape[:-1])}, got {list(mask.shape)}")
+    real = mask.bool()
+    if not real.any():
+        raise ValueError("the mask leaves no token: the batch is all padding")
+    return real
+
+
+def _check_rows(student: Tensor, teacher: Tensor) -> None:
+    if student.shape[:-1] != teacher.shape[:-1] or not student.numel():
+        raise ValueError(
+            "student and teacher must have the same rows, at least 1, "
+            f"got shapes {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
+def _check_width(student: Tensor, teacher: Tensor, what: str) -> None:
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(f"the student has {student.shape[-1]} {what}, the teacher {teacher.shape[-1]}")

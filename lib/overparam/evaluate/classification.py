@@ -1,0 +1,254 @@
+"""Classification of texts: predictions of trained models, few examples to train on, and what predictions are worth.
+
+Classes are ids 0, 1, …; predictions are int64 [n], probabilities float64 [n, classes]. Predictions from embeddings
+and the floors are in `probes`, and can be had from here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import progress
+from overparam.evaluate import samples
+from overparam.evaluate.probes import (
+    Classes,
+    bag_of_words,
+    class_ids,
+    linear_probe,
+    majority,
+    nearest_neighbours,
+    zero_shot,
+)
+
+__all__ = [
+    "Flips",
+    "agreement",
+    "bag_of_words",
+    "correct",
+    "expected_calibration_error",
+    "few_shot",
+    "flips",
+    "linear_probe",
+    "majority",
+    "nearest_neighbours",
+    "probabilities",
+    "reliability",
+    "zero_shot",
+]
+
+
+def probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 4096,
+    max_length: int = 512,
+    label: str = "classifying",
+) -> NDArray[np.float64]:
+    """Probabilities of the classes of each text.
+
+    Args:
+        model: One of ``AutoModelForSequenceClassification``; each text has one class. Dropout is off.
+        tokenizer: Its tokenizer.
+        texts: What to classify.
+        batch_tokens: Tokens of a batch, padding included.
+        max_length: Tokens of a text, special tokens included; longer ones are cut.
+        label: What the progress bar says.
+
+    Returns:
+        float64 [n, classes], in the order of `texts`; rows sum to 1.
+
+    Raises:
+        ValueError: No texts, or an empty one; a model of less than two classes or several classes a text, or without a
+            padding token; or logits that are not finite.
+    """
+    if isinstance(texts, str) or not texts:
+        raise ValueError("there are no texts to classify: give a list of texts")
+    if empty := [index for index, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"{len(empty)} of {len(texts)} texts are empty, the first at index {empty[0]}")
+    kind = model.config.problem_type or "single_label_classification"
+    if model.config.num_labels < 2 or kind != "single_label_classification":
+        raise ValueError(
+            f"the model must choose one of at least 2 classes, got {model.config.num_labels} ({kind})"
+        )
+    # decoders find a text's last token by the padding id of their own configuration
+    padding = model.config.get_text_config().pad_token_id
+    padding = tokenizer.pad_token_id if padding is None else padding
+    if padding is None:
+        raise ValueError("neither the model nor its tokenizer has a padding token (pad_token_id)")
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
+    groups: list[list[int]] = [[]]
+    for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
+        if groups[-1] and len(ids[groups[-1][0]]) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    found = np.zeros((len(ids), model.config.num_labels))
+    training = model.training
+    model.eval()
+    try:
+        for group in progress.track(groups, label):
+            width = len(ids[group[0]])
+            rows = [ids[row] + [padding] * (width - len(ids[row])) for row in group]
+            mask = [[1] * len(ids[row]) + [0] * (width - len(ids[row])) for row in group]
+            with torch.inference_mode():
+                logits = model(
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                ).logits  # [rows, classes]
+            found[group] = logits.double().softmax(-1).cpu().numpy()
+    finally:
+        model.train(training)
+    if not np.isfinite(found).all():
+        raise ValueError("the logits are not finite; load the model in float32 or bfloat16")
+    return found
+
+
+def few_shot(
+    labels: ArrayLike, per_class: int, *, seed: int, names: Sequence[str] | None = None
+) -> NDArray[np.int64]:
+    """Draw the same number of examples of each class; draws of one seed are prefixes of larger ones.
+
+    Args:
+        labels: [n] ids.
+        per_class: Examples of each class; a class with fewer gives all that it has.
+        seed: Of the draw.
+        names: Names of the classes, which then must all occur; by default ids up to the largest must.
+
+    Returns:
+        int64 indices into `labels`: one of each class, then a second one of each, and so on.
+
+    Raises:
+        ValueError: `per_class` below 1, or a class without an example.
+    """
+    ids = class_ids(labels)
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    counts = np.bincount(ids, minlength=len(names or ()))
+    if names is not None and len(counts) > len(names):
+        raise ValueError(
+            f"labels must be in 0..{len(names) - 1}, as there are {len(names)} names, got {ids.max()}"
+        )
+    if len(empty := np.flatnonzero(counts == 0)):
+        named = [repr(names[int(index)]) if names is not None else str(index) for index in empty]
+        raise ValueError(f"there is no example of class {', '.join(named)}")
+    order = samples.balanced([str(label) for label in ids], seed)
+    return np.asarray(order[: np.minimum(counts, per_class).sum()], dtype=np.int64)
+
+
+def correct(predicted: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Per-item accuracy, float64 [n, 1] of 0 and 1, whose mean `report.stats` can draw intervals for."""
+    first, second = _check_pairs(predicted, labels)
+    return np.asarray(first == second, dtype=np.float64)[:, None]
+
+
+def agreement(first: ArrayLike, second: ArrayLike) -> float:
+    """Share of texts for which two predictions [n] are the same, right or wrong."""
+    return float(correct(first, second).mean())
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How predictions changed, in numbers of texts.
+
+    Attributes:
+        right_to_wrong: The baseline was right, the other is not.
+        wrong_to_right: The other way round.
+        wrong_to_other_wrong: Both are wrong, in different ways.
+        n: All texts, changed or not.
+        p_value: Exact McNemar test that both err equally often; two-sided, 1 where nothing changed.
+    """
+
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_other_wrong: int
+    n: int
+    p_value: float
+
+
+def flips(baseline: ArrayLike, other: ArrayLike, labels: ArrayLike) -> Flips:
+    """Count how the predictions `other` [n] differ from those of a baseline [n], given the right ones [n].
+
+    Equal accuracies can hide many flips (Dutta et al. 2024, arXiv 2407.09141). The test is McNemar's (1947) in its
+    exact form, a binomial test on the texts that one side alone gets right.
+
+    Raises:
+        ValueError: Numbers differ, or there are none.
+    """
+    first, second = _check_pairs(baseline, other)
+    truth, _ = _check_pairs(labels, baseline)
+    was, now = first == truth, second == truth
+    lost, won = int((was & ~now).sum()), int((~was & now).sum())
+    moved = int((~was & ~now & (first != second)).sum())
+    p_value = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return Flips(lost, won, moved, len(truth), p_value)
+
+
+def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> pd.DataFrame:
+    """Confidence against accuracy, by bin: the points of a reliability diagram.
+
+    The confidence is the probability of the predicted class. Bins are of equal width, (low, high], as in Guo et al.
+    2017 (arXiv 1706.04599, section 2).
+
+    Args:
+        probabilities: [n, classes]; rows sum to 1.
+        labels: [n] ids.
+        bins: Number of bins.
+
+    Returns:
+        One row a bin: `low` and `high` ends, mean `confidence` and `accuracy` (NaN in an empty bin), `share` of texts.
+
+    Raises:
+        ValueError: Rows are no probabilities, labels are no classes, numbers differ, or `bins` is below 1.
+    """
+    values, truth = np.asarray(probabilities, dtype=np.float64), class_ids(labels)
+    if values.ndim != 2 or len(values) != len(truth) or truth.max() >= values.shape[1]:
+        raise ValueError(
+            f"probabilities must be [n, classes] for {len(truth)} labels up to {truth.max()}, "
+            f"got shape {list(values.shape)}"
+        )
+    if not ((values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-4)):
+        raise ValueError(
+            "probabilities must be at least 0 and each row must sum to 1; logits need a softmax first"
+        )
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence, hits = values.max(axis=1), values.argmax(axis=1) == truth
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.digitize(confidence, edges[1:-1], right=True)
+    counts = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, each, minlength=bins) / counts for each in (confidence, hits)]
+    return pd.DataFrame(
+        {
+            "low": edges[:-1],
+            "high": edges[1:],
+            "confidence": means[0],
+            "accuracy": means[1],
+            "share": counts / len(truth),
+        }
+    )
+
+
+def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over bins, weighted by their texts: 0 is calibrated, 1 the worst.
+
+    Guo et al. 2017 (arXiv 1706.04599, eq. 3). Arguments and errors as in `reliability`.
+    """
+    table = reliability(probabilities, labels, bins=bins)
+    return float((table.share * (table.confidence - table.accuracy).abs()).sum())
+
+
+def _check_pairs(first: ArrayLike, second: ArrayLike) -> tuple[Classes, Classes]:
+    one, other = class_ids(first), class_ids(second)
+    if len(one) != len(other):
+        raise ValueError(f"predictions and labels must be of the same texts, got {len(one)} and {len(other)}")
+    return one, other

@@ -1,0 +1,145 @@
+"""Classes from embeddings of an encoder that nobody trained for them, and the floors beside it.
+
+Classes are ids 0, 1, …; what is predicted is int64 [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+Classes = NDArray[np.int64]
+Embeddings = NDArray[np.float32]
+
+FEWEST_TO_CHOOSE = 8  # examples of a class below which folds are too small to choose a regularisation by
+_STRENGTHS = np.logspace(-4, 2, 7)  # scikit-learn's C
+_FOLDS = 4
+
+
+def linear_probe(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *, seed: int) -> Classes:
+    """Predict by logistic regression on standardised embeddings.
+
+    Its regularisation C is chosen from 1e-4 … 100 by stratified 4-fold cross-validation (accuracy) where every class
+    has at least 8 examples, and is scikit-learn's default of 1 otherwise.
+
+    Args:
+        train: float32 [n, dim].
+        train_labels: [n] ids; classes without an example cannot be predicted.
+        test: float32 [m, dim].
+        seed: Draws the folds.
+
+    Raises:
+        ValueError: Less than two classes, or embeddings that do not fit together.
+    """
+    labels = _check_embeddings(train, train_labels, test)
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"a probe needs examples of at least 2 classes, got {len(classes)}")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed))
+    if counts.min() >= FEWEST_TO_CHOOSE:
+        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+        probe = GridSearchCV(probe, {"logisticregression__C": _STRENGTHS}, cv=folds)
+    return np.asarray(probe.fit(train, labels).predict(test), dtype=np.int64)
+
+
+def nearest_neighbours(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *, k: int) -> Classes:
+    """Predict the most frequent class among the `k` training texts of the highest cosine.
+
+    Of classes that are equally frequent, the one whose neighbours are nearer in sum wins, then the lower id.
+
+    Args:
+        train: float32 [n, dim].
+        train_labels: [n] ids.
+        test: float32 [m, dim].
+        k: Neighbours, 1..n.
+
+    Raises:
+        ValueError: `k` is out of range, or embeddings do not fit together.
+    """
+    labels = _check_embeddings(train, train_labels, test)
+    if not 1 <= k <= len(labels):
+        raise ValueError(f"k must be in 1..{len(labels)}, the number of training texts, got {k}")
+    cosines = normalize(test) @ normalize(train).T  # [m, n]
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    votes = np.zeros((len(test), labels.max() + 1))
+    # sums of cosines lie within ±k, so that they never outweigh a neighbour
+    weights = 2 * k + 1 + np.take_along_axis(cosines, nearest, axis=1).astype(np.float64)
+    np.add.at(votes, (np.arange(len(test))[:, None], labels[nearest]), weights)
+    return np.asarray(votes.argmax(axis=1), dtype=np.int64)
+
+
+def zero_shot(descriptions: Embeddings, test: Embeddings) -> Classes:
+    """Predict the class whose description has the highest cosine: no example is needed.
+
+    Args:
+        descriptions: float32 [classes, dim], the embedding of a description of each class.
+        test: float32 [m, dim].
+
+    Raises:
+        ValueError: Embeddings do not fit together.
+    """
+    _check_embeddings(descriptions, np.arange(len(descriptions)), test)
+    return np.asarray((normalize(test) @ normalize(descriptions).T).argmax(axis=1), dtype=np.int64)
+
+
+def bag_of_words(
+    train_texts: Sequence[str], train_labels: ArrayLike, test_texts: Sequence[str], *, seed: int
+) -> NDArray[np.float64]:
+    """Probabilities by logistic regression on TF-IDF of words and word pairs: the floor that a model has to beat.
+
+    Returns:
+        float64 [n, classes] for the ids 0..max(train_labels); an id without an example has 0.
+
+    Raises:
+        ValueError: Less than two classes, unequal numbers of texts and labels, or no texts.
+    """
+    labels = class_ids(train_labels)
+    if len(train_texts) != len(labels) or not len(test_texts):
+        raise ValueError(
+            f"there must be a label for each training text, and test texts: got {len(labels)} labels for "
+            f"{len(train_texts)} training texts, and {len(test_texts)} test texts"
+        )
+    if len(classes := np.unique(labels)) < 2:
+        raise ValueError(f"a bag of words needs examples of at least 2 classes, got {len(classes)}")
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    regression = LogisticRegression(max_iter=2000, random_state=seed)
+    regression.fit(words.fit_transform(train_texts), labels)
+    found = np.zeros((len(test_texts), labels.max() + 1))
+    found[:, classes] = regression.predict_proba(words.transform(test_texts))
+    return found
+
+
+def majority(train_labels: ArrayLike, n: int) -> Classes:
+    """Predict the most frequent class (the lowest id of several) for all `n` texts."""
+    return np.full(n, np.bincount(class_ids(train_labels)).argmax(), dtype=np.int64)
+
+
+def class_ids(labels: ArrayLike) -> Classes:
+    """Return `labels` as int64 [n].
+
+    Raises:
+        ValueError: They are no ids of classes, or there are none.
+    """
+    values = np.asarray(labels)
+    if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
+        raise ValueError("labels must be a list of class ids 0, 1, …, at least one of them")
+    return values.astype(np.int64)
+
+
+def _check_embeddings(train: Embeddings, labels: ArrayLike, test: Embeddings) -> Classes:
+    ids = class_ids(labels)
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or len(train) != len(ids):
+        raise ValueError(
+            f"embeddings must be [{len(ids)} labels, dim] and [n, dim], got shapes {list(train.shape)} and "
+            f"{list(test.shape)}"
+        )
+    if not (np.isfinite(train).all() and np.isfinite(test).all()):
+        raise ValueError("embeddings hold NaN or infinity; a model in float16 overflows easily: try bfloat16")
+    return ids
