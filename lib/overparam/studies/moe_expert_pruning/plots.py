@@ -268,8 +268,8 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
         axes.tick_params(axis="y", rotation=0, labelsize=6)
         caption = (
             f"Rise of the negative log-likelihood of each test when {100 * share:g} % of the experts of "
-            f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept and "
-            "equal layer budgets."
+            f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept "
+            "and equal layer budgets."
         )
         return figures.publish(
             figure, "fig:experts-transfer", data=rows, caption=caption, recorder=study.recorder
