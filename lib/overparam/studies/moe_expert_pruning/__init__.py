@@ -41,10 +41,10 @@ class Params(BaseModel):
 
     calibration_items: Annotated[int, Field(ge=8)] = Field(64, description="sentences a language")
     test_items: Annotated[int, Field(ge=8)] = Field(
-        40, description="sentences a direction whose likelihood is measured"
+        32, description="sentences a direction whose likelihood is measured"
     )
     translated_items: Annotated[int, Field(ge=8)] = Field(
-        32, description="sentences a language that are translated"
+        24, description="sentences a language that are translated"
     )
     plain_characters: Annotated[int, Field(ge=64)] = Field(
         400, description="characters of a news or newsgroup text"
@@ -67,7 +67,7 @@ class Params(BaseModel):
         240, description="training sentences, each in every language"
     )
     recovery_steps: Count = 16
-    recovery_rows: Count = Field(16, description="rows of a batch")
+    recovery_rows: Count = Field(8, description="rows of a batch")
     recovery_row_length: Annotated[int, Field(ge=64)] = 320
     recovery_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     lora_learning_rate: Annotated[float, Field(gt=0)] = 3e-3

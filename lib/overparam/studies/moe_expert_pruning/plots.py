@@ -118,11 +118,12 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
             "-",
         ),
         "no training, super experts kept": (_of(ours, GUARDED), DARK_YELLOW, "h", "-"),
+        "same, one language at a time": (_of(ours, GUARDED, "one language"), GREY, "p", "-"),
     }
     for label, method, targets, colour, marker in (
         ("recovered on references", PUBLISHED[0], "references", GREEN, "^"),
         ("recovered on the parent", PUBLISHED[0], "parent", PINK, "D"),
-        ("same, super experts kept", GUARDED[0], "parent", "#000000", "X"),
+        ("recovered, super experts kept", GUARDED[0], "parent", "#000000", "X"),
     ):
         if recovered.table.empty:
             break
@@ -173,7 +174,8 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
 
 def plot_chrf(study: Study, translated: Quality) -> Any:
     """Draw the change of chrF++ without training, by score and budget."""
-    table = translated.table[translated.table["share_pruned"] > 0].copy()
+    table = translated.table
+    table = table[(table["share_pruned"] > 0) & (table["calibration"] == "all languages")].copy()
     chance = table["method"] == "random"
     table.loc[chance, "low"] = table.loc[chance, "high"] = table.loc[chance, "change_percent"]
     table = table.groupby(["method", "allocation", "share_pruned"], as_index=False).agg(
@@ -363,5 +365,6 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
         )
 
 
-def _of(table: pd.DataFrame, method: tuple[str, str]) -> pd.DataFrame:
-    return table[(table["method"] == method[0]) & (table["allocation"] == method[1])]
+def _of(table: pd.DataFrame, method: tuple[str, str], calibration: str = "all languages") -> pd.DataFrame:
+    found = table[(table["method"] == method[0]) & (table["allocation"] == method[1])]
+    return found[found["calibration"] == calibration] if "calibration" in found else found

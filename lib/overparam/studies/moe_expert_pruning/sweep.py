@@ -32,18 +32,27 @@ _DEEP = 0.75  # share at which peer and chance are translated with once more
 
 @dataclass(frozen=True)
 class System:
-    """One way to choose the experts that stay."""
+    """One way to choose the experts that stay.
+
+    Attributes:
+        share: Share of the experts that is pruned.
+        method: One of `experts.METHODS`.
+        allocation: Of the layer budgets, see `keep_sets`.
+        seed: Of random choices, added to the study's.
+        alone: Whether a model is pruned for each language by itself, instead of one for all.
+    """
 
     share: float
     method: str
     allocation: str
     seed: int = 0
+    alone: bool = False
 
     @property
     def name(self) -> str:
         """Its name in the per-item scores."""
         seed = f" {self.seed}" if self.method == "random" else ""
-        return f"{self.method}{seed}, {self.allocation} budgets"
+        return f"{self.method}{seed}, {self.allocation} budgets{', one language' if self.alone else ''}"
 
 
 @dataclass(frozen=True)
@@ -151,14 +160,17 @@ class Quality:
 def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
     """Translate with pruned models.
 
-    The published method, equal budgets and super experts kept at every share; all systems at half; REAP and random
-    experts also deeper.
+    The published method, equal budgets and super experts kept at every share, and the first and the last of them for
+    each language by itself too; all systems at half; REAP and random experts also deeper.
     """
     half, deep = (min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP))
     chosen = [
         System(share, *how)
         for share in study.params.shares
         for how in (PUBLISHED, (PUBLISHED[0], "uniform"), GUARDED)
+    ]
+    chosen += [
+        System(share, *how, alone=True) for share in study.params.shares for how in (PUBLISHED, GUARDED)
     ]
     chosen += [system for system in systems(study, half) if system not in chosen]
     deeper = [system for system in systems(study, deep) if system.method in ("reap", "random")]
@@ -171,16 +183,17 @@ def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
     pooled = calibration.pooled
     for system in progress.track(chosen, "translating with pruned models"):
         how = (system.method, system.allocation)
-        model = study.pruned(_keep(study, system, pooled, calibration.english))
-        scores[system], written = study.translate_test(
-            system.name,
-            model,
-            languages=everywhere if how in (PUBLISHED, GUARDED) else languages,
-            share=system.share,
-            seed=system.seed,
-        )
-        if how == PUBLISHED:
-            texts[system.share] = written
+        both = everywhere if how in (PUBLISHED, GUARDED) else languages
+        parts = {language: (language,) for language in languages} if system.alone else {"": both}
+        scores[system] = {}
+        for name, some in parts.items():
+            statistics = calibration.of(name) if name else pooled
+            model = study.pruned(_keep(study, system, statistics, calibration.english))
+            columns = {"share": system.share, "seed": system.seed}
+            found, written = study.translate_test(system.name, model, languages=some, **columns)
+            scores[system] |= found
+            if how == PUBLISHED and not system.alone:
+                texts[system.share] = written
         change = change_in_chrf(study, base.scores, scores[system])
         rows.append(_row(system, scores[system], change, languages))
     table = pd.DataFrame(rows)
@@ -195,6 +208,7 @@ def _row(
         "share_pruned": system.share,
         "method": system.method,
         "allocation": system.allocation,
+        "calibration": "one language" if system.alone else "all languages",
         "repeat": system.seed,
         "chrF++": mean_chrf(scores, languages),
         "change_percent": change.value,

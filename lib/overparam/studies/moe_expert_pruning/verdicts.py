@@ -164,10 +164,12 @@ def _guarded(translated: Quality, recovered: Recovered, share: float, *, recover
     if table.empty:
         return ""
     rows = table[(table["method"] == GUARDED[0]) & (table["share_pruned"] == share)]
-    if rows.empty:
-        return ""
-    change, low, high = rows[["change_percent", "low", "high"]].iloc[0]
-    return f"With super experts kept and equal budgets: {change:.1f} [{low:.1f}, {high:.1f}] % of chrF++. "
+    shown = [
+        f"{change:.1f} [{low:.1f}, {high:.1f}] %"
+        for change, low, high in rows[["change_percent", "low", "high"]].itertuples(index=False)
+    ]
+    alone = f", and pruned for one language at a time {shown[1]}" if len(shown) > 1 else ""
+    return f"With super experts kept and equal budgets: {shown[0]}{alone}. " if shown else ""
 
 
 def _training(study: Study) -> str:
