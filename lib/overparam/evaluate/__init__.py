@@ -12,3 +12,6 @@ LOCAL_TASKS = (
     "VersePairs",
 )
 """Names of the tasks that need no network, readable without importing mteb."""
+
+TOPIC_TASKS = ("ReutersR8", "ReutersR52", "Newsgroups")
+"""Topic classification of packaged texts, see `topics`."""

