@@ -101,8 +101,8 @@ def fit(
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
     log = Log()
-    if checkpoint and (found := checkpoints.find(checkpoint)):
-        log = Log(**checkpoints.restore(found, model, [optimizer], recipe=asdict(recipe)))
+    if checkpoint and (stored := checkpoints.find(checkpoint)):
+        log = Log(**checkpoints.restore(stored, model, [optimizer], recipe=asdict(recipe)))
     done, before = len(log.loss), log.seconds[-1] if log.seconds else 0.0
     order = batches(lengths, recipe.batch_size, seed=recipe.seed)
     for _ in range(done):
@@ -113,15 +113,16 @@ def fit(
         for step in progress.track(range(done, recipe.steps), label):
             torch.manual_seed(recipe.seed * 1_000_003 + step)  # of dropout: a run that resumes draws the same
             value = loss(next(order))
-            if not math.isfinite(float(value)):
-                raise FloatingPointError(f"the training loss is {float(value)} at step {step + 1}")
+            found = float(value.detach())
+            if not math.isfinite(found):
+                raise FloatingPointError(f"the training loss is {found} at step {step + 1}")
             value.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.loss.append(float(value))
+            log.loss.append(found)
             log.seconds.append(before + time.perf_counter() - started)
             if checkpoint and ((step + 1) % every == 0 or step + 1 == recipe.steps):
                 checkpoints.store(checkpoint, model, [optimizer], recipe=asdict(recipe), log=asdict(log))

@@ -1,0 +1,173 @@
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from overparam.report import stats
+from overparam.studies.distillation_retention import (
+    Params,
+    costs,
+    export,
+    general,
+    specialists,
+    study,
+    tasks,
+    verdicts,
+)
+
+TINY = {
+    "teacher": "tiny-bert",
+    "shares": (0.5, 0.25),
+    "task_share": 0.25,
+    "max_length": 32,
+    "texts": 64,
+    "steps": 3,
+    "batch_size": 8,
+    "suite": ("LeeSTS",),
+    "suite_items": 20,
+    "topics": ("ReutersR8",),
+    "labelled": 64,
+    "unlabelled": 16,
+    "test_items": 20,
+    "characters": 64,
+    "teacher_steps": 2,
+    "teacher_batch_size": 8,
+    "student_steps": 2,
+    "student_batch_size": 8,
+    "train_seeds": (1, 2),
+    "per_class": (2,),
+    "general_models": ("tiny-bert",),
+    "cost_texts": 2,
+    "cost_repeats": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": "all-MiniLM"}, "did you mean 'all-MiniLM-L6-v2'"),
+        ({"shares": (0.5,)}, "task_share must be among shares, 0.1 is not"),
+        ({"shares": (0.1, 0.1)}, "shares repeat"),
+        ({"shares": (1.5,)}, "less than 1"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"suite": ("STS12",)}, "'STS12' is not"),
+        ({"topics": ("R8",)}, "'R8' is not"),
+        ({"per_class": (32, 8)}, "must increase"),
+        ({"general_models": ("nothing",)}, "unknown model 'nothing'"),
+    ],
+)
+def test_bad_parameters_are_refused_at_once(change, message):
+    with pytest.raises(ValidationError, match=message):
+        Params(**change)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVERPARAM_JOB_DIR", str(tmp_path_factory.mktemp("job")))
+        patch.setattr(study.Study, "checkpoint", lambda *_: None)  # every training is done anew
+        yield study.start(Params(**TINY))
+
+
+@pytest.fixture(scope="module")
+def students(started):
+    return general.build(started)
+
+
+@pytest.fixture(scope="module")
+def taught(started, students):
+    return tasks.teach(started, students)
+
+
+def test_texts_come_from_every_source_in_turns(started):
+    assert len(started.texts) == 64
+    assert started.texts == started.vocabulary_texts[:64]
+    assert len(set(started.vocabulary_texts)) == len(started.vocabulary_texts)
+    assert max(map(len, started.texts)) <= 64
+    with pytest.raises(ValueError, match="texts = 999999 asks for more"):
+        _ = study.Study(
+            Params(**{**TINY, "texts": 999999}), started.recorder, started.teacher, started.tokenizer
+        ).texts
+
+
+def test_a_student_meets_its_budget_with_its_projection(started, students):
+    for row in students.table.itertuples():
+        assert row.share_reached == pytest.approx(row.share, rel=0.03)
+        encoder = students.distilled[row.share]
+        assert row.parameters == sum(parameter.numel() for parameter in encoder.parameters())
+    assert set(students.controls) == {general.UNTRAINED, general.BORROWED, general.CUT}
+    sizes = {sum(p.numel() for p in control.parameters()) for control in students.controls.values()}
+    assert sizes == {sum(p.numel() for p in students.distilled[0.25].parameters())}
+
+
+def test_the_teacher_keeps_all_of_itself(started, students):
+    suite = general.score(started, students)
+    table = suite.table.set_index("system")
+    assert table.loc[general.TEACHER, "kept"] == 100
+    assert set(table.index) == {general.TEACHER, general.DISTILLED, *students.controls, general.WORDS}
+    assert set(suite.kept) == {0.5, 0.25}
+    card = export.card(started, 0.25, students.distilled[0.25], suite)
+    kept = suite.kept[0.25]
+    assert f"{kept.value:.1f} % [{kept.low:.1f}, {kept.high:.1f}]" in card
+    assert started.recorder.record.key[:8] in card
+
+
+def test_every_way_to_learn_is_tried_with_every_seed(started, taught):
+    table = taught.table.set_index(["system", "share"])
+    for system in (tasks.LABELS, tasks.SOFT, tasks.MATCHED, tasks.EXTRA, tasks.RANDOM_START, tasks.CUT_START):
+        assert table.loc[(system, 0.25), "seeds"] == 2
+    assert (tasks.EXTRA, 0.5) in table.index
+    assert table.loc[(general.TEACHER, 1.0), "agreement"] == 100
+    assert table.loc[(general.TEACHER, 1.0), "right_to_wrong"] == 0
+    majority = taught.probabilities["ReutersR8", tasks.MAJORITY, 0.0][0]
+    assert (majority.argmax(axis=1) == majority[0].argmax()).all()
+    assert set(taught.kept) == {("ReutersR8", 0.5), ("ReutersR8", 0.25)}
+
+
+def test_a_second_run_gives_the_same_probabilities(started, students, taught):
+    again = tasks.teach(started, students)
+    for key, several in taught.probabilities.items():
+        for first, second in zip(several, again.probabilities[key], strict=True):
+            np.testing.assert_array_equal(first, second)
+
+
+def test_specialist_and_general_encoders_see_the_same_labels(started, students, taught):
+    table = specialists.compare(started, taught.data, students)
+    assert set(table["system"]) == {
+        "student",
+        "bag of words",
+        "tiny-bert, linear probe",
+        "tiny-bert, nearest neighbours",
+        "tiny-bert, zero-shot",
+    }
+    assert set(table["per_class"].dropna()) == {2, specialists.ALL}
+    draws = specialists._draws(started, taught.data["ReutersR8"])
+    labels = taught.data["ReutersR8"].labels
+    assert np.bincount(labels[draws[2]]).tolist() == [2] * 8
+    assert len(draws[specialists.ALL]) == 64
+
+
+def test_a_student_that_takes_half_the_time_is_twice_as_fast():
+    found = costs.speed_up(np.array([2.0, 2.2, 2.1]), np.array([1.0, 1.1, 1.05]))
+    assert found.value == pytest.approx(2)
+    assert found.low == pytest.approx(2)
+
+
+def test_verdicts_follow_the_target(started, taught):
+    kept = {0.25: stats.Estimate(93.0, 91.0, 95.0, 50), 0.5: stats.Estimate(97.0, 96.0, 98.0, 50)}
+    suite = general.Suite(pd.DataFrame(), pd.DataFrame(), kept)
+    rows = [
+        ("ReutersR8", "student", specialists.ALL, 80.0, 75.0, 85.0),
+        ("ReutersR8", "tiny-bert, linear probe", specialists.ALL, 60.0, 55.0, 65.0),
+        ("ReutersR8", "tiny-bert, nearest neighbours", specialists.ALL, 50.0, 45.0, 55.0),
+    ]
+    columns = ["task", "system", "per_class", "accuracy", "accuracy_low", "accuracy_high"]
+    faster = {0.25: stats.Estimate(3.0, 2.9, 3.1, 7)}
+    claims = verdicts.verdicts(started, suite, taught, pd.DataFrame(rows, columns=columns), faster)
+    found = {claim.id: claim for claim in claims}
+    assert found["distillation-tenth-embedding"].verdict == "reproduced"
+    assert found["distillation-specialist"].verdict == "reproduced"
+    assert found["distillation-specialist"].measured.value == pytest.approx(20)
+    assert found["distillation-specialist"].measured.low == pytest.approx(20 - 50**0.5)
+    assert found["distillation-speed"].verdict == "not reproduced"
+    assert len(found) == 5
