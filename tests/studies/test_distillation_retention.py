@@ -7,6 +7,7 @@ from overparam.report import stats
 from overparam.studies.distillation_retention import (
     Params,
     costs,
+    decoders,
     export,
     general,
     specialists,
@@ -171,3 +172,18 @@ def test_verdicts_follow_the_target(started, taught):
     assert found["distillation-specialist"].measured.low == pytest.approx(20 - 50**0.5)
     assert found["distillation-speed"].verdict == "not reproduced"
     assert len(found) == 5
+
+
+def test_a_decoder_is_distilled_in_every_way(started):
+    assert decoders.compare(started) is None
+    asked = {"decoder_teacher": "tiny-llama", "decoder_student": "tiny-llama", "decoder_texts": 16}
+    params = Params(**{**TINY, **asked, "decoder_steps": 2})
+    table = decoders.compare(study.Study(params, started.recorder, started.teacher, started.tokenizer))
+    assert len(table) == 4
+    assert (table["kl_before"].abs() < 1e-6).all()  # the same model
+    assert (table["change_low"] <= table["change"]).all()
+
+
+def test_half_a_pair_of_decoders_is_refused():
+    with pytest.raises(ValidationError, match="given together"):
+        Params(decoder_teacher="tiny-llama")

@@ -145,7 +145,7 @@ def train(
             more steps.
         FloatingPointError: If the loss is not finite; says at which step.
     """
-    optimizers = _optimizers(model, recipe)
+    optimizers = optimizers_of(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
     if checkpoint and (found := checkpoints.find(checkpoint)):
@@ -324,7 +324,8 @@ def _top_ks(model: PreTrainedModel) -> list[int]:
     return found
 
 
-def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a recipe, over the parameters that require a gradient."""
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
     matrices: list[torch.nn.Parameter] = []

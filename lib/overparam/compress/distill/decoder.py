@@ -93,7 +93,7 @@ def distill_decoder(
     compare = partial(_OBJECTIVES[objective], temperature=temperature)
     if objective == "jsd":
         compare = partial(compare, beta=beta)
-    optimizers = causal._optimizers(student, recipe)
+    optimizers = causal.optimizers_of(student, recipe)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     order = _order(len(prompts), batch_size, recipe.seed)
     # a stream of its own, so that the order of pairs is the same whatever the share
@@ -135,6 +135,47 @@ def distill_decoder(
         student.zero_grad(set_to_none=True)
         student.eval()
     return found
+
+
+def token_kl(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompts: Sequence[Ids],
+    targets: Sequence[Ids],
+    *,
+    batch_size: int = 8,
+    label: str = "comparing decoders",
+) -> NDArray[np.float64]:
+    """How far the student's next tokens are from the teacher's, on given texts: KL(teacher ‖ student).
+
+    Args:
+        student: A decoder with its language-modelling head.
+        teacher: Another one, over the same tokens.
+        prompts: As in `distill_decoder`.
+        targets: As in `distill_decoder`.
+        batch_size: Pairs a batch.
+        label: Name of the step in the progress display.
+
+    Returns:
+        float64 [pairs, 2]: divergence in nats, summed over the tokens of the target, and their number.
+
+    Raises:
+        ValueError: As `distill_decoder` does for vocabularies and pairs.
+    """
+    _check_vocabularies(student, teacher, None)
+    _check_pairs(prompts, targets, _vocabulary(student))
+    items = np.zeros((len(prompts), 2))
+    starts = range(0, len(prompts), batch_size)
+    with torch.inference_mode():
+        for at in progress.track(starts, label):
+            after = targets[at : at + batch_size]
+            batch = _batch(prompts[at : at + batch_size], after, student.device)
+            sides = [_target_logits(model, batch).float().log_softmax(-1) for model in (teacher, student)]
+            apart = (sides[0].exp() * (sides[0] - sides[1].to(sides[0].device))).sum(-1)  # [tokens]
+            counts = [len(target) for target in after]
+            sums = [float(part.double().sum()) for part in torch.split(apart, counts)]
+            items[at : at + batch_size] = np.stack([sums, counts], axis=1)
+    return items
 
 
 def _gradients(

@@ -68,6 +68,12 @@ class Params(BaseModel):
     general_models: tuple[str, ...] = Field(
         ("all-MiniLM-L6-v2",), description="encoders that are used as they are, by a probe"
     )
+    decoder_teacher: str | None = Field(None, description="a decoder to distil by next token; null: none")
+    decoder_student: str | None = Field(None, description="its student, with the same tokenizer")
+    decoder_texts: Annotated[int, Field(ge=8)] = Field(512, description="texts that the decoder learns from")
+    decoder_steps: Count = 50
+    decoder_batch_size: Count = 8
+    decoder_learning_rate: Positive = 1e-5
     cost_texts: Annotated[int, Field(ge=2)] = Field(
         32, description="texts of a batch when costs are measured"
     )
@@ -78,10 +84,10 @@ class Params(BaseModel):
     )
     export: bool = Field(True, description="save the students of task_share in the user's cache")
 
-    @field_validator("teacher")
+    @field_validator("teacher", "decoder_teacher", "decoder_student")
     @classmethod
-    def _known_model(cls, value: str) -> str:
-        return check_model_name(value)
+    def _known_model(cls, value: str | None) -> str | None:
+        return value if value is None else check_model_name(value)
 
     @field_validator("general_models")
     @classmethod
@@ -90,6 +96,8 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
+        if (self.decoder_teacher is None) != (self.decoder_student is None):
+            raise ValueError("decoder_teacher and decoder_student are given together, or both are null")
         if self.task_share not in self.shares:
             raise ValueError(f"task_share must be among shares, {self.task_share} is not")
         for name, given, allowed in (
