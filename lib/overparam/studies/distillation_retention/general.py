@@ -123,7 +123,11 @@ def shape(study: Study, share: float) -> BertConfig:
 def _wrapped(study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
     params = study.params
     return encoders.as_encoder(
-        model, tokenizer, width=study.width, max_length=params.max_length, seed=params.seed
+        model.to(study.teacher.device),
+        tokenizer,
+        width=study.width,
+        max_length=params.max_length,
+        seed=params.seed,
     )
 
 

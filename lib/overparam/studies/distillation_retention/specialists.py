@@ -89,7 +89,7 @@ def _embedder(study: Study, name: str):  # type: ignore[no-untyped-def]
     params = study.params
     if name == params.teacher:
         return lambda texts: encoders.outputs(study.encoder, texts)
-    model, tokenizer = models.load(name)
+    model, tokenizer = models.load(name, device=study.teacher.device)
     decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
     if decoder:
         depth.truncate(model, round(_MIDDLE * len(models.blocks(model).layers)))

@@ -111,7 +111,7 @@ def start(params: Params) -> Study:
     Raises:
         ValueError: If the teacher is no encoder that a student can be built after.
     """
-    teacher, tokenizer = models.load(params.teacher)
+    teacher, tokenizer = models.load(params.teacher, device=models.working_device())
     keep_freed_memory()
     inputs = models.provenance(params.teacher) | corpora.provenance()
     for name in params.general_models:
