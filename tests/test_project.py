@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from overparam.compress import experts
@@ -78,6 +79,17 @@ def test_example_in_readme_runs(monkeypatch, tmp_path):
     exec(example.replace("gemma-3-270m", "tiny-gemma3"), scope)
     assert (tmp_path / "pruned" / "config.json").is_file()
     assert scope["model"].config.num_hidden_layers == scope["cuts"].large
+
+
+def test_student_example_in_readme_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# your own teacher.*?)```", text, flags=re.S)
+    scope = {}
+    exec(example.replace("[:256]", "[:32]").replace("steps=20", "steps=2"), scope)
+    student = SentenceTransformer(str(tmp_path / "student"), device="cpu")
+    assert student.encode(["In the beginning"]).shape == (1, 384)
+    assert sum(p.numel() for p in student.parameters()) < 0.11 * scope["teacher"].num_parameters()
 
 
 def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
