@@ -141,7 +141,7 @@ class Recorder:
 
     def items(self, name: str, frame: pd.DataFrame) -> None:
         """Record per-item scores as ``<name>.parquet``."""
-        data = frame.to_parquet(index=False, compression="zstd")
+        data = frame.to_parquet(index=False, compression="zstd", compression_level=19)
         self.record.items[name] = self.write_file(f"{name}.parquet", data)
 
     def artifact(self, name: str, data: bytes) -> None:

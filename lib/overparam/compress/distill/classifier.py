@@ -53,7 +53,7 @@ def train_classifier(
         ValueError: Labels out of range or missing, or logits and states of other texts or classes.
         FloatingPointError: If the loss is not finite.
     """
-    classes = model.get_sentence_embedding_dimension()
+    classes = model.get_embedding_dimension()
     known = labels[labels != UNLABELLED]
     if len(labels) != len(texts) or not len(known) or known.min() < 0 or known.max() >= classes:
         raise ValueError(

@@ -49,7 +49,7 @@ def distill_embeddings(
         ValueError: Not one target a text, targets that are not finite, or of another width than the encoder's.
         FloatingPointError: If the loss is not finite.
     """
-    width = encoder.get_sentence_embedding_dimension()
+    width = encoder.get_embedding_dimension()
     if targets.shape != (len(texts), width) or not np.isfinite(targets).all():
         raise ValueError(
             f"targets must be finite and [{len(texts)} texts, {width}], got {list(targets.shape)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from overparam.compress import contrastive
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -29,11 +31,19 @@ def as_encoder(
         max_length: Tokens of a text.
         seed: Of the projection.
     """
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it reports the pooler that a reload adds, which is taken out here
+    try:
+        body = contrastive.as_sentence_transformer(model, tokenizer, pooling="mean", max_length=max_length)
+    finally:
+        logging.set_verbosity(level)
+    body[0].model = copy.deepcopy(model)
     hidden = model.config.hidden_size
     head = [] if hidden == width else [_linear(hidden, width, bias=False, seed=seed)]
-    return _wrapped([*_body(model, tokenizer, max_length), *head, Normalize()], model)
+    return SentenceTransformer(modules=[*body, *head, Normalize()], device=str(model.device)).eval()
 
 
 def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) -> SentenceTransformer:
@@ -52,7 +62,7 @@ def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) 
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {classes}")
     body = [copy.deepcopy(encoder[0]), copy.deepcopy(encoder[1])]
-    hidden = encoder[1].get_sentence_embedding_dimension()
+    hidden = transformer(encoder).config.hidden_size
     modules = [*body, _linear(hidden, classes, bias=True, seed=seed)]
     return SentenceTransformer(modules=modules, device=str(encoder.device)).eval()
 
@@ -93,17 +103,6 @@ def transformer(model: SentenceTransformer) -> PreTrainedModel:
     return found
 
 
-def _body(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[nn.Module]:
-    from sentence_transformers.models import Pooling, Transformer
-
-    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        first = Transformer(folder, max_seq_length=max_length)
-    first.model = copy.deepcopy(model)  # reloading adds a pooler, which nobody trained
-    return [first, Pooling(model.config.hidden_size, "mean")]
-
-
 def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
     from sentence_transformers.models import Dense
 
@@ -114,9 +113,3 @@ def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
         return made(inputs, outputs, bias=bias, activation_function=nn.Identity())
     finally:
         torch.set_rng_state(state)
-
-
-def _wrapped(modules: list[nn.Module], model: PreTrainedModel) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(modules=modules, device=str(model.device)).eval()

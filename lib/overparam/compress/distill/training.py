@@ -59,10 +59,12 @@ class Log:
     Attributes:
         loss: Of the batch.
         seconds: Wall time so far, pauses between runs excluded.
+        resumed: Steps that were taken from a checkpoint.
     """
 
     loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    resumed: int = 0
 
 
 def fit(
@@ -103,7 +105,8 @@ def fit(
     log = Log()
     if checkpoint and (stored := checkpoints.find(checkpoint)):
         log = Log(**checkpoints.restore(stored, model, [optimizer], recipe=asdict(recipe)))
-    done, before = len(log.loss), log.seconds[-1] if log.seconds else 0.0
+    log.resumed = done = len(log.loss)
+    before = log.seconds[-1] if log.seconds else 0.0
     order = batches(lengths, recipe.batch_size, seed=recipe.seed)
     for _ in range(done):
         next(order)

@@ -19,7 +19,7 @@ from overparam.compress.distill.training import Log, Recipe
 from overparam.evaluate import embedding
 from overparam.measure import energy
 from overparam.report import stats
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -103,7 +103,8 @@ def build(study: Study) -> Students:
         distilled[share] = _wrapped(study, student, tokenizer)
         with energy.energy() as used:
             log = _learn(study, distilled[share], targets, f"{share} {DISTILLED}")
-        rows.append(_row(study, share, distilled[share], log) | {"training_kwh": used.kwh})
+        kwh = float("nan") if log.resumed else used.kwh
+        rows.append(_row(study, share, distilled[share], log) | {"training_kwh": kwh})
     table = pd.DataFrame(rows)
     study.recorder.table("students", table)
     return Students(distilled, controls, table)
@@ -146,7 +147,7 @@ def _learn(study: Study, encoder: SentenceTransformer, targets: NDArray[np.float
         targets,
         recipe,
         objective=params.objective,
-        checkpoint=study.checkpoint(name, recipe, params.objective, text_key(study.texts)),
+        checkpoint=study.checkpoint(encoder, recipe, study.texts, params.objective, targets),
         label=f"student of {name}",
     )
 

@@ -18,7 +18,7 @@ from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics
 from overparam.report import stats
 from overparam.studies.distillation_retention.general import WORDS, Students
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -115,8 +115,10 @@ def _student(
         warmup=max(1, params.student_steps // 10),
         seed=params.seed,
     )
-    key = study.checkpoint(f"{task.name} few", recipe, text_key(texts), params.steps, params.texts)
-    train_classifier(model, texts, labels, recipe, checkpoint=key, label=f"{len(texts)} labels, {task.name}")
+    folder = study.checkpoint(model, recipe, texts, labels)
+    train_classifier(
+        model, texts, labels, recipe, checkpoint=folder, label=f"{len(texts)} labels, {task.name}"
+    )
     return np.asarray(encoders.outputs(model, task.test_texts).argmax(axis=1))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,12 +89,27 @@ class Study:
         named = {"system": system, **columns, "task": task, "item": range(len(items))}
         self.items.append(pd.DataFrame(named | values))
 
-    def checkpoint(self, what: str, recipe: Recipe, *more: object) -> Path:
-        """Folder of a training in the user's cache, by everything that its outcome depends on."""
-        params = self.params.model_dump(mode="json", include={"teacher", "max_length", "seed", "characters"})
-        parts = [what, asdict(recipe), params, models.provenance(self.params.teacher), *more]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-        return packages.cache_dir() / "students" / key
+    def checkpoint(
+        self, model: SentenceTransformer, recipe: Recipe, texts: Sequence[str], *data: object
+    ) -> Path:
+        """Folder of a training in the user's cache, by all that its outcome depends on.
+
+        Args:
+            model: As it is before the training.
+            recipe: Of the training.
+            texts: Which it reads as token ids.
+            data: Arrays and settings that it reads.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+        for tensor in model.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in (encoders.token_ids(model, texts), *data):
+            digest.update(b"\x1e")
+            if isinstance(part, np.ndarray):
+                digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+            else:
+                digest.update(json.dumps(part, sort_keys=True).encode())
+        return packages.cache_dir() / "students" / digest.hexdigest()[:24]
 
     def finish(self) -> record.Record:
         """Write the per-item scores and the record; its last file is record.json."""
@@ -126,8 +142,3 @@ def start(params: Params) -> Study:
     study = Study(params, recorder, teacher, tokenizer)
     recorder.metric("teacher_parameters", study.parameters)
     return study
-
-
-def text_key(texts: Sequence[str]) -> str:
-    """What identifies a list of texts."""
-    return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()

@@ -19,7 +19,7 @@ from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics, topics
 from overparam.report import stats
 from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, text_key
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -159,14 +159,7 @@ def _fit(
         warmup=max(1, steps // 10),
         seed=seed,
     )
-    before = (
-        params.steps,
-        params.objective,
-        params.texts,
-        params.teacher_steps,
-        params.teacher_learning_rate,
-    )
-    soft = (params.temperature, params.soft_weight, sorted(targets))
+    soft = (params.temperature, params.soft_weight, list(targets))
     return train_classifier(
         model,
         texts,
@@ -174,7 +167,7 @@ def _fit(
         recipe,
         temperature=params.temperature,
         soft_weight=params.soft_weight,
-        checkpoint=study.checkpoint(f"{task.name} {name}", recipe, text_key(texts), before, soft),
+        checkpoint=study.checkpoint(model, recipe, texts, labels, soft, *targets.values()),
         label=f"{task.name}: {name}",
         **targets,
     )

@@ -162,7 +162,11 @@ class Study:
                 label=f"likelihood of {name}",
             )
             self._keep(
-                self.items, system, name, {"nll": found[name][:, 0], "tokens": found[name][:, 1]}, columns
+                self.items,
+                system,
+                name,
+                dict(zip(("nll", "tokens"), found[name].T.astype(np.float32), strict=True)),
+                columns,
             )
         return found
 
