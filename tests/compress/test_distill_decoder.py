@@ -260,9 +260,11 @@ def test_divergence_by_text_is_that_of_one_text_after_the_other():
     student, teacher = twin(layers=1), twin(seed=1)
     prompts, targets = pairs(11)
     items = decoder.token_kl(student, teacher, prompts, targets, batch_size=4)
-    assert items[:, 1].tolist() == [len(target) for target in targets]
+    assert items[:, 2].tolist() == [len(target) for target in targets]
     for row, prompt, target in zip(items, prompts, targets, strict=True):
-        assert row[0] / row[1] == pytest.approx(divergence(student, teacher, [prompt], [target]), rel=1e-4)
-    assert np.abs(decoder.token_kl(teacher, teacher, prompts, targets)[:, 0]).max() < 1e-5
+        for column, loss in enumerate((losses.forward_kl, losses.reverse_kl)):
+            alone = divergence(student, teacher, [prompt], [target], loss=loss)
+            assert row[column] / row[2] == pytest.approx(alone, rel=1e-4)
+    assert np.abs(decoder.token_kl(teacher, teacher, prompts, targets)[:, :2]).max() < 1e-5
     with pytest.raises(ValueError, match="equally many"):
         decoder.token_kl(student, teacher, prompts, targets[1:])

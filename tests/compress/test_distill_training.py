@@ -61,7 +61,7 @@ def test_batches_hold_every_text_once_an_epoch_and_texts_of_similar_length():
     epoch = [next(stream) for _ in range(50)]
     assert sorted(np.concatenate(epoch).tolist()) == list(range(1000))
     spread = [np.ptp([lengths[row] for row in batch]) for batch in epoch]
-    assert np.mean(spread) < 10
+    assert np.mean(spread) < 20  # of 99 in batches by chance
     second = [next(stream) for _ in range(50)]
     assert not np.array_equal(np.concatenate(epoch), np.concatenate(second))
     assert next(training.batches([3, 1], 20, seed=0)).tolist() in ([0, 1], [1, 0])

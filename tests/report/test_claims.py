@@ -46,6 +46,28 @@ def test_difference_from_a_published_number(low, high, expected):
     assert verdict("difference", low, high, margin=1.0, published=-5.1, direction_within=10.5) == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.1, 2, "reproduced"), (0, 2, "inconclusive"), (-1, 2, "inconclusive"), (-1, 0, "not reproduced")],
+)
+def test_better_than_nothing(low, high, expected):
+    assert verdict("better", low, high, margin=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-10, 10, "reproduced"),
+        (-11, 2, "inconclusive"),
+        (3, 12, "inconclusive"),
+        (11, 12, "not reproduced"),
+        (-30, -11, "not reproduced"),
+    ],
+)
+def test_unchanged_in_either_direction(low, high, expected):
+    assert verdict("unchanged", low, high, margin=10) == expected
+
+
 def test_direction_alone_needs_the_same_side_of_zero():
     assert verdict("difference", 0.1, 0.5, margin=0.2, published=2.0) == "reproduced in direction"
     assert verdict("difference", 0.0, 0.5, margin=0.2, published=2.0) == "not reproduced"

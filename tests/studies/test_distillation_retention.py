@@ -2,7 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from pydantic import ValidationError
+from sentence_transformers import SentenceTransformer
 
+from overparam.compress.distill import encoders, training
 from overparam.report import stats
 from overparam.studies.distillation_retention import (
     Params,
@@ -15,6 +17,8 @@ from overparam.studies.distillation_retention import (
     tasks,
     verdicts,
 )
+
+_FOLDER = study.Study.checkpoint
 
 TINY = {
     "teacher": "tiny-bert",
@@ -53,6 +57,7 @@ TINY = {
         ({"temperature": 0}, "greater than 0"),
         ({"suite": ("STS12",)}, "'STS12' is not"),
         ({"topics": ("R8",)}, "'R8' is not"),
+        ({"topics": ("glue/foo",)}, "'glue/foo' is not"),
         ({"per_class": (32, 8)}, "must increase"),
         ({"general_models": ("nothing",)}, "unknown model 'nothing'"),
     ],
@@ -80,6 +85,34 @@ def taught(started, students):
     return tasks.teach(started, students)
 
 
+def test_the_cache_knows_all_that_a_training_depends_on(started, students, monkeypatch):
+    monkeypatch.undo()
+    encoder, recipe = students.distilled[0.5][0], training.Recipe(steps=2)
+    array = np.zeros(3)
+    first = _FOLDER(started, encoder, recipe, ["a b", "c"], array)
+    assert first == _FOLDER(started, encoder, recipe, ["a b", "c"], np.zeros(3))
+    others = [
+        _FOLDER(started, encoder, recipe, ["a b", "d"], array),
+        _FOLDER(started, encoder, recipe, ["a b", "c"], array + 1),
+        _FOLDER(started, encoder, recipe, ["a b", "c"], array, 2.0),
+        _FOLDER(started, encoder, training.Recipe(steps=3), ["a b", "c"], array),
+        _FOLDER(started, students.distilled[0.5][1], recipe, ["a b", "c"], array),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_texts_longer_than_a_student_reads_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"max_length must be at most 128, .* got 256"):
+        study.start(Params(**{**TINY, "max_length": 256}))
+
+
+def test_ready_made_students_stand_beside(started, students, monkeypatch):
+    params = Params(**{**TINY, "ready_made": ("tiny-modernbert",)})
+    beside = study.Study(params, started.recorder, started.teacher, started.tokenizer)
+    table = general.score(beside, students).table
+    assert "tiny-modernbert, ready-made" in set(table["system"])
+
+
 def test_texts_come_from_every_source_in_turns(started):
     assert len(started.texts) == 64
     assert started.texts == started.vocabulary_texts[:64]
@@ -94,11 +127,11 @@ def test_texts_come_from_every_source_in_turns(started):
 def test_a_student_meets_its_budget_with_its_projection(started, students):
     for row in students.table.itertuples():
         assert row.share_reached == pytest.approx(row.share, rel=0.03)
-        encoder = students.distilled[row.share]
+        encoder = students.distilled[row.share][TINY["train_seeds"].index(row.seed)]
         assert row.parameters == sum(parameter.numel() for parameter in encoder.parameters())
     assert set(students.controls) == {general.UNTRAINED, general.BORROWED, general.CUT}
     sizes = {sum(p.numel() for p in control.parameters()) for control in students.controls.values()}
-    assert sizes == {sum(p.numel() for p in students.distilled[0.25].parameters())}
+    assert sizes == {sum(p.numel() for p in students.distilled[0.25][0].parameters())}
 
 
 def test_the_teacher_keeps_all_of_itself(started, students):
@@ -107,7 +140,7 @@ def test_the_teacher_keeps_all_of_itself(started, students):
     assert table.loc[general.TEACHER, "kept"] == 100
     assert set(table.index) == {general.TEACHER, general.DISTILLED, *students.controls, general.WORDS}
     assert set(suite.kept) == {0.5, 0.25}
-    card = export.card(started, 0.25, students.distilled[0.25], suite)
+    card = export.card(started, 0.25, students.distilled[0.25][0], suite)
     kept = suite.kept[0.25]
     assert f"{kept.value:.1f} % [{kept.low:.1f}, {kept.high:.1f}]" in card
     assert started.recorder.record.key[:8] in card
@@ -133,7 +166,8 @@ def test_a_second_run_gives_the_same_probabilities(started, students, taught):
 
 
 def test_specialist_and_general_encoders_see_the_same_labels(started, students, taught):
-    table = specialists.compare(started, taught.data, students)
+    compared = specialists.compare(started, taught, students)
+    table = compared.table
     assert set(table["system"]) == {
         "student",
         "bag of words",
@@ -141,10 +175,10 @@ def test_specialist_and_general_encoders_see_the_same_labels(started, students, 
         "tiny-bert, nearest neighbours",
         "tiny-bert, zero-shot",
     }
-    assert set(table["per_class"].dropna()) == {2, specialists.ALL}
+    assert set(table["per_class"]) == {specialists.NONE, "2", specialists.ALL}
     draws = specialists._draws(started, taught.data["ReutersR8"])
     labels = taught.data["ReutersR8"].labels
-    assert np.bincount(labels[draws[2]]).tolist() == [2] * 8
+    assert np.bincount(labels[draws["2"]]).tolist() == [2] * 8
     assert len(draws[specialists.ALL]) == 64
 
 
@@ -157,19 +191,23 @@ def test_a_student_that_takes_half_the_time_is_twice_as_fast():
 def test_verdicts_follow_the_target(started, taught):
     kept = {0.25: stats.Estimate(93.0, 91.0, 95.0, 50), 0.5: stats.Estimate(97.0, 96.0, 98.0, 50)}
     suite = general.Suite(pd.DataFrame(), pd.DataFrame(), kept)
-    rows = [
-        ("ReutersR8", "student", specialists.ALL, 80.0, 75.0, 85.0),
-        ("ReutersR8", "tiny-bert, linear probe", specialists.ALL, 60.0, 55.0, 65.0),
-        ("ReutersR8", "tiny-bert, nearest neighbours", specialists.ALL, 50.0, 45.0, 55.0),
-    ]
-    columns = ["task", "system", "per_class", "accuracy", "accuracy_low", "accuracy_high"]
+    right = {"student": [1] * 16 + [0] * 4, "tiny-bert, linear probe": [1] * 12 + [0] * 8}
+    right["tiny-bert, nearest neighbours"] = [1] * 10 + [0] * 10
+    items = {
+        ("ReutersR8", system, specialists.ALL): np.array(values, dtype=float)[:, None]
+        for system, values in right.items()
+    }
+    rows = [(task, system, count, 100 * each.mean()) for (task, system, count), each in items.items()]
+    columns = ["task", "system", "per_class", "accuracy"]
+    compared = specialists.Compared(pd.DataFrame(rows, columns=columns), items)
     faster = {0.25: stats.Estimate(3.0, 2.9, 3.1, 7)}
-    claims = verdicts.verdicts(started, suite, taught, pd.DataFrame(rows, columns=columns), faster)
+    claims = verdicts.verdicts(started, suite, taught, compared, faster)
     found = {claim.id: claim for claim in claims}
-    assert found["distillation-tenth-embedding"].verdict == "reproduced"
+    assert found["distillation-25-embedding"].verdict == "reproduced"
+    assert found["distillation-25-embedding"].statement.startswith("A student with 25%")
     assert found["distillation-specialist"].verdict == "reproduced"
     assert found["distillation-specialist"].measured.value == pytest.approx(20)
-    assert found["distillation-specialist"].measured.low == pytest.approx(20 - 50**0.5)
+    assert found["distillation-specialist"].measured.low > 0
     assert found["distillation-speed"].verdict == "not reproduced"
     assert len(found) == 5
 
@@ -180,10 +218,23 @@ def test_a_decoder_is_distilled_in_every_way(started):
     params = Params(**{**TINY, **asked, "decoder_steps": 2})
     table = decoders.compare(study.Study(params, started.recorder, started.teacher, started.tokenizer))
     assert len(table) == 4
-    assert (table["kl_before"].abs() < 1e-6).all()  # the same model
-    assert (table["change_low"] <= table["change"]).all()
+    for name in ("forward_kl", "reverse_kl"):
+        assert (table[f"{name}_before"].abs() < 1e-6).all()  # the same model
+        assert (table[f"{name}_change_low"] <= table[f"{name}_change"]).all()
 
 
 def test_half_a_pair_of_decoders_is_refused():
     with pytest.raises(ValidationError, match="given together"):
         Params(decoder_teacher="tiny-llama")
+
+
+def test_students_are_saved_with_their_cards(started, students, taught, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.packages, "cache_dir", lambda: tmp_path)
+    suite = general.score(started, students)
+    folders = export.export(started, students, suite, taught)
+    assert [folder.name for folder in folders] == ["student-0.5", "student-0.25", "student-0.25-ReutersR8"]
+    again = SentenceTransformer(str(folders[2]), device="cpu")
+    texts = taught.data["ReutersR8"].test_texts
+    logits = encoders.outputs(again, texts)
+    np.testing.assert_array_equal(logits, encoders.outputs(taught.classifiers["ReutersR8"], texts))
+    assert "0: acq" in (folders[2] / "README.md").read_text()

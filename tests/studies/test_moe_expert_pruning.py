@@ -292,7 +292,14 @@ def _latencies(pruned_seconds):
 
 
 @pytest.mark.parametrize(
-    ("bytes_kept", "verdict"), [(400, "reproduced"), (411, "reproduced"), (500, "reproduced in direction")]
+    ("bytes_kept", "verdict"),
+    [
+        (400, "reproduced"),
+        (411, "reproduced"),
+        (500, "reproduced in direction"),
+        (1000, "not reproduced"),
+        (1100, "not reproduced"),
+    ],
 )
 def test_bytes_are_judged_against_the_parameters(bytes_kept, verdict):
     disk, memory = verdicts.size_claims(_costs(bytes_kept))
@@ -300,7 +307,9 @@ def test_bytes_are_judged_against_the_parameters(bytes_kept, verdict):
     assert memory.verdict == "reproduced"
 
 
-@pytest.mark.parametrize(("seconds", "verdict"), [(1.02, "reproduced"), (0.5, "not reproduced")])
+@pytest.mark.parametrize(
+    ("seconds", "verdict"), [(1.02, "reproduced"), (0.5, "not reproduced"), (2.0, "not reproduced")]
+)
 def test_time_that_stays_is_what_was_published(seconds, verdict):
     assert verdicts.time_claim(_costs(400), _latencies(seconds)).verdict == verdict
 

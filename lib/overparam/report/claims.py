@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Verdict = Literal[
     "reproduced", "reproduced in direction", "not reproduced", "inconclusive", "not testable at this scale"
 ]
-Kind = Literal["no_worse", "difference", "proportional"]
+Kind = Literal["no_worse", "better", "unchanged", "difference", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ def judge(
     when the whole CI is at or above −margin; not reproduced when it is entirely below −margin; else
     inconclusive.
 
+    ``better`` (`measured` is a gain): reproduced when the whole CI is above `margin`; not reproduced when it is
+    entirely at or below it; else inconclusive.
+
+    ``unchanged`` (`measured` is a change of either sign): reproduced when the whole CI lies within ±margin; not
+    reproduced when it lies entirely outside; else inconclusive.
+
     ``difference`` (`measured` against a `published` number, higher is better): reproduced when the CI meets
     published ± margin or is better than it. A CI whose half-width is above both the margin and the published
     size meets almost anything: inconclusive. In direction when the CI lies on the published side of zero
@@ -110,6 +116,10 @@ def judge(
         raise ValueError(f"cannot judge NaN: {measured}")
     if kind == "no_worse":
         return _no_worse(measured, margin, unit)
+    if kind == "better":
+        return _better(measured, margin, unit)
+    if kind == "unchanged":
+        return _unchanged(measured, margin, unit)
     if kind == "proportional":
         return _proportional(measured, margin)
     if published is None:
@@ -171,6 +181,21 @@ def _no_worse(measured: Estimate, margin: float, unit: str) -> tuple[Verdict, st
     if measured.low >= -margin:
         return "reproduced", rule
     return ("not reproduced" if measured.high < -margin else "inconclusive"), rule
+
+
+def _better(measured: Estimate, margin: float, unit: str) -> tuple[Verdict, str]:
+    rule = f"reproduced when the whole CI is above {_text(margin, unit)}"
+    if measured.low > margin:
+        return "reproduced", rule
+    return ("not reproduced" if measured.high <= margin else "inconclusive"), rule
+
+
+def _unchanged(measured: Estimate, margin: float, unit: str) -> tuple[Verdict, str]:
+    rule = f"reproduced when the whole CI of the change lies within ± {_text(margin, unit)}"
+    if -margin <= measured.low and measured.high <= margin:
+        return "reproduced", rule
+    outside = measured.high < -margin or measured.low > margin
+    return ("not reproduced" if outside else "inconclusive"), rule
 
 
 def _difference(

@@ -146,7 +146,7 @@ def token_kl(
     batch_size: int = 8,
     label: str = "comparing decoders",
 ) -> NDArray[np.float64]:
-    """How far the student's next tokens are from the teacher's, on given texts: KL(teacher ‖ student).
+    """How far the student's next tokens are from the teacher's, on given texts: KL in both directions.
 
     Args:
         student: A decoder with its language-modelling head.
@@ -157,24 +157,30 @@ def token_kl(
         label: Name of the step in the progress display.
 
     Returns:
-        float64 [pairs, 2]: divergence in nats, summed over the tokens of the target, and their number.
+        float64 [pairs, 3]: KL(teacher ‖ student) and KL(student ‖ teacher) in nats, summed over the tokens of the
+        target, and the number of these.
 
     Raises:
         ValueError: As `distill_decoder` does for vocabularies and pairs.
     """
     _check_vocabularies(student, teacher, None)
     _check_pairs(prompts, targets, _vocabulary(student))
-    items = np.zeros((len(prompts), 2))
+    items = np.zeros((len(prompts), 3))
     starts = range(0, len(prompts), batch_size)
     with torch.inference_mode():
         for at in progress.track(starts, label):
             after = targets[at : at + batch_size]
             batch = _batch(prompts[at : at + batch_size], after, student.device)
-            sides = [_target_logits(model, batch).float().log_softmax(-1) for model in (teacher, student)]
-            apart = (sides[0].exp() * (sides[0] - sides[1].to(sides[0].device))).sum(-1)  # [tokens]
+            theirs, mine = (
+                _target_logits(model, batch).float().log_softmax(-1).to(student.device)
+                for model in (teacher, student)
+            )  # [tokens, vocabulary]
             counts = [len(target) for target in after]
-            sums = [float(part.double().sum()) for part in torch.split(apart, counts)]
-            items[at : at + batch_size] = np.stack([sums, counts], axis=1)
+            sums = [
+                [float(part.double().sum()) for part in torch.split((p.exp() * (p - q)).sum(-1), counts)]
+                for p, q in ((theirs, mine), (mine, theirs))
+            ]
+            items[at : at + batch_size] = np.stack([*sums, counts], axis=1)
     return items
 
 

@@ -16,9 +16,7 @@ from torch import nn
 from overparam import progress
 from overparam.compress import checkpoint as checkpoints
 
-_BUCKET = (
-    32  # batches that are sorted by length together: little padding, and batches still differ every epoch
-)
+_BUCKET = 8  # batches sorted by length together: little padding, and others every epoch
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,8 @@ def fit(
     if checkpoint and (stored := checkpoints.find(checkpoint)):
         log = Log(**checkpoints.restore(stored, model, [optimizer], recipe=asdict(recipe)))
     log.resumed = done = len(log.loss)
+    if 0 < done < recipe.steps and not optimizer.state:
+        raise ValueError(f"{checkpoint} holds a finished training of {done} steps; use another folder")
     before = log.seconds[-1] if log.seconds else 0.0
     order = batches(lengths, recipe.batch_size, seed=recipe.seed)
     for _ in range(done):
@@ -120,15 +120,19 @@ def fit(
             if not math.isfinite(found):
                 raise FloatingPointError(f"the training loss is {found} at step {step + 1}")
             value.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the norm of the gradient is {norm} at step {step + 1}")
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.loss.append(found)
             log.seconds.append(before + time.perf_counter() - started)
-            if checkpoint and ((step + 1) % every == 0 or step + 1 == recipe.steps):
-                checkpoints.store(checkpoint, model, [optimizer], recipe=asdict(recipe), log=asdict(log))
+            last = step + 1 == recipe.steps
+            if checkpoint and ((step + 1) % every == 0 or last):
+                moments = [] if last else [optimizer]  # a finished training needs its weights alone
+                checkpoints.store(checkpoint, model, moments, recipe=asdict(recipe), log=asdict(log))
     finally:
         model.eval()
         torch.set_rng_state(state)
@@ -144,11 +148,11 @@ def batches(lengths: Sequence[int], size: int, *, seed: int) -> Iterator[NDArray
     sizes, rng = np.asarray(lengths), np.random.default_rng(seed)
     size = min(size, len(sizes))
     while True:
-        order = rng.permutation(len(sizes))
+        order = rng.permutation(len(sizes))[: len(sizes) // size * size]  # left out by chance, not by length
         found = []
         for at in range(0, len(order), size * _BUCKET):
             bucket = order[at : at + size * _BUCKET]
             bucket = bucket[np.argsort(sizes[bucket], kind="stable")]
-            found += [bucket[first : first + size] for first in range(0, len(bucket) - size + 1, size)]
+            found += [bucket[first : first + size] for first in range(0, len(bucket), size)]
         for which in rng.permutation(len(found)):
             yield found[which]

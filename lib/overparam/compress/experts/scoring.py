@@ -67,15 +67,15 @@ def super_experts(statistics: RoutingStatistics) -> list[list[int]]:
     Super experts (arXiv 2507.23279) make the massive activations on which attention sinks rest. They may serve a
     single token of a text, such as the first, so that measures of use rank them low; without them a model breaks
     down. Here an expert is one when its output norm, weighted by the gate, mean over routed tokens (REAP's score), is
-    more than `SUPER_FACTOR` times the median of its layer.
+    more than `SUPER_FACTOR` times the median of the experts of its layer that were routed to at all.
 
     Raises:
         ValueError: If the statistics lack the norms.
     """
     norms = _output_norms(statistics)
     return [
-        np.flatnonzero(row > SUPER_FACTOR * np.median(row[:n])).tolist()
-        for row, n in zip(norms, statistics.n_experts, strict=True)
+        np.flatnonzero(row > SUPER_FACTOR * np.median(row[used > 0])).tolist()
+        for row, used in zip(norms, statistics.routed, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from overparam.catalogue import check_model_name
-from overparam.evaluate import LOCAL_TASKS, TOPIC_TASKS
+from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -54,7 +54,7 @@ class Params(BaseModel):
     )
     test_items: Annotated[int, Field(ge=20)] = Field(400, description="test texts a task")
     characters: Annotated[int, Field(ge=32)] = Field(256, description="of an article or post")
-    teacher_steps: Count = 75
+    teacher_steps: Count = 150
     teacher_batch_size: Annotated[int, Field(ge=4)] = 16
     teacher_learning_rate: Positive = 2e-4
     student_steps: Count = 150
@@ -67,6 +67,9 @@ class Params(BaseModel):
     train_seeds: tuple[int, ...] = Field((42,), min_length=1)
 
     per_class: tuple[Count, ...] = Field((8, 32), description="labelled texts of a class, small to large")
+    ready_made: tuple[str, ...] = Field(
+        (), description="other encoders that stand beside the students in the suite"
+    )
     general_models: tuple[str, ...] = Field(
         ("all-MiniLM-L6-v2",), description="encoders that are used as they are, by a probe"
     )
@@ -84,14 +87,16 @@ class Params(BaseModel):
     retention_target: Annotated[float, Field(gt=0, le=100)] = Field(
         90.0, description="percent of the teacher's score that the claim says is kept"
     )
-    export: bool = Field(True, description="save the students of task_share in the user's cache")
+    export: bool = Field(
+        True, description="save the students of the first seed as folders in the user's cache"
+    )
 
     @field_validator("teacher", "decoder_teacher", "decoder_student")
     @classmethod
     def _known_model(cls, value: str | None) -> str | None:
         return value if value is None else check_model_name(value)
 
-    @field_validator("general_models")
+    @field_validator("general_models", "ready_made")
     @classmethod
     def _known_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(check_model_name, value))
@@ -104,10 +109,9 @@ class Params(BaseModel):
             raise ValueError(f"task_share must be among shares, {self.task_share} is not")
         for name, given, allowed in (
             ("suite", self.suite, LOCAL_TASKS),
-            ("topics", self.topics, TOPIC_TASKS),
+            ("topics", self.topics, (*TOPIC_TASKS, *GLUE_TASKS)),
         ):
-            packaged = [task for task in given if not (name == "topics" and task.startswith("glue/"))]
-            if unknown := [task for task in packaged if task not in allowed]:
+            if unknown := [task for task in given if task not in allowed]:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}, {unknown[0]!r} is not")
         for name, values in (("shares", self.shares), ("topics", self.topics), ("suite", self.suite)):
             if len(set(values)) < len(values):

@@ -30,7 +30,8 @@ def costs(study: Study, students: Students) -> tuple[pd.DataFrame, dict[float, s
     """
     params = study.params
     texts = study.texts[: params.cost_texts]
-    named: dict[float, SentenceTransformer] = {1.0: study.encoder, **students.distilled}
+    named: dict[float, SentenceTransformer] = {1.0: study.encoder}
+    named |= {share: several[0] for share, several in students.distilled.items()}
     timings = {
         size: speed.interleaved(
             {str(share): _encoding(encoder, texts[:size]) for share, encoder in named.items()},

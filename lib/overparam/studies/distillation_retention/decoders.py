@@ -41,8 +41,8 @@ def compare(study: Study) -> pd.DataFrame | None:
     Texts are verses, cut after a quarter; those that are measured are of the test split.
 
     Returns:
-        One row a way: KL divergence to the teacher on held-out texts, in nats a token, before and after, and its
-        change with a paired interval. None when the parameters name no decoder.
+        One row a way: KL(teacher ‖ student) and KL(student ‖ teacher) on held-out texts, in nats a token, before, and
+        their change with a paired interval. None when the parameters name no decoder.
 
     Raises:
         ValueError: If teacher and student have other tokenizers.
@@ -57,6 +57,7 @@ def compare(study: Study) -> pd.DataFrame | None:
     student, own = models.load(params.decoder_student, device=device, causal=True)
     learn, judge = (_pairs(study, tokenizer, split, n) for split, n in _sizes(study))
     before = token_kl(student, teacher, *judge, label="the student before")
+    study.keep("before", "decoder", before, {})
     recipe = causal.Recipe(
         steps=params.decoder_steps,
         learning_rate=params.decoder_learning_rate,
@@ -80,17 +81,13 @@ def compare(study: Study) -> pd.DataFrame | None:
         )
         after = token_kl(model, teacher, *judge, label=f"after {way.name}")
         study.keep(way.name, "decoder", after, {})
-        change = stats.difference(before, after, statistic=_KL, n_resamples=CURVE_RESAMPLES)
-        start = stats.bootstrap(before, statistic=_KL, n_resamples=CURVE_RESAMPLES)
-        rows.append(
-            {
-                "way": way.name,
-                "kl_before": start.value,
-                "kl_after": start.value + change.value,
-                **change.columns("change"),
-                "last_loss": losses[-1],
-            }
-        )
+        row: dict[str, object] = {"way": way.name, "last_loss": losses[-1]}
+        for name, column in (("forward_kl", 0), ("reverse_kl", 1)):
+            sides = [items[:, [column, 2]] for items in (before, after)]
+            start = stats.bootstrap(sides[0], statistic=_KL, n_resamples=CURVE_RESAMPLES)
+            change = stats.difference(*sides, statistic=_KL, n_resamples=CURVE_RESAMPLES)
+            row |= {f"{name}_before": start.value, **change.columns(f"{name}_change")}
+        rows.append(row)
     table = pd.DataFrame(rows)
     study.recorder.table("decoders", table)
     return table

@@ -8,23 +8,58 @@ from typing import TYPE_CHECKING
 from overparam import packages, progress
 from overparam.studies.distillation_retention.general import DISTILLED, Students, Suite
 from overparam.studies.distillation_retention.study import Study
+from overparam.studies.distillation_retention.tasks import Taught
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def export(study: Study, students: Students, suite: Suite) -> dict[float, Path]:
-    """Save the distilled encoders as sentence-transformers folders in the user's cache, unless `export` is false."""
+def export(study: Study, students: Students, suite: Suite, taught: Taught) -> list[Path]:
+    """Save the students of the first seed as sentence-transformers folders in the user's cache, unless told not to.
+
+    Encoders of every share, and the classifiers of `task_share`, whose outputs are logits.
+    """
     if not study.params.export:
-        return {}
-    found = {}
-    for share, encoder in students.distilled.items():
-        folder = packages.cache_dir() / "encoders" / f"{study.params.slug()}-student-{share:g}"
-        encoder.save(str(folder), create_model_card=False)
-        (folder / "README.md").write_text(card(study, share, encoder, suite), encoding="utf-8")
-        progress.note(f"saved the student with {share:g} of the parameters at {folder}")
-        found[share] = folder
+        return []
+    own = study.params.task_share
+    models = [
+        (f"{share:g}", several[0], card(study, share, several[0], suite))
+        for share, several in students.distilled.items()
+    ]
+    models += [
+        (f"{own:g}-{task.replace('/', '-')}", model, classifier_card(study, task, taught))
+        for task, model in taught.classifiers.items()
+    ]
+    found = []
+    for name, model, text in models:
+        run = f"{study.params.slug()}-{study.recorder.record.key[:8]}"
+        folder = packages.cache_dir() / "encoders" / run / f"student-{name}"
+        model.save(str(folder), create_model_card=False)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        found.append(folder)
+    progress.note(f"saved {len(found)} students in {folder.parent}")
     return found
+
+
+def classifier_card(study: Study, task: str, taught: Taught) -> str:
+    """Write the model card of a student's classifier."""
+    params, record, data = study.params, study.recorder.record, taught.data[task]
+    kept = taught.kept[task, params.task_share]
+    classes = ", ".join(f"{number}: {name}" for number, name in enumerate(data.classes))
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-classification
+---
+
+# A student of {params.teacher} for {task}
+
+Its outputs are logits of {len(data.classes)} classes: {classes}.
+Fine-tuned on {len(data.texts):,} labelled texts and the soft targets of its teacher, those of {len(data.unlabelled):,}
+unlabelled texts among them. It keeps {kept.value:.1f} % [{kept.low:.1f}, {kept.high:.1f}] of its teacher's accuracy on
+{len(data.test_texts):,} test texts (95 % bootstrap interval).
+
+Run {record.key[:8]} of overparam, git {record.provenance["git"]["sha"]}.
+"""
 
 
 def card(study: Study, share: float, encoder: SentenceTransformer, suite: Suite) -> str:
@@ -36,7 +71,6 @@ def card(study: Study, share: float, encoder: SentenceTransformer, suite: Suite)
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-base_model: sentence-transformers/{Path(params.teacher).name}
 ---
 
 # A student of {params.teacher} with {count:,} parameters

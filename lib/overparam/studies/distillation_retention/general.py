@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,12 +39,12 @@ class Students:
     """Students of the teacher.
 
     Attributes:
-        distilled: By share.
-        controls: By name, of the share that tasks use.
+        distilled: By share, one a training seed.
+        controls: By name, of the share that tasks use and the first seed.
         table: One row a share: shape, parameters, and what vocabulary and training cost.
     """
 
-    distilled: dict[float, SentenceTransformer]
+    distilled: dict[float, list[SentenceTransformer]]
     controls: dict[str, SentenceTransformer]
     table: pd.DataFrame
 
@@ -73,38 +73,43 @@ def build(study: Study) -> Students:
     """
     params = study.params
     targets = encoders.outputs(study.encoder, study.texts)
-    distilled: dict[float, SentenceTransformer] = {}
+    distilled: dict[float, list[SentenceTransformer]] = {}
     controls: dict[str, SentenceTransformer] = {}
     rows = []
     for share in params.shares:
         config = shape(study, share)
-        tokenizer = distill.retrained_tokenizer(
-            study.tokenizer,
-            study.vocabulary_texts,
-            config.vocab_size,
-            max_length=config.max_position_embeddings,
-        )
-        config.vocab_size = len(tokenizer)
-        student = distill.new_student(config, seed=params.seed)
-        if share == params.task_share:
-            controls[UNTRAINED] = _wrapped(study, student, tokenizer)
-            cut = distill.cut_student(
-                study.teacher,
-                config,
-                tokenizer=tokenizer,
-                teacher_tokenizer=study.tokenizer,
-                seed=params.seed,
+        tokenizer = study.tokenizer
+        if config.vocab_size < len(tokenizer):
+            tokenizer = distill.retrained_tokenizer(
+                tokenizer,
+                study.vocabulary_texts,
+                config.vocab_size,
+                max_length=config.max_position_embeddings,
             )
-            controls[CUT] = _wrapped(study, cut, tokenizer)
-            _learn(study, controls[CUT], targets, f"{share} {CUT}")
-        distill.borrow_token_vectors(student, tokenizer, study.teacher, study.tokenizer)
-        if share == params.task_share:
-            controls[BORROWED] = _wrapped(study, student, tokenizer)
-        distilled[share] = _wrapped(study, student, tokenizer)
-        with energy.energy() as used:
-            log = _learn(study, distilled[share], targets, f"{share} {DISTILLED}")
-        kwh = float("nan") if log.resumed else used.kwh
-        rows.append(_row(study, share, distilled[share], log) | {"training_kwh": kwh})
+            config.vocab_size = len(tokenizer)
+        for seed in params.train_seeds:
+            student = distill.new_student(config, seed=seed)
+            first = share == params.task_share and seed == params.train_seeds[0]
+            if first:
+                controls[UNTRAINED] = _wrapped(study, student, tokenizer, seed)
+                cut = distill.cut_student(
+                    study.teacher,
+                    config,
+                    tokenizer=tokenizer,
+                    teacher_tokenizer=study.tokenizer,
+                    seed=seed,
+                )
+                controls[CUT] = _wrapped(study, cut, tokenizer, seed)
+                _learn(study, controls[CUT], targets, seed, f"student {CUT}")
+            distill.borrow_token_vectors(student, tokenizer, study.teacher, study.tokenizer)
+            if first:
+                controls[BORROWED] = _wrapped(study, student, tokenizer, seed)
+            encoder = _wrapped(study, student, tokenizer, seed)
+            with energy.energy() as used:
+                log = _learn(study, encoder, targets, seed, f"student of {share:.0%}")
+            distilled.setdefault(share, []).append(encoder)
+            kwh = float("nan") if log.resumed else used.kwh
+            rows.append({"seed": seed} | _row(study, share, encoder, log) | {"training_kwh": kwh})
     table = pd.DataFrame(rows)
     study.recorder.table("students", table)
     return Students(distilled, controls, table)
@@ -121,25 +126,28 @@ def shape(study: Study, share: float) -> BertConfig:
         head = needed
 
 
-def _wrapped(study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
-    params = study.params
+def _wrapped(
+    study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> SentenceTransformer:
     return encoders.as_encoder(
         model.to(study.teacher.device),
         tokenizer,
         width=study.width,
-        max_length=params.max_length,
-        seed=params.seed,
+        max_length=study.params.max_length,
+        seed=seed,
     )
 
 
-def _learn(study: Study, encoder: SentenceTransformer, targets: NDArray[np.float32], name: str) -> Log:
+def _learn(
+    study: Study, encoder: SentenceTransformer, targets: NDArray[np.float32], seed: int, label: str
+) -> Log:
     params = study.params
     recipe = Recipe(
         steps=params.steps,
         batch_size=params.batch_size,
         learning_rate=params.learning_rate,
         warmup=max(1, params.steps // 10),
-        seed=params.seed,
+        seed=seed,
     )
     return distill_embeddings(
         encoder,
@@ -148,7 +156,7 @@ def _learn(study: Study, encoder: SentenceTransformer, targets: NDArray[np.float
         recipe,
         objective=params.objective,
         checkpoint=study.checkpoint(encoder, recipe, study.texts, params.objective, targets),
-        label=f"student of {name}",
+        label=label,
     )
 
 
@@ -174,31 +182,41 @@ def _row(study: Study, share: float, encoder: SentenceTransformer, log: Log) -> 
 
 
 def score(study: Study, students: Students) -> Suite:
-    """Score teacher, students and controls on the embedding suite."""
+    """Score teacher, students, controls and ready-made students on the embedding suite."""
     params = study.params
-    named: dict[tuple[str, float], SentenceTransformer] = {(TEACHER, 1.0): study.encoder}
-    named |= {(DISTILLED, share): encoder for share, encoder in students.distilled.items()}
-    named |= {(name, params.task_share): encoder for name, encoder in students.controls.items()}
+    named: list[tuple[tuple[str, float], SentenceTransformer]] = [((TEACHER, 1.0), study.encoder)]
+    named += [((DISTILLED, share), each) for share, several in students.distilled.items() for each in several]
+    named += [((name, params.task_share), each) for name, each in students.controls.items()]
+    for name in params.ready_made:
+        model, tokenizer = models.load(name, device=study.teacher.device)
+        share = models.count_parameters(model).total / study.parameters
+        width = model.config.hidden_size
+        ready = encoders.as_encoder(model, tokenizer, width=width, max_length=params.max_length)
+        named.append(((f"{name}, ready-made", round(share, 3)), ready))
 
     def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
-        systems = progress.track(named.values(), "embedding the suite", total=len(named))
-        return np.stack([encoders.outputs(encoder, texts) for encoder in systems], axis=1)
+        systems = progress.track([encoder for _, encoder in named], "embedding the suite")
+        found = [encoders.outputs(encoder, texts) for encoder in systems]
+        width = max(each.shape[1] for each in found)  # zeros change no cosine and no distance
+        return np.stack([np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in found], axis=1)
 
-    found: dict[tuple[str, float], dict[str, embedding.TaskScore]] = {}
-    for embedder, keys in ((embed, [*named]), (embedding.bag_of_words, [(WORDS, 0.0)])):
+    found: dict[tuple[str, float], dict[str, list[embedding.TaskScore]]] = {}
+    for embedder, keys in ((embed, [key for key, _ in named]), (embedding.bag_of_words, [(WORDS, 0.0)])):
         for each in embedding.evaluate(
             embedder, params.suite, max_items=params.suite_items, seed=params.seed
         ):
-            key = keys[each.view]
-            found.setdefault(key, {})[each.task] = each
-            study.keep(key[0], each.task, each.items, {"share": key[1]})
+            several = found.setdefault(keys[each.view], {}).setdefault(each.task, [])
+            system, share = keys[each.view]
+            columns = {"share": share, "repeat": len(several)}
+            study.keep(system, f"suite: {each.task}", each.items, columns)
+            several.append(each)
     base = found[TEACHER, 1.0]
     kept = {key: _kept(base, scores) for key, scores in found.items()}
     rows = [
         {
             "system": system,
             "share": share,
-            "score": 100 * float(np.mean([each.score for each in scores.values()])),
+            "score": 100 * float(np.mean([each.score for several in scores.values() for each in several])),
             **kept[system, share].columns("kept"),
         }
         for (system, share), scores in found.items()
@@ -206,7 +224,10 @@ def score(study: Study, students: Students) -> Suite:
     table = pd.DataFrame(rows)
     by_task = pd.DataFrame(
         {
-            _label(*key): {task: 100 * each.score for task, each in scores.items()}
+            _label(*key): {
+                task: 100 * float(np.mean([each.score for each in several]))
+                for task, several in scores.items()
+            }
             for key, scores in found.items()
         }
     )
@@ -216,9 +237,12 @@ def score(study: Study, students: Students) -> Suite:
 
 
 def _kept(
-    base: Mapping[str, embedding.TaskScore], scores: Mapping[str, embedding.TaskScore]
+    base: Mapping[str, Sequence[embedding.TaskScore]], scores: Mapping[str, Sequence[embedding.TaskScore]]
 ) -> stats.Estimate:
-    pairs = {task: (base[task].items, each.items, each.statistic) for task, each in scores.items()}
+    pairs = {
+        task: ([each.items for each in base[task]], [each.items for each in several], several[0].statistic)
+        for task, several in scores.items()
+    }
     return stats.suite_retention(pairs, n_resamples=CURVE_RESAMPLES).scaled(100)
 
 

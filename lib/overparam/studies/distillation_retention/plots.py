@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from overparam.report import figures
 from overparam.studies.distillation_retention.general import BORROWED, CUT, TEACHER, UNTRAINED, WORDS, Suite
-from overparam.studies.distillation_retention.specialists import ALL, NEIGHBOURS
+from overparam.studies.distillation_retention.specialists import ALL, NEIGHBOURS, NONE, Compared
 from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import (
     CUT_START,
@@ -65,8 +65,8 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
         caption = (
             f"What distilled students of {params.teacher} keep of its score: mean of {len(params.suite)} embedding "
             f"tasks, and accuracy of topic classification (fine-tuned teacher, student trained on labels, soft "
-            "targets and unlabelled text). Paired 95 % bootstrap interval over items. Grey: published students of "
-            "BERT-base on GLUE-like tasks."
+            "targets and unlabelled text). Paired 95 % bootstrap interval over items and seeds. Grey: published "
+            "students, of other teachers and on other tasks."
         )
         return figures.publish(
             figure, "fig:distillation-retention", data=data, caption=caption, recorder=study.recorder
@@ -139,10 +139,10 @@ def plot_suite(study: Study, suite: Suite) -> Any:
         )
 
 
-def plot_specialists(study: Study, table: pd.DataFrame) -> Any:
+def plot_specialists(study: Study, compared: Compared) -> Any:
     """Draw accuracy against the number of labels: the student, general encoders, and a bag of words."""
-    rows = table[table["per_class"].notna()].copy()
-    counts = [*study.params.per_class, ALL]
+    rows = compared.table[compared.table["per_class"] != NONE]
+    counts = [*map(str, study.params.per_class), ALL]
     tasks = study.params.topics
     with figures.style():
         figure, panels = plt.subplots(1, len(tasks), sharey=True, squeeze=False)
@@ -154,15 +154,16 @@ def plot_specialists(study: Study, table: pd.DataFrame) -> Any:
                 found = found.set_index("per_class").reindex(counts)
                 label = system if task == tasks[0] else None
                 axes.plot(range(len(counts)), found["accuracy"], color=colour, marker=marker, label=label)
-            axes.set_xticks(range(len(counts)), ["all" if count == ALL else str(count) for count in counts])
+            axes.set_xticks(range(len(counts)), counts)
             axes.annotate(task, (0.5, 1), xycoords="axes fraction", ha="center", va="bottom", fontsize=7)
         figures.legend_above(figure)
-        figure.supxlabel("labelled texts of a class", fontsize=8)
+        figure.supxlabel("labelled texts of a class, at most", fontsize=8)
         panels[0][0].set_ylabel("accuracy (%)")
         caption = (
             f"Accuracy against labelled data: the {study.params.task_share:.0%} student fine-tuned on labels alone, "
             f"general encoders that stay as they are under a linear probe and {NEIGHBOURS} nearest neighbours, and a "
-            f"bag of words; all: {study.params.labelled} texts."
+            f"bag of words; all: up to {study.params.labelled} texts. The student began from its distillation on "
+            "unlabelled text of the same kinds."
         )
         return figures.publish(
             figure, "fig:distillation-specialists", data=rows, caption=caption, recorder=study.recorder

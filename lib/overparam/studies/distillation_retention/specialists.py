@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from overparam.evaluate.topics import Topics
 from overparam.report import stats
 from overparam.studies.distillation_retention.general import WORDS, Students
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
+from overparam.studies.distillation_retention.tasks import LABELS, Taught
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -26,20 +28,38 @@ if TYPE_CHECKING:
 STUDENT = "student"
 NEIGHBOURS = 5
 _MIDDLE = 0.6  # of the layers of a decoder, where its embeddings are best without training
-ALL = 0  # in the column per_class: every labelled text
+NONE, ALL = "none", "all"  # labelled texts, in the column per_class
 
 
-def compare(study: Study, data: Mapping[str, Topics], students: Students) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Compared:
+    """Accuracy by labelled data.
+
+    Attributes:
+        table: One row a task, system and number of labels a class: accuracy in points with its interval.
+        items: (task, system, number of labels a class) -> whether each test text was classified rightly. [n, 1]
+    """
+
+    table: pd.DataFrame
+    items: dict[tuple[str, str, str], NDArray[np.float64]]
+
+
+def compare(study: Study, taught: Taught, students: Students) -> Compared:
     """Train the student on few labels, and probe general encoders with the same ones.
 
     General encoders stay as they are: a linear probe, the nearest neighbours, and, without any label, the name of the
     topic that is nearest to a text.
-
-    Returns:
-        One row a task, system and number of labels a class: accuracy in points with its interval.
     """
-    params = study.params
+    params, data = study.params, taught.data
     rows = []
+    items: dict[tuple[str, str, str], NDArray[np.float64]] = {}
+
+    def add(task: Topics, system: str, count: str, predicted: NDArray[np.int64]) -> None:
+        found = items[task.name, system, count] = classification.correct(predicted, task.test_labels)
+        study.keep(system, f"few labels: {task.name}", found, {"per_class": count})
+        accuracy = stats.bootstrap(found, n_resamples=CURVE_RESAMPLES).scaled(100)
+        rows.append({"task": task.name, "system": system, "per_class": count, **accuracy.columns("accuracy")})
+
     for name in params.general_models:
         embed = _embedder(study, name)
         for task in progress.track(data.values(), f"probing {name}"):
@@ -47,33 +67,36 @@ def compare(study: Study, data: Mapping[str, Topics], students: Students) -> pd.
                 embed(texts) for texts in (task.texts, task.test_texts, list(_descriptions(task)))
             )
             guessed = classification.zero_shot(topics, test)
-            rows.append(_row(study, task, f"{name}, zero-shot", None, guessed))
+            add(task, f"{name}, zero-shot", NONE, guessed)
             for count, chosen in _draws(study, task).items():
                 some = (known[chosen], task.labels[chosen], test)
                 found = {
                     "linear probe": classification.linear_probe(*some, seed=params.seed),
                     "nearest neighbours": classification.nearest_neighbours(*some, k=NEIGHBOURS),
                 }
-                rows += [_row(study, task, f"{name}, {how}", count, each) for how, each in found.items()]
-    start = students.distilled[params.task_share]
+                for how, each in found.items():
+                    add(task, f"{name}, {how}", count, each)
+    start = students.distilled[params.task_share][0]
     for task in data.values():
-        for count, chosen in progress.track(
-            _draws(study, task).items(), f"student on few labels, {task.name}"
-        ):
+        for count, chosen in progress.track(_draws(study, task).items(), f"few labels, {task.name}"):
             texts, labels = [task.texts[i] for i in chosen], task.labels[chosen]
-            rows.append(_row(study, task, STUDENT, count, _student(study, start, task, texts, labels)))
+            if count == ALL:  # trained before
+                mine = taught.probabilities[task.name, LABELS, params.task_share][0].argmax(axis=1)
+            else:
+                mine = _student(study, start, task, texts, labels)
+            add(task, STUDENT, count, mine)
             words = classification.bag_of_words(texts, labels, task.test_texts, seed=params.seed)
-            rows.append(_row(study, task, WORDS, count, words.argmax(axis=1)))
+            add(task, WORDS, count, words.argmax(axis=1))
     table = pd.DataFrame(rows)
     study.recorder.table("specialists", table)
-    return table
+    return Compared(table, items)
 
 
-def _draws(study: Study, task: Topics) -> dict[int, NDArray[np.int64]]:
+def _draws(study: Study, task: Topics) -> dict[str, NDArray[np.int64]]:
     """Texts by number a class; the smaller draws are the beginning of the larger, and `ALL` is all."""
     counts = study.params.per_class
     few = {
-        count: np.asarray(classification.few_shot(task.labels, count, seed=study.params.seed))
+        str(count): np.asarray(classification.few_shot(task.labels, count, seed=study.params.seed))
         for count in counts
     }
     return few | {ALL: np.arange(len(task.texts))}
@@ -84,7 +107,7 @@ def _descriptions(task: Topics) -> list[str]:
     return [f"This text is about {name.replace('.', ' ').replace('-', ' ')}." for name in task.classes]
 
 
-def _embedder(study: Study, name: str):  # type: ignore[no-untyped-def]
+def _embedder(study: Study, name: str) -> Callable[[list[str]], NDArray[np.float32]]:
     """Embeddings of a general encoder: of the last layer, or of a middle one of a decoder. float32 [texts, dim]."""
     params = study.params
     if name == params.teacher:
@@ -107,30 +130,16 @@ def _student(
     study: Study, start: SentenceTransformer, task: Topics, texts: list[str], labels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     params = study.params
-    model = encoders.as_classifier(start, len(task.classes), seed=params.seed)
+    model = encoders.as_classifier(start, len(task.classes), seed=params.train_seeds[0])
     recipe = Recipe(
         steps=params.student_steps,
         batch_size=params.student_batch_size,
         learning_rate=params.student_learning_rate,
         warmup=max(1, params.student_steps // 10),
-        seed=params.seed,
+        seed=params.train_seeds[0],
     )
     folder = study.checkpoint(model, recipe, texts, labels)
     train_classifier(
         model, texts, labels, recipe, checkpoint=folder, label=f"{len(texts)} labels, {task.name}"
     )
     return np.asarray(encoders.outputs(model, task.test_texts).argmax(axis=1))
-
-
-def _row(
-    study: Study, task: Topics, system: str, count: int | None, predicted: NDArray[np.int64]
-) -> dict[str, object]:
-    items = classification.correct(predicted, task.test_labels)
-    study.keep(system, task.name, items, {"per_class": -1 if count is None else count})
-    accuracy = stats.bootstrap(items, n_resamples=CURVE_RESAMPLES)
-    return {
-        "task": task.name,
-        "system": system,
-        "per_class": count,
-        **accuracy.scaled(100).columns("accuracy"),
-    }

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models, packages
 from overparam.allocator import keep_freed_memory
+from overparam.compress import distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.training import Recipe
 from overparam.data import corpora, splits
@@ -125,12 +126,20 @@ def start(params: Params) -> Study:
     """Check what can be checked at once, load the teacher, and open the record.
 
     Raises:
-        ValueError: If the teacher is no encoder that a student can be built after.
+        ValueError: If no student has one of the shares, or texts are longer than a student reads.
     """
     teacher, tokenizer = models.load(params.teacher, device=models.working_device())
+    for share in params.shares:
+        positions = distill.student_config(teacher, share).max_position_embeddings
+        if params.max_length > positions:
+            raise ValueError(
+                f"max_length must be at most {positions}, the positions of a student of {share:g}, "
+                f"got {params.max_length}"
+            )
     keep_freed_memory()
     inputs = models.provenance(params.teacher) | corpora.provenance()
-    for name in params.general_models:
+    others = (*params.general_models, *params.ready_made, params.decoder_teacher, params.decoder_student)
+    for name in filter(None, others):
         inputs |= models.provenance(name)
     recorder = record.start(
         "distillation_retention",

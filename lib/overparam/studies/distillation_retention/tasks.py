@@ -44,6 +44,7 @@ class Taught:
     Attributes:
         data: By task.
         probabilities: (task, system, share) -> of the test texts, one array a seed.
+        classifiers: Students of `task_share` that were trained as `BEST`, by task, of the first seed.
         table: One row a task, system and share.
         kept: (task, share) -> what a student trained as `BEST` keeps of its teacher's accuracy, in percent.
         soft: Accuracy with soft targets less accuracy with labels alone, mean over tasks, in points.
@@ -51,6 +52,7 @@ class Taught:
 
     data: dict[str, Topics]
     probabilities: dict[tuple[str, str, float], list[Probabilities]]
+    classifiers: dict[str, SentenceTransformer]
     table: pd.DataFrame
     kept: dict[tuple[str, float], stats.Estimate]
     soft: stats.Estimate
@@ -72,9 +74,12 @@ def teach(study: Study, students: Students) -> Taught:
     }
     found: dict[tuple[str, str, float], list[Probabilities]] = {}
     seconds: dict[tuple[str, str, float], list[float]] = {}
-    runs = [(task, seed) for task in data.values() for seed in params.train_seeds]
-    for task, seed in progress.track(runs, "tasks"):
-        for (system, share), (classifier, log) in _trained(study, students, task, seed).items():
+    classifiers: dict[str, SentenceTransformer] = {}
+    runs = [(task, number) for task in data.values() for number in range(len(params.train_seeds))]
+    for task, number in progress.track(runs, "tasks"):
+        for (system, share), (classifier, log) in _trained(study, students, task, number).items():
+            if (system, share, number) == (BEST, params.task_share, 0):
+                classifiers[task.name] = classifier
             key = (task.name, system, share)
             probabilities = softmax(encoders.outputs(classifier, task.test_texts).astype(np.float64), axis=1)
             found.setdefault(key, []).append(probabilities)
@@ -96,7 +101,7 @@ def teach(study: Study, students: Students) -> Taught:
     table = pd.DataFrame(rows)
     study.recorder.table("tasks", table)
     kept = {(task, share): _kept(found, data[task], BEST, share) for task in data for share in params.shares}
-    return Taught(data, found, table, kept, _soft(study, data, found))
+    return Taught(data, found, classifiers, table, kept, _soft(study, data, found))
 
 
 def correct(task: Topics, several: Sequence[Probabilities]) -> list[NDArray[np.float64]]:
@@ -105,10 +110,11 @@ def correct(task: Topics, several: Sequence[Probabilities]) -> list[NDArray[np.f
 
 
 def _trained(
-    study: Study, students: Students, task: Topics, seed: int
+    study: Study, students: Students, task: Topics, number: int
 ) -> dict[tuple[str, float], tuple[SentenceTransformer, Log]]:
-    """All classifiers of a task and seed, by system and share."""
+    """All classifiers of a task and of one of the seeds, by system and share."""
     params = study.params
+    seed = params.train_seeds[number]
     texts = [*task.texts, *task.unlabelled]
     labels = np.concatenate([task.labels, np.full(len(task.unlabelled), UNLABELLED)])
     n, classes, own = len(task.texts), len(task.classes), params.task_share
@@ -128,14 +134,14 @@ def _trained(
             _fit(study, model, task, f"{share} {system}", seed, texts[some], labels[some], **targets),
         )
 
-    mine = students.distilled[own]
+    mine = students.distilled[own][number]
     student(mine, LABELS, own)
     student(mine, SOFT, own, teacher_logits=logits[:n])
     student(mine, MATCHED, own, teacher_logits=logits[:n], teacher_states=states)
     student(students.controls[UNTRAINED], RANDOM_START, own, teacher_logits=logits[:n])
     student(students.controls[CUT], CUT_START, own, teacher_logits=logits[:n])
-    for share, start in students.distilled.items():
-        student(start, EXTRA, share, teacher_logits=logits)
+    for share, several in students.distilled.items():
+        student(several[number], EXTRA, share, teacher_logits=logits)
     return found
 
 
@@ -159,7 +165,7 @@ def _fit(
         warmup=max(1, steps // 10),
         seed=seed,
     )
-    soft = (params.temperature, params.soft_weight, list(targets))
+    soft = (params.temperature, params.soft_weight, list(targets)) if targets else ()
     return train_classifier(
         model,
         texts,
@@ -201,10 +207,10 @@ def _row(
         "spread_over_seeds": 100 * float(np.ptp([each.mean() for each in items])),
         **kept.scaled(100).columns("kept"),
         "agreement": 100
-        * float(np.mean([(before.argmax(1) == after.argmax(1)).mean() for before, after in pairs])),
+        * float(np.mean([classification.agreement(a.argmax(axis=1), b.argmax(axis=1)) for a, b in pairs])),
         "right_to_wrong": float(np.mean([each.right_to_wrong for each in changed])),
         "wrong_to_right": float(np.mean([each.wrong_to_right for each in changed])),
-        "mcnemar_p": changed[0].p_value,
+        "mcnemar_p_first_seed": changed[0].p_value,
         "calibration_error": float(
             np.mean([classification.expected_calibration_error(each, task.test_labels) for each in several])
         ),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from overparam.report import stats
 from overparam.report.claims import Claim, judged
-from overparam.studies.distillation_retention.general import Suite
-from overparam.studies.distillation_retention.specialists import ALL, STUDENT
+from overparam.studies.distillation_retention.general import TEACHER, Suite
+from overparam.studies.distillation_retention.specialists import ALL, STUDENT, Compared
 from overparam.studies.distillation_retention.study import Study
-from overparam.studies.distillation_retention.tasks import Taught
+from overparam.studies.distillation_retention.tasks import Taught, correct
 
 # share of the teacher's parameters and of its score that students kept, in percent
 PUBLISHED = pd.DataFrame(
@@ -20,14 +21,13 @@ PUBLISHED = pd.DataFrame(
     ],
     columns=["student", "share_percent", "kept_percent", "source"],
 )
-CLAIM = "A student with one tenth of the parameters keeps 90 % or more of its teacher"
 
 
 def verdicts(
     study: Study,
     suite: Suite,
     taught: Taught,
-    specialists: pd.DataFrame,
+    compared: Compared,
     faster: dict[float, stats.Estimate],
 ) -> list[Claim]:
     """Judge each claim by its rule, and put it into the record."""
@@ -36,8 +36,9 @@ def verdicts(
     kept = {"embedding": suite.kept[share]} | {task: taught.kept[task, share] for task in params.topics}
     claims = [
         judged(
-            f"distillation-tenth-{name.lower()}",
-            f"{CLAIM}: {'mean of the embedding suite' if name == 'embedding' else name}",
+            f"distillation-{100 * share:g}-{name.lower().replace('/', '-')}",
+            f"A student with {share:.0%} of the parameters keeps {target:g} % or more of its teacher: "
+            f"{'mean of the embedding suite' if name == 'embedding' else name}",
             source="said of distillation in general; DistilBERT, TinyBERT and MiniLM keep 97 % with 60, 13 and 20 %",
             published=f"at least {target:g} % kept",
             kind="no_worse",
@@ -45,7 +46,7 @@ def verdicts(
             margin=100 - target,
             unit="% of the teacher's score",
             figure="fig:distillation-retention",
-            note=_note(study, name),
+            note=_note(study, taught, name),
         )
         for name, found in kept.items()
     ]
@@ -55,65 +56,82 @@ def verdicts(
             "Soft probabilities carry knowledge that labels do not",
             source="Hinton et al. 2015, arXiv 1503.02531",
             published="better than labels alone",
-            kind="difference",
+            kind="better",
             measured=taught.soft,
             margin=0.0,
-            published_value=0.0,
             unit="points of accuracy",
             figure="fig:distillation-tasks",
             note=f"Mean over {len(params.topics)} tasks, {share:.0%} student, temperature {params.temperature:g}, "
-            "weight of the soft targets "
-            f"{params.soft_weight:g}. The rule asks whether they are no worse; read the interval for better.",
+            f"weight of the soft targets {params.soft_weight:g}; the rest is the labels'.",
         )
     )
-    claims += [_specialist(study, specialists), _faster(study, faster)]
+    claims += [_specialist(study, taught, compared), _faster(study, faster)]
     for claim in claims:
         study.recorder.claim(claim)
     return claims
 
 
-def _note(study: Study, name: str) -> str:
+def _note(study: Study, taught: Taught, name: str) -> str:
     params = study.params
     if name == "embedding":
         return (
             f"{params.steps} steps of {params.batch_size} texts, {params.texts} unlabelled texts, "
-            f"{len(params.suite)} tasks."
+            f"{len(params.suite)} tasks, {len(params.train_seeds)} seed(s)."
         )
+    data = taught.data[name]
     return (
-        f"Student and teacher fine-tuned on {params.labelled} labelled texts, the student also on soft targets of up "
-        f"to {params.unlabelled} unlabelled ones; {len(params.train_seeds)} seed(s)."
+        f"Student and teacher fine-tuned on {len(data.texts)} labelled texts, the student also on soft targets of "
+        f"{len(data.unlabelled)} unlabelled ones; {len(params.train_seeds)} seed(s)."
     )
 
 
-def _specialist(study: Study, table: pd.DataFrame) -> Claim:
-    """The student against the best general encoder, all labelled texts, mean over tasks."""
-    rows = table[table["per_class"] == ALL]
-    mine = rows[rows["system"] == STUDENT].set_index("task")
-    probes = rows[rows["system"].str.contains("probe|neighbours")]
+def _specialist(study: Study, taught: Taught, compared: Compared) -> Claim:
+    """The student against the best general encoder of each task, all labelled texts, mean over tasks."""
+    table = compared.table
+    probes = table[
+        (table["per_class"] == ALL) & table["system"].str.contains("linear probe|nearest neighbours")
+    ]
     measured, note = None, "No general encoder among the parameters."
     if not probes.empty:
-        best = probes.loc[probes.groupby("task")["accuracy"].idxmax()].set_index("task")
-        gaps = mine["accuracy"] - best["accuracy"].reindex(mine.index)
-        both = pd.concat([mine, best])
-        widths = (both["accuracy_high"] - both["accuracy_low"]) / 2
-        half = float((widths**2).sum() ** 0.5) / len(mine)  # as if independent: wide for the same texts
-        value = float(gaps.mean())
-        measured = stats.Estimate(value, value - half, value + half, len(mine))
+        best = probes.loc[probes.groupby("task")["accuracy"].idxmax()].set_index("task")["system"]
+        measured = stats.suite_difference(
+            {
+                task: (compared.items[task, system, ALL], compared.items[task, STUDENT, ALL], "mean")
+                for task, system in zip(map(str, best.index), best, strict=True)
+            }
+        ).scaled(100)
         note = (
-            "Per task against the better of a linear probe and the nearest neighbours of "
-            f"{', '.join(study.params.general_models)}, all labelled texts. The interval adds tasks as independent."
+            f"All labelled texts, first seed; against the better probe of {', '.join(study.params.general_models)} for "
+            "each task, chosen on the test texts, which favours the general encoders. The student had learned from "
+            "unlabelled text of the same kinds. "
         )
+        note += _teacher_note(study, taught, compared)
     return judged(
         "distillation-specialist",
         "A small task-specific student beats a larger general model on its task",
         source="said of task-specific students in general",
         published="better",
-        kind="no_worse",
+        kind="better",
         measured=measured,
         margin=0.0,
         unit="points of accuracy",
         figure="fig:distillation-specialists",
         note=note,
+    )
+
+
+def _teacher_note(study: Study, taught: Taught, compared: Compared) -> str:
+    """Say where the fine-tuned teacher is worse than a probe of the same model: it is then no strong teacher."""
+    system = f"{study.params.teacher}, linear probe"
+    weak = [
+        task
+        for task in taught.data
+        if (task, system, ALL) in compared.items
+        and np.mean(correct(taught.data[task], taught.probabilities[task, TEACHER, 1.0]))
+        < compared.items[task, system, ALL].mean()
+    ]
+    return (
+        f"The fine-tuned teacher is worse than a linear probe of itself on {', '.join(weak)}." if weak else ""
     )
 
 

@@ -88,19 +88,19 @@ class Params(BaseModel):
     cost_new_tokens: Count = Field(24, description="tokens generated a text when costs are measured")
 
     negligible_margin: Percent = Field(
-        2.0, description="percent of the baseline's chrF++; published at half of the experts: 1.3 % of xCOMET"
+        2.0, description="percent of the baseline's score; published at half of the experts: 1.3 % of xCOMET"
     )
     minor_margin: Percent = Field(
-        9.0, description="percent of the baseline's chrF++; published at 69 %: 8.8 % of xCOMET"
+        9.0, description="percent of the baseline's score; published at 69 %: 8.8 % of xCOMET"
     )
     recovered_margin: Percent = Field(
-        5.0, description="percent of the baseline's chrF++; published at 75 % after recovery: 4.2 % of xCOMET"
+        5.0, description="percent of the baseline's score; published at 75 % after recovery: 4.2 % of xCOMET"
     )
     transfer_margin: Percent = Field(
         3.0, description="percent of chrF++ that an unseen language may lose beyond the seen ones"
     )
     usable_margin: Percent = Field(
-        15.0, description="percent of the baseline's chrF++ that a usable translator may lose"
+        15.0, description="percent of the baseline's score that a usable translator may lose"
     )
 
     @field_validator("model")

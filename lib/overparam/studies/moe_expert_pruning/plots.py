@@ -271,7 +271,7 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
         caption = (
             f"Rise of the negative log-likelihood of each test when {100 * share:g} % of the experts of "
             f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept "
-            "and equal layer budgets."
+            "and equal layer budgets; the random choice keeps none on purpose."
         )
         return figures.publish(
             figure, "fig:experts-transfer", data=rows, caption=caption, recorder=study.recorder

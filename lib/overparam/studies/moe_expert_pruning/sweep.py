@@ -230,7 +230,7 @@ def without_super_experts(study: Study, base: Baseline, calibration: Calibration
     seen = [f"en-{language}" for language in study.params.languages]
     rows = []
     for layer, found in enumerate(experts.super_experts(pooled)):
-        if not found:
+        if not found or study.layers[layer].groups > 1:  # routers that choose among groups need them equal
             continue
         used = max(set(range(study.n_experts)) - set(found), key=lambda each: mass[layer][each])
         for expert in (*found, used):
@@ -298,7 +298,7 @@ def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataF
     """Calibrate on one text, test on another: each language, all languages, translation into English, news.
 
     At the share next to 50 %. Super experts, which serve every text, stay and layer budgets are equal here, so that
-    only the choice of the other experts differs; one random choice stands beside.
+    only the choice of the other experts differs; one random choice of all experts stands beside.
 
     Returns:
         One row a calibration and test: rise of the negative log-likelihood a token, with its interval.
