@@ -48,3 +48,10 @@ def test_a_readme_without_marks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="results:start"):
         readme.fill(path, tmp_path)
     assert path.read_text() == "nothing"
+
+
+def test_other_intervals_of_a_note_are_shown():
+    note = "Half pruned, none idle. With one kept: -21.2 [-24.0, -18.4] %. Trained on verses. 3 seeds."
+    assert readme.shown_of(note) == "Half pruned, none idle. With one kept: -21.2 [-24.0, -18.4] %"
+    assert readme.shown_of("One sentence.") == "One sentence"
+    assert readme.shown_of("") == ""

@@ -70,10 +70,15 @@ def _row(claim: Claim, record: Record, base: Path) -> str:
     pngs = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
     links = [("figure", folder / name) for name in pngs if name.endswith(".png")] + links
     linked = ", ".join(f"[{label}]({_relative(path, base)})" for label, path in links)
-    here = claim.note.split(". ")[0].rstrip(".")  # what was measured; the rest of the note is in the record
-    measured = "; ".join(part for part in (_measured(claim), here) if part)
+    measured = "; ".join(part for part in (_measured(claim), shown_of(claim.note)) if part)
     cells = [claim.statement, claim.published, record.slug, f"{measured} ({linked})", claim.verdict]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def shown_of(note: str) -> str:
+    """Return what the table shows of a note: its first sentence, and others with a measured interval."""
+    first, *others = note.split(". ")
+    return ". ".join([first, *(sentence for sentence in others if "[" in sentence)]).rstrip(". ")
 
 
 def _measured(claim: Claim) -> str:
