@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from overparam.report import record, stats
+from overparam.report.claims import verdict_table
 from overparam.studies.trailing_layer_pruning import Params, costs, plots, rules, study, training, verdicts
 
 TINY = {
@@ -122,7 +123,7 @@ def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, mon
     table, slope = costs.costs(run, [6, 2])
     assert table["parameters"].is_monotonic_decreasing
     claims = verdicts.verdicts(run, cuts, trained, slope)
-    assert len(verdicts.verdict_table(claims)) == 5
+    assert len(verdict_table(claims)) == 5
     for draw in (
         lambda: plots.plot_initial_loss(run, loss, cuts),
         lambda: plots.plot_zero_shot(run, zero, cuts),
