@@ -55,12 +55,8 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
         for (student, rows_of), marker in zip(published.groupby("series", sort=False), "Pv*", strict=True):
             axes.plot(rows_of["share_percent"], rows_of["kept"], color=GREY, marker=marker, linestyle="",
                       fillstyle="none", markersize=5, label=f"{student} (published)")  # fmt: skip
-        axes.set_xscale("log")
-        ticks = sorted({100 * share for share in params.shares} | {20, 60, 100})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        _share_axis(axes, {100 * share for share in params.shares} | {20, 60, 100})
         figures.legend_above(figure)
-        axes.set_xlabel("parameters of the student (% of the teacher's)")
         axes.set_ylabel("score kept (%)")
         caption = (
             f"What distilled students of {params.teacher} keep of its score: mean of {len(params.suite)} embedding "
@@ -123,12 +119,8 @@ def plot_suite(study: Study, suite: Suite) -> Any:
                 axes.axhline(value, color=colour, linestyle="--", marker="", label=name)
             else:
                 axes.plot(own, value, color=colour, marker=marker, linestyle="", label=name)
-        axes.set_xscale("log")
-        ticks = sorted({100 * share for share in (*study.params.shares, 1.0)})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        _share_axis(axes, {100 * share for share in (*study.params.shares, 1.0)})
         figures.legend_above(figure)
-        axes.set_xlabel("parameters of the student (% of the teacher's)")
         axes.set_ylabel("mean score (points)")
         caption = (
             f"Mean score over {len(study.params.suite)} embedding tasks of {study.params.teacher} (100 %) and of its "
@@ -240,3 +232,12 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
         return figures.publish(
             figure, "fig:distillation-cost", data=data, caption=caption, recorder=study.recorder
         )
+
+
+def _share_axis(axes: Any, percents: set[float]) -> None:
+    """Make the x axis a logarithmic one of the student's share, with ticks at `percents`."""
+    axes.set_xscale("log")
+    ticks = sorted(percents)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("parameters of the student (% of the teacher's)")
