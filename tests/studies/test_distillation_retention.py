@@ -96,7 +96,7 @@ def test_the_cache_knows_all_that_a_training_depends_on(started, students, monke
         _FOLDER(started, encoder, recipe, ["a b", "c"], array + 1),
         _FOLDER(started, encoder, recipe, ["a b", "c"], array, 2.0),
         _FOLDER(started, encoder, training.Recipe(steps=3), ["a b", "c"], array),
-        _FOLDER(started, students.distilled[0.5][1], recipe, ["a b", "c"], array),
+        _FOLDER(started, students.distilled[0.25][1], recipe, ["a b", "c"], array),
     ]
     assert len({first, *others}) == 6
 
@@ -148,9 +148,11 @@ def test_the_teacher_keeps_all_of_itself(started, students):
 
 def test_every_way_to_learn_is_tried_with_every_seed(started, taught):
     table = taught.table.set_index(["system", "share"])
-    for system in (tasks.LABELS, tasks.SOFT, tasks.MATCHED, tasks.EXTRA, tasks.RANDOM_START, tasks.CUT_START):
+    systems = (tasks.LABELS, tasks.SOFT, tasks.MATCHED, tasks.EXTRA, tasks.OTHER)
+    for system in (*systems, tasks.RANDOM_START, tasks.CUT_START):
         assert table.loc[(system, 0.25), "seeds"] == 2
-    assert (tasks.EXTRA, 0.5) in table.index
+    assert table.loc[(tasks.EXTRA, 0.5), "seeds"] == 1
+    assert (table.loc[[tasks.LABELS, general.TEACHER], "training_kwh"] > 0).all()
     assert table.loc[(general.TEACHER, 1.0), "agreement"] == 100
     assert table.loc[(general.TEACHER, 1.0), "right_to_wrong"] == 0
     majority = taught.probabilities["ReutersR8", tasks.MAJORITY, 0.0][0]
@@ -170,6 +172,7 @@ def test_specialist_and_general_encoders_see_the_same_labels(started, students, 
     table = compared.table
     assert set(table["system"]) == {
         "student",
+        specialists.PROBED,
         "bag of words",
         "tiny-bert, linear probe",
         "tiny-bert, nearest neighbours",
@@ -193,6 +196,7 @@ def test_verdicts_follow_the_target(started, taught):
     suite = general.Suite(pd.DataFrame(), pd.DataFrame(), kept)
     right = {"student": [1] * 16 + [0] * 4, "tiny-bert, linear probe": [1] * 12 + [0] * 8}
     right["tiny-bert, nearest neighbours"] = [1] * 10 + [0] * 10
+    right[specialists.PROBED] = [1] * 14 + [0] * 6  # a student, not one of the larger models
     items = {
         ("ReutersR8", system, specialists.ALL): np.array(values, dtype=float)[:, None]
         for system, values in right.items()
@@ -209,7 +213,11 @@ def test_verdicts_follow_the_target(started, taught):
     assert found["distillation-specialist"].measured.value == pytest.approx(20)
     assert found["distillation-specialist"].measured.low > 0
     assert found["distillation-speed"].verdict == "not reproduced"
-    assert len(found) == 5
+    assert found["distillation-own-kind"].measured == taught.kind
+    own = tasks.correct(taught.data["ReutersR8"], taught.probabilities["ReutersR8", tasks.EXTRA, 0.25])[0]
+    gain = found["distillation-task-definition"].measured
+    assert gain.value == pytest.approx(100 * (own.mean() - 0.7))
+    assert len(found) == 7
 
 
 def test_a_decoder_is_distilled_in_every_way(started):

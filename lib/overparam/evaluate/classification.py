@@ -1,4 +1,4 @@
-"""Classification of texts: predictions of trained models, few examples to train on, and what predictions are worth.
+"""Classification of texts: few examples to train on, and what predictions are worth.
 
 Classes are ids 0, 1, …; predictions are int64 [n], probabilities float64 [n, classes]. Predictions from embeddings
 and the floors are in `probes`, and can be had from here as well.
@@ -11,12 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
 from overparam.evaluate import samples
 from overparam.evaluate.probes import (
     Classes,
@@ -39,77 +36,10 @@ __all__ = [
     "linear_probe",
     "majority",
     "nearest_neighbours",
-    "probabilities",
     "reliability",
+    "reliability_of",
     "zero_shot",
 ]
-
-
-def probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    batch_tokens: int = 4096,
-    max_length: int = 512,
-    label: str = "classifying",
-) -> NDArray[np.float64]:
-    """Probabilities of the classes of each text.
-
-    Args:
-        model: One of ``AutoModelForSequenceClassification``; each text has one class. Dropout is off.
-        tokenizer: Its tokenizer.
-        texts: What to classify.
-        batch_tokens: Tokens of a batch, padding included.
-        max_length: Tokens of a text, special tokens included; longer ones are cut.
-        label: What the progress bar says.
-
-    Returns:
-        float64 [n, classes], in the order of `texts`; rows sum to 1.
-
-    Raises:
-        ValueError: No texts, or an empty one; a model of less than two classes or several classes a text, or without a
-            padding token; or logits that are not finite.
-    """
-    if isinstance(texts, str) or not texts:
-        raise ValueError("there are no texts to classify: give a list of texts")
-    if empty := [index for index, text in enumerate(texts) if not text.strip()]:
-        raise ValueError(f"{len(empty)} of {len(texts)} texts are empty, the first at index {empty[0]}")
-    kind = model.config.problem_type or "single_label_classification"
-    if model.config.num_labels < 2 or kind != "single_label_classification":
-        raise ValueError(
-            f"the model must choose one of at least 2 classes, got {model.config.num_labels} ({kind})"
-        )
-    # decoders find a text's last token by the padding id of their own configuration
-    padding = model.config.get_text_config().pad_token_id
-    padding = tokenizer.pad_token_id if padding is None else padding
-    if padding is None:
-        raise ValueError("neither the model nor its tokenizer has a padding token (pad_token_id)")
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length).input_ids
-    groups: list[list[int]] = [[]]
-    for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
-        if groups[-1] and len(ids[groups[-1][0]]) * (len(groups[-1]) + 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(row)
-    found = np.zeros((len(ids), model.config.num_labels))
-    training = model.training
-    model.eval()
-    try:
-        for group in progress.track(groups, label):
-            width = len(ids[group[0]])
-            rows = [ids[row] + [padding] * (width - len(ids[row])) for row in group]
-            mask = [[1] * len(ids[row]) + [0] * (width - len(ids[row])) for row in group]
-            with torch.inference_mode():
-                logits = model(
-                    input_ids=torch.tensor(rows, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                ).logits  # [rows, classes]
-            found[group] = logits.double().softmax(-1).cpu().numpy()
-    finally:
-        model.train(training)
-    if not np.isfinite(found).all():
-        raise ValueError("the logits are not finite; load the model in float32 or bfloat16")
-    return found
 
 
 def few_shot(
@@ -219,9 +149,19 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) 
         raise ValueError(
             "probabilities must be at least 0 and each row must sum to 1; logits need a softmax first"
         )
+    return reliability_of(values.max(axis=1), values.argmax(axis=1) == truth, bins=bins)
+
+
+def reliability_of(confidence: NDArray[np.float64], hits: NDArray[np.bool_], *, bins: int) -> pd.DataFrame:
+    """Do as `reliability` does, from each text's confidence [n] and whether it was classified rightly [n].
+
+    So can texts of tasks with different numbers of classes stand in one diagram.
+
+    Raises:
+        ValueError: `bins` is below 1.
+    """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    confidence, hits = values.max(axis=1), values.argmax(axis=1) == truth
     edges = np.linspace(0, 1, bins + 1)
     place = np.digitize(confidence, edges[1:-1], right=True)
     counts = np.bincount(place, minlength=bins)
@@ -233,7 +173,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) 
             "high": edges[1:],
             "confidence": means[0],
             "accuracy": means[1],
-            "share": counts / len(truth),
+            "share": counts / len(hits),
         }
     )
 

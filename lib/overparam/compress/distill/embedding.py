@@ -27,7 +27,7 @@ def distill_embeddings(
     targets: NDArray[np.float32],
     recipe: Recipe,
     *,
-    objective: Objective = "both",
+    objective: Objective = "cosine",
     checkpoint: Path | None = None,
     label: str = "distilling embeddings",
 ) -> Log:

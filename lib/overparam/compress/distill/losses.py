@@ -119,65 +119,6 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - functional.cosine_similarity(_widened(student), _widened(teacher).detach(), dim=-1)).mean()
 
 
-def attention_relations(
-    student_states: Tensor, teacher_states: Tensor, mask: Tensor, *, heads: int
-) -> Tensor:
-    """KL(teacher ‖ student) of which tokens each token's state resembles, mean over heads and real tokens.
-
-    MiniLMv2's self-attention relation (Wang et al. 2021, arXiv 2012.15828, section 3): states are split into relation
-    heads, whose number need not be that of attention heads; a relation is the softmax over scaled dot products of
-    a head's part. The paper adds three such losses, of the queries, the keys and the values of one layer; hidden
-    states can be given as well. Every real token of the batch has the same weight.
-
-    Args:
-        student_states: [rows, length, width].
-        teacher_states: [rows, length, other width].
-        mask: [rows, length], true or 1 at real tokens; padding neither asks nor is looked at.
-        heads: Relation heads, a divisor of both widths.
-
-    Raises:
-        ValueError: `heads` does not divide a width, shapes do not agree, or there is no real token.
-    """
-    real = _check_states(student_states, teacher_states, mask)
-    for side, states in (("student", student_states), ("teacher", teacher_states)):
-        if heads < 1 or states.shape[-1] % heads:
-            raise ValueError(f"heads must divide the {side}'s width {states.shape[-1]}, got {heads}")
-    padding = ~real[:, None, None, :]  # [rows, 1, 1, length (key)]
-
-    def relations(states: Tensor) -> Tensor:
-        parts = _widened(states).reshape(*real.shape, heads, -1).transpose(1, 2)
-        # [rows, heads, length, width / heads] -> [rows, heads, length, length]
-        scores = _products(parts) / math.sqrt(parts.shape[-1])
-        # the least number rather than −inf, which turns rows without a real token to NaN
-        return scores.masked_fill(padding, torch.finfo(scores.dtype).min).log_softmax(-1)
-
-    divergence = _kl(relations(teacher_states).detach(), relations(student_states))  # [rows, heads, length]
-    return divergence.transpose(1, 2)[real].mean()
-
-
-def hidden_states(student_states: Tensor, teacher_states: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of the states of real tokens, over tokens and dimensions.
-
-    For students as wide as the teacher (or states that the caller has projected, as in TinyBERT, Jiao et al. 2020,
-    arXiv 1909.10351); `attention_relations` compares states of any widths.
-
-    Args:
-        student_states: [rows, length, width].
-        teacher_states: [rows, length, width].
-        mask: [rows, length], true or 1 at real tokens.
-
-    Raises:
-        ValueError: Widths differ, shapes do not agree, or there is no real token.
-    """
-    real = _check_states(student_states, teacher_states, mask)
-    if student_states.shape[-1] != teacher_states.shape[-1]:
-        raise ValueError(
-            f"the student's states have {student_states.shape[-1]} dimensions, the teacher's "
-            f"{teacher_states.shape[-1]}: project the student's first, or use attention_relations"
-        )
-    return functional.mse_loss(_widened(student_states)[real], _widened(teacher_states).detach()[real])
-
-
 def forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
@@ -282,17 +223,6 @@ def _token_logs(
         raise ValueError("the mask leaves no token to learn from")
     student, teacher = student_logits[counted], teacher_logits[counted]
     return _logs(student, temperature), _logs(teacher, temperature).detach()
-
-
-def _check_states(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """The mask as booleans."""
-    _check_rows(student, teacher)
-    if mask.shape != student.shape[:-1]:
-        raise ValueError(f"mask must be [rows, length] = {list(student.shape[:-1])}, got {list(mask.shape)}")
-    real = mask.bool()
-    if not real.any():
-        raise ValueError("the mask leaves no token: the batch is all padding")
-    return real
 
 
 def _check_rows(student: Tensor, teacher: Tensor) -> None:

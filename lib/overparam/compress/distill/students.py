@@ -52,7 +52,8 @@ def student_config(
     that leaves a feed-forward width of at least twice the hidden size; that width, a multiple of 8, is then what
     meets the budget. The vocabulary is the teacher's where all tables take at most three fifths of the budget, and
     otherwise the largest of a fixed list that does. There are 256 positions, or 128 where 256 would take more than
-    a 25th of the budget. Heads are as wide as the teacher's where that divides the hidden size.
+    a 25th of the budget. Heads are as wide as the teacher's where that divides the hidden size. There is no dropout:
+    a student of this size does not overfit what its teacher says, and drawing the random numbers takes time.
 
     Args:
         teacher: A text encoder.
@@ -89,6 +90,8 @@ def student_config(
                 pad_token_id=config.pad_token_id,
                 hidden_act=getattr(config, "hidden_act", "gelu"),
                 layer_norm_eps=getattr(config, "layer_norm_eps", 1e-12),
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
             )
     smallest = _smallest(teacher, vocabulary) + head_size
     enough = 1.005 * smallest / total  # so that three digits are never rounded below it

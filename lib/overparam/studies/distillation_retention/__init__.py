@@ -32,11 +32,11 @@ class Params(BaseModel):
     seed: int = Field(42, description="of data, first weights and bootstrap")
 
     texts: Annotated[int, Field(ge=64)] = Field(
-        6000, description="unlabelled texts that the students learn to embed"
+        8000, description="unlabelled texts that the students learn to embed"
     )
-    objective: Literal["cosine", "relational", "both"] = "both"
-    steps: Count = 300
-    batch_size: Annotated[int, Field(ge=4)] = 64
+    objective: Literal["cosine", "relational", "both"] = "cosine"
+    steps: Count = 600
+    batch_size: Annotated[int, Field(ge=4)] = 32
     learning_rate: Positive = 2e-3
     suite: tuple[str, ...] = Field(
         tuple(task for task in LOCAL_TASKS if task != "ReutersR52"),
@@ -64,7 +64,9 @@ class Params(BaseModel):
     soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         0.9, description="of the soft targets; the labels have the rest"
     )
-    train_seeds: tuple[int, ...] = Field((42,), min_length=1)
+    train_seeds: tuple[int, ...] = Field(
+        (42,), min_length=1, description="of teachers and of the student of task_share; others take the first"
+    )
 
     per_class: tuple[Count, ...] = Field((8, 32), description="labelled texts of a class, small to large")
     ready_made: tuple[str, ...] = Field(

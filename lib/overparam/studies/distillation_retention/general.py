@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,8 @@ from overparam.compress.distill import encoders
 from overparam.compress.distill.embedding import distill_embeddings
 from overparam.compress.distill.training import Log, Recipe
 from overparam.evaluate import embedding
-from overparam.measure import energy
 from overparam.report import stats
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,7 +39,7 @@ class Students:
     """Students of the teacher.
 
     Attributes:
-        distilled: By share, one a training seed.
+        distilled: By share; of the share that tasks use one a training seed, of the others one.
         controls: By name, of the share that tasks use and the first seed.
         table: One row a share: shape, parameters, and what vocabulary and training cost.
     """
@@ -87,7 +87,7 @@ def build(study: Study) -> Students:
                 max_length=config.max_position_embeddings,
             )
             config.vocab_size = len(tokenizer)
-        for seed in params.train_seeds:
+        for seed in params.train_seeds if share == params.task_share else params.train_seeds[:1]:
             student = distill.new_student(config, seed=seed)
             first = share == params.task_share and seed == params.train_seeds[0]
             if first:
@@ -105,10 +105,8 @@ def build(study: Study) -> Students:
             if first:
                 controls[BORROWED] = _wrapped(study, student, tokenizer, seed)
             encoder = _wrapped(study, student, tokenizer, seed)
-            with energy.energy() as used:
-                log = _learn(study, encoder, targets, seed, f"student of {share:.0%}")
+            log, kwh = measured(partial(_learn, study, encoder, targets, seed, f"student of {share:.0%}"))
             distilled.setdefault(share, []).append(encoder)
-            kwh = float("nan") if log.resumed else used.kwh
             rows.append({"seed": seed} | _row(study, share, encoder, log) | {"training_kwh": kwh})
     table = pd.DataFrame(rows)
     study.recorder.table("students", table)

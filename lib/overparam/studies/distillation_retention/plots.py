@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from overparam.evaluate import classification
 from overparam.report import figures
 from overparam.studies.distillation_retention.general import BORROWED, CUT, TEACHER, UNTRAINED, WORDS, Suite
 from overparam.studies.distillation_retention.specialists import ALL, NEIGHBOURS, NONE, Compared
@@ -19,6 +19,7 @@ from overparam.studies.distillation_retention.tasks import (
     LABELS,
     MAJORITY,
     MATCHED,
+    OTHER,
     RANDOM_START,
     SOFT,
     Taught,
@@ -71,7 +72,7 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
 
 def plot_tasks(study: Study, taught: Taught) -> Any:
     """Draw the accuracy of the teacher, of the student by what it learned from, and of the controls."""
-    systems = (TEACHER, LABELS, SOFT, MATCHED, EXTRA, RANDOM_START, CUT_START, WORDS, MAJORITY)
+    systems = (TEACHER, LABELS, SOFT, MATCHED, EXTRA, OTHER, RANDOM_START, CUT_START, WORDS, MAJORITY)
     table = taught.table
     data = table[table["share"].isin([0.0, 1.0, study.params.task_share])]
     columns = ["task", "system", "accuracy", "accuracy_low", "accuracy_high"]
@@ -175,7 +176,7 @@ def plot_reliability(study: Study, taught: Taught) -> Any:
         ]
         sure = np.concatenate([each.max(axis=1) for each, _ in pairs])
         right = np.concatenate([each.argmax(axis=1) == labels for each, labels in pairs])
-        parts.append(_reliability(sure, right).assign(system=name))
+        parts.append(classification.reliability_of(sure, right, bins=_BINS).dropna().assign(system=name))
     data = pd.concat(parts, ignore_index=True)
     with figures.style():
         figure, axes = plt.subplots()
@@ -193,14 +194,6 @@ def plot_reliability(study: Study, taught: Taught) -> Any:
         return figures.publish(
             figure, "fig:distillation-reliability", data=data, caption=caption, recorder=study.recorder
         )
-
-
-def _reliability(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> pd.DataFrame:
-    """Mean confidence and accuracy by bin of confidence, of texts of tasks with different numbers of classes."""
-    frame = pd.DataFrame({"confidence": sure, "accuracy": right.astype(float)})
-    bins = (frame["confidence"] * _BINS).astype(int).clip(upper=_BINS - 1)
-    means = frame.groupby(bins.to_numpy()).mean()
-    return means.assign(texts=frame.groupby(bins.to_numpy()).size()).reset_index(drop=True)
 
 
 def plot_cost(study: Study, costs: pd.DataFrame) -> Any:

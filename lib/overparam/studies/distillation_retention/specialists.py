@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 STUDENT = "student"
+PROBED = "student as it is, linear probe"
 NEIGHBOURS = 5
 _MIDDLE = 0.6  # of the layers of a decoder, where its embeddings are best without training
 NONE, ALL = "none", "all"  # labelled texts, in the column per_class
@@ -48,7 +49,7 @@ def compare(study: Study, taught: Taught, students: Students) -> Compared:
     """Train the student on few labels, and probe general encoders with the same ones.
 
     General encoders stay as they are: a linear probe, the nearest neighbours, and, without any label, the name of the
-    topic that is nearest to a text.
+    topic that is nearest to a text. So does, with all labels, the student before it learned any task.
     """
     params, data = study.params, taught.data
     rows = []
@@ -87,6 +88,8 @@ def compare(study: Study, taught: Taught, students: Students) -> Compared:
             add(task, STUDENT, count, mine)
             words = classification.bag_of_words(texts, labels, task.test_texts, seed=params.seed)
             add(task, WORDS, count, words.argmax(axis=1))
+        known, test = (encoders.outputs(start, texts) for texts in (task.texts, task.test_texts))
+        add(task, PROBED, ALL, classification.linear_probe(known, task.labels, test, seed=params.seed))
     table = pd.DataFrame(rows)
     study.recorder.table("specialists", table)
     return Compared(table, items)

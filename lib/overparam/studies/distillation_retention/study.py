@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,10 @@ from overparam import models, packages
 from overparam.allocator import keep_freed_memory
 from overparam.compress import distill
 from overparam.compress.distill import encoders
-from overparam.compress.distill.training import Recipe
+from overparam.compress.distill.training import Log, Recipe
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.measure import energy
 from overparam.report import record
 from overparam.studies.distillation_retention import Params
 
@@ -84,6 +85,11 @@ class Study:
         turns = (text for row in itertools.zip_longest(*drawn) for text in row if text)
         return list(dict.fromkeys(samples.cut(text, self.params.characters) for text in turns))
 
+    def verses(self, count: int) -> list[str]:
+        """Verses of the training part: unlabelled text that is of another kind than the topics' articles and posts."""
+        texts = [verse.text for verse in splits.verses_in("web", "train")]
+        return list(map(str, samples.shuffled(texts, self.params.seed)[:count]))
+
     def keep(self, system: str, task: str, items: NDArray[np.float64], columns: Mapping[str, object]) -> None:
         """Keep per-item scores for the record, an array of shape [n, k]."""
         values = {f"value_{k}": column.astype(np.float32) for k, column in enumerate(items.T)}
@@ -120,6 +126,13 @@ class Study:
         self.recorder.items("items", items)
         self.recorder.finish()
         return self.recorder.record
+
+
+def measured(training: Callable[[], Log]) -> tuple[Log, float]:
+    """Run a training; return its log and the kWh that it took, NaN where it went on from an earlier run's state."""
+    with energy.energy() as used:
+        log = training()
+    return log, float("nan") if log.resumed else used.kwh
 
 
 def start(params: Params) -> Study:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,21 +15,22 @@ from scipy.special import softmax
 from overparam import progress
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import UNLABELLED, train_classifier
-from overparam.compress.distill.training import Log, Recipe
+from overparam.compress.distill.training import Recipe
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics, topics
 from overparam.report import stats
 from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-LABELS, SOFT, MATCHED, EXTRA = (
+LABELS, SOFT, MATCHED, EXTRA, OTHER = (
     "labels",
     "soft targets",
     "soft targets and hidden states",
     "soft targets, unlabelled text too",
+    "soft targets, verses too",
 )
 MAJORITY = "majority class"
 RANDOM_START, CUT_START = "soft targets, from random weights", "soft targets, from the cut"
@@ -48,6 +50,7 @@ class Taught:
         table: One row a task, system and share.
         kept: (task, share) -> what a student trained as `BEST` keeps of its teacher's accuracy, in percent.
         soft: Accuracy with soft targets less accuracy with labels alone, mean over tasks, in points.
+        kind: The same for unlabelled text of the task's own kind less as many verses.
     """
 
     data: dict[str, Topics]
@@ -56,6 +59,7 @@ class Taught:
     table: pd.DataFrame
     kept: dict[tuple[str, float], stats.Estimate]
     soft: stats.Estimate
+    kind: stats.Estimate
 
 
 def teach(study: Study, students: Students) -> Taught:
@@ -73,17 +77,17 @@ def teach(study: Study, students: Students) -> Taught:
         for name in params.topics
     }
     found: dict[tuple[str, str, float], list[Probabilities]] = {}
-    seconds: dict[tuple[str, str, float], list[float]] = {}
+    spent: dict[tuple[str, str, float], list[tuple[float, float]]] = {}
     classifiers: dict[str, SentenceTransformer] = {}
     runs = [(task, number) for task in data.values() for number in range(len(params.train_seeds))]
     for task, number in progress.track(runs, "tasks"):
-        for (system, share), (classifier, log) in _trained(study, students, task, number).items():
+        for (system, share), (classifier, cost) in _trained(study, students, task, number).items():
             if (system, share, number) == (BEST, params.task_share, 0):
                 classifiers[task.name] = classifier
             key = (task.name, system, share)
             probabilities = softmax(encoders.outputs(classifier, task.test_texts).astype(np.float64), axis=1)
             found.setdefault(key, []).append(probabilities)
-            seconds.setdefault(key, []).append(log.seconds[-1])
+            spent.setdefault(key, []).append(cost)
     for task in data.values():
         words = classification.bag_of_words(task.texts, task.labels, task.test_texts, seed=params.seed)
         found[task.name, WORDS, 0.0] = [words]
@@ -91,17 +95,28 @@ def teach(study: Study, students: Students) -> Taught:
         found[task.name, MAJORITY, 0.0] = [np.eye(len(task.classes))[most]]
     rows = [
         _row(study, data[task], system, share, several, found[task, TEACHER, 1.0])
-        | {
-            "training_seconds": float(np.mean(seconds[key]))
-            if (key := (task, system, share)) in seconds
-            else 0.0
-        }
+        | dict(
+            zip(
+                ("training_seconds", "training_kwh"),
+                np.mean(spent.get((task, system, share), [(0.0, 0.0)]), axis=0),
+                strict=True,
+            )
+        )
         for (task, system, share), several in progress.track(found.items(), "intervals of the tasks")
     ]
     table = pd.DataFrame(rows)
     study.recorder.table("tasks", table)
     kept = {(task, share): _kept(found, data[task], BEST, share) for task in data for share in params.shares}
-    return Taught(data, found, classifiers, table, kept, _soft(study, data, found))
+    gains = {
+        name: _gain(study, data, found, before, after)
+        for name, before, after in (
+            ("soft_targets_less_labels", LABELS, SOFT),
+            ("own_kind_less_other_kind", OTHER, EXTRA),
+        )
+    }
+    for name, gain in gains.items():
+        study.recorder.metric(name, gain, "points")
+    return Taught(data, found, classifiers, table, kept, *gains.values())
 
 
 def correct(task: Topics, several: Sequence[Probabilities]) -> list[NDArray[np.float64]]:
@@ -111,37 +126,43 @@ def correct(task: Topics, several: Sequence[Probabilities]) -> list[NDArray[np.f
 
 def _trained(
     study: Study, students: Students, task: Topics, number: int
-) -> dict[tuple[str, float], tuple[SentenceTransformer, Log]]:
-    """All classifiers of a task and of one of the seeds, by system and share."""
+) -> dict[tuple[str, float], tuple[SentenceTransformer, tuple[float, float]]]:
+    """All classifiers of a task and of one of the seeds, by system and share, with seconds and kWh of the training."""
     params = study.params
     seed = params.train_seeds[number]
-    texts = [*task.texts, *task.unlabelled]
-    labels = np.concatenate([task.labels, np.full(len(task.unlabelled), UNLABELLED)])
-    n, classes, own = len(task.texts), len(task.classes), params.task_share
-
+    classes, own = len(task.classes), params.task_share
+    verses = study.verses(len(task.unlabelled))
     teacher = encoders.as_classifier(study.encoder, classes, seed=seed)
-    log = _fit(study, teacher, task, TEACHER, seed, task.texts, task.labels)
-    found = {(TEACHER, 1.0): (teacher, log)}
-    logits, states = encoders.outputs(teacher, texts), encoders.pooled(teacher, task.texts)
+    cost = _fit(study, teacher, task, TEACHER, seed, task.texts)
+    found = {(TEACHER, 1.0): (teacher, cost)}
+    states = encoders.pooled(teacher, task.texts)
+    soft, of_further, of_verses = (
+        encoders.outputs(teacher, texts) if texts else np.zeros((0, classes), dtype=np.float32)
+        for texts in (task.texts, task.unlabelled, verses)
+    )
 
     def student(
-        start: SentenceTransformer, system: str, share: float, **targets: NDArray[np.float32]
+        start: SentenceTransformer,
+        system: str,
+        share: float,
+        more: Sequence[str] = (),
+        **targets: NDArray[np.float32],
     ) -> None:
         model = encoders.as_classifier(start, classes, seed=seed)
-        some = slice(None) if system == EXTRA else slice(n)
-        found[system, share] = (
-            model,
-            _fit(study, model, task, f"{share} {system}", seed, texts[some], labels[some], **targets),
-        )
+        texts = [*task.texts, *more]
+        found[system, share] = (model, _fit(study, model, task, f"{share} {system}", seed, texts, **targets))
 
     mine = students.distilled[own][number]
     student(mine, LABELS, own)
-    student(mine, SOFT, own, teacher_logits=logits[:n])
-    student(mine, MATCHED, own, teacher_logits=logits[:n], teacher_states=states)
-    student(students.controls[UNTRAINED], RANDOM_START, own, teacher_logits=logits[:n])
-    student(students.controls[CUT], CUT_START, own, teacher_logits=logits[:n])
+    student(mine, SOFT, own, teacher_logits=soft)
+    student(mine, MATCHED, own, teacher_logits=soft, teacher_states=states)
+    student(mine, OTHER, own, verses, teacher_logits=np.concatenate([soft, of_verses]))
+    student(students.controls[UNTRAINED], RANDOM_START, own, teacher_logits=soft)
+    student(students.controls[CUT], CUT_START, own, teacher_logits=soft)
     for share, several in students.distilled.items():
-        student(several[number], EXTRA, share, teacher_logits=logits)
+        if number < len(several):
+            logits = np.concatenate([soft, of_further])
+            student(several[number], EXTRA, share, task.unlabelled, teacher_logits=logits)
     return found
 
 
@@ -152,10 +173,12 @@ def _fit(
     name: str,
     seed: int,
     texts: Sequence[str],
-    labels: NDArray[np.int64],
     **targets: NDArray[np.float32],
-) -> Log:
+) -> tuple[float, float]:
+    """Train on texts of which the first are the labelled ones; return seconds and kWh."""
     params = study.params
+    labels = np.full(len(texts), UNLABELLED)
+    labels[: len(task.labels)] = task.labels
     teaches = name == TEACHER
     steps = params.teacher_steps if teaches else params.student_steps
     recipe = Recipe(
@@ -166,7 +189,8 @@ def _fit(
         seed=seed,
     )
     soft = (params.temperature, params.soft_weight, list(targets)) if targets else ()
-    return train_classifier(
+    fit = partial(
+        train_classifier,
         model,
         texts,
         labels,
@@ -177,6 +201,8 @@ def _fit(
         label=f"{task.name}: {name}",
         **targets,
     )
+    log, kwh = measured(fit)
+    return log.seconds[-1], kwh
 
 
 def _row(
@@ -191,6 +217,8 @@ def _row(
     for seed, each in zip(study.params.train_seeds, items, strict=False):
         study.keep(system, task.name, each, {"share": share, "seed": seed})
     accuracy = stats.suite_score({task.name: (items, "mean")}, n_resamples=CURVE_RESAMPLES)
+    if share:  # a student is compared with its own teacher
+        teacher = teacher[: len(several)]
     kept = stats.retention(correct(task, teacher), items, n_resamples=CURVE_RESAMPLES)
     repeated = list(several) if len(several) == len(teacher) else [several[0]] * len(teacher)
     pairs = list(zip(teacher, repeated, strict=True))
@@ -220,25 +248,26 @@ def _row(
 def _kept(
     found: dict[tuple[str, str, float], list[Probabilities]], task: Topics, system: str, share: float
 ) -> stats.Estimate:
-    sides = (found[task.name, TEACHER, 1.0], found[task.name, system, share])
+    several = found[task.name, system, share]
+    sides = (found[task.name, TEACHER, 1.0][: len(several)], several)
     return stats.retention(*(correct(task, side) for side in sides)).scaled(100)
 
 
-def _soft(
-    study: Study, data: dict[str, Topics], found: dict[tuple[str, str, float], list[Probabilities]]
+def _gain(
+    study: Study,
+    data: dict[str, Topics],
+    found: dict[tuple[str, str, float], list[Probabilities]],
+    before: str,
+    after: str,
 ) -> stats.Estimate:
-    """Soft targets less labels, in points, paired by text and seed."""
+    """Accuracy of one way to learn less that of another, mean over tasks in points, paired by text and seed."""
     share = study.params.task_share
-    change = stats.suite_difference(
-        {
-            task.name: (
-                correct(task, found[task.name, LABELS, share]),
-                correct(task, found[task.name, SOFT, share]),
-                "mean",
-            )
-            for task in data.values()
-        }
-    )
-    estimate = change.scaled(100)
-    study.recorder.metric("soft_targets_less_labels", estimate, "points")
-    return estimate
+    pairs = {
+        task.name: (
+            correct(task, found[task.name, before, share]),
+            correct(task, found[task.name, after, share]),
+            "mean",
+        )
+        for task in data.values()
+    }
+    return stats.suite_difference(pairs).scaled(100)

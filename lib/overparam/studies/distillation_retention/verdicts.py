@@ -8,9 +8,9 @@ import pandas as pd
 from overparam.report import stats
 from overparam.report.claims import Claim, judged
 from overparam.studies.distillation_retention.general import TEACHER, Suite
-from overparam.studies.distillation_retention.specialists import ALL, STUDENT, Compared
+from overparam.studies.distillation_retention.specialists import ALL, PROBED, STUDENT, Compared
 from overparam.studies.distillation_retention.study import Study
-from overparam.studies.distillation_retention.tasks import Taught, correct
+from overparam.studies.distillation_retention.tasks import EXTRA, Taught, correct
 
 # share of the teacher's parameters and of its score that students kept, in percent
 PUBLISHED = pd.DataFrame(
@@ -65,7 +65,12 @@ def verdicts(
             f"weight of the soft targets {params.soft_weight:g}; the rest is the labels'.",
         )
     )
-    claims += [_specialist(study, taught, compared), _faster(study, faster)]
+    claims += [
+        _specialist(study, taught, compared),
+        _task_definition(study, taught, compared),
+        _own_kind(study, taught),
+        _faster(study, faster),
+    ]
     for claim in claims:
         study.recorder.claim(claim)
     return claims
@@ -89,7 +94,9 @@ def _specialist(study: Study, taught: Taught, compared: Compared) -> Claim:
     """The student against the best general encoder of each task, all labelled texts, mean over tasks."""
     table = compared.table
     probes = table[
-        (table["per_class"] == ALL) & table["system"].str.contains("linear probe|nearest neighbours")
+        (table["per_class"] == ALL)
+        & table["system"].str.contains("linear probe|nearest neighbours")
+        & (table["system"] != PROBED)
     ]
     measured, note = None, "No general encoder among the parameters."
     if not probes.empty:
@@ -117,6 +124,49 @@ def _specialist(study: Study, taught: Taught, compared: Compared) -> Claim:
         unit="points of accuracy",
         figure="fig:distillation-specialists",
         note=note,
+    )
+
+
+def _task_definition(study: Study, taught: Taught, compared: Compared) -> Claim:
+    """The student distilled for each task against the same student as a general encoder under a probe."""
+    share = study.params.task_share
+    pairs = {
+        name: (
+            compared.items[name, PROBED, ALL],
+            correct(task, taught.probabilities[name, EXTRA, share])[0],
+            "mean",
+        )
+        for name, task in taught.data.items()
+    }
+    return judged(
+        "distillation-task-definition",
+        "A student does best when it is distilled for a clearly defined task",
+        source="said of distillation in general",
+        published="better than a student distilled for no task",
+        kind="better",
+        measured=stats.suite_difference(pairs).scaled(100),
+        margin=0.0,
+        unit="points of accuracy",
+        figure="fig:distillation-specialists",
+        note="Taught by the fine-tuned teacher, against a linear probe on the same student before it, with the same "
+        "labelled texts; first seed.",
+    )
+
+
+def _own_kind(study: Study, taught: Taught) -> Claim:
+    """Unlabelled text of the task's kind against as many verses."""
+    counts = ", ".join(f"{len(task.unlabelled)} of {name}" for name, task in taught.data.items())
+    return judged(
+        "distillation-own-kind",
+        "A student learns more from unlabelled text of its task's own kind than from other text",
+        source="said of distillation in general",
+        published="better",
+        kind="better",
+        measured=taught.kind,
+        margin=0.0,
+        unit="points of accuracy",
+        figure="fig:distillation-tasks",
+        note=f"The teacher labels {counts}, or as many verses. {len(study.params.train_seeds)} seed(s).",
     )
 
 
