@@ -2,109 +2,16 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from overparam import models, packages
+from overparam import packages
 from overparam.data import corpora
 from overparam.evaluate import classification, embedding
 from overparam.report import stats
-
-TEXTS = [
-    "grain",
-    "oil prices rose",
-    "a",
-    "the bank of Japan said on Friday",
-    "wheat und Öl",
-    "ship ship ship ship",
-]
-
-
-def classifier(model_type="bert", classes=3, **overrides):
-    """A tiny model with a head for classes; dropout is on while it trains."""
-    name, fields = models.TWINS[model_type]
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 260}
-    if model_type == "modernbert":
-        tokens |= {"cls_token_id": 1, "sep_token_id": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(name, num_labels=classes, **{**fields, **tokens, **overrides})
-        model = AutoModelForSequenceClassification.from_config(config).eval()
-        for parameter in model.parameters():
-            parameter.data.mul_(3)
-    return model
-
-
-@pytest.mark.parametrize("model_type", ["bert", "modernbert", "llama"])
-def test_probabilities_are_those_of_one_text_after_the_other(model_type):
-    model, tokenizer = classifier(model_type), models.tiny_tokenizer()
-    found = classification.probabilities(model, tokenizer, TEXTS, batch_tokens=64)
-    assert found.shape == (6, 3)
-    assert found.dtype == np.float64
-    for row, text in zip(found, TEXTS, strict=True):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0].double()
-        np.testing.assert_allclose(row, logits.softmax(-1), atol=1e-6)
-    assert np.ptp(found, axis=0).max() > 1e-4
-    np.testing.assert_allclose(found.sum(axis=1), 1)
-    for batch_tokens in (1, 100_000):
-        again = classification.probabilities(model, tokenizer, TEXTS, batch_tokens=batch_tokens)
-        np.testing.assert_allclose(again, found, atol=1e-6)
-
-
-def test_batches_hold_their_tokens_and_the_longest_texts_come_first():
-    model, shapes = classifier(), []
-    handle = model.register_forward_pre_hook(
-        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    classification.probabilities(model, models.tiny_tokenizer(), TEXTS, batch_tokens=64)
-    handle.remove()
-    assert all(rows == 1 or rows * width <= 64 for rows, width in shapes)
-    assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True)
-    assert sum(rows for rows, _ in shapes) == 6
-    assert len(shapes) < 6
-
-
-def test_dropout_is_off_and_the_mode_is_kept():
-    model, tokenizer = classifier(hidden_dropout_prob=0.5), models.tiny_tokenizer()
-    expected = classification.probabilities(model, tokenizer, TEXTS)
-    model.train()
-    np.testing.assert_array_equal(classification.probabilities(model, tokenizer, TEXTS), expected)
-    assert model.training
-
-
-def test_long_texts_are_cut():
-    model, tokenizer = classifier(), models.tiny_tokenizer()
-    cut = classification.probabilities(model, tokenizer, ["abcdefgh", "abcdxyz"], max_length=5)
-    np.testing.assert_allclose(cut[0], cut[1], atol=1e-7)
-    whole = classification.probabilities(model, tokenizer, ["abcdefgh", "abcdxyz"])
-    assert np.abs(whole[0] - whole[1]).max() > 1e-4
-
-
-def test_what_cannot_be_classified_is_refused():
-    model, tokenizer = classifier(), models.tiny_tokenizer()
-    for texts in ([], "one text"):
-        with pytest.raises(ValueError, match="no texts to classify"):
-            classification.probabilities(model, tokenizer, texts)
-    with pytest.raises(ValueError, match="2 of 3 texts are empty, the first at index 1"):
-        classification.probabilities(model, tokenizer, ["a", " ", ""])
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
-        classification.probabilities(classifier(classes=1), tokenizer, TEXTS)
-    several = classifier(problem_type="multi_label_classification")
-    with pytest.raises(ValueError, match=r"got 3 \(multi_label_classification\)"):
-        classification.probabilities(several, tokenizer, TEXTS)
-    model.classifier.bias.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        classification.probabilities(model, tokenizer, TEXTS)
-    model.config.pad_token_id = tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="padding token"):
-        classification.probabilities(model, tokenizer, TEXTS)
-
 
 PROBABILITIES = np.array(
     [

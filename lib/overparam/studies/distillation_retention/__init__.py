@@ -37,7 +37,7 @@ class Params(BaseModel):
     objective: Literal["cosine", "relational", "both"] = "cosine"
     steps: Count = 600
     batch_size: Annotated[int, Field(ge=4)] = 32
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 1e-3
     suite: tuple[str, ...] = Field(
         tuple(task for task in LOCAL_TASKS if task != "ReutersR52"),
         min_length=1,
