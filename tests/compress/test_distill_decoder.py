@@ -268,3 +268,29 @@ def test_divergence_by_text_is_that_of_one_text_after_the_other():
     assert np.abs(decoder.token_kl(teacher, teacher, prompts, targets)[:, :2]).max() < 1e-5
     with pytest.raises(ValueError, match="equally many"):
         decoder.token_kl(student, teacher, prompts, targets[1:])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(share, tmp_path, monkeypatch):
+    options = {"on_policy_share": share, "max_new_tokens": 4, "batch_size": 4, "every": 2}
+
+    def run(**more):
+        student = twin(layers=1)
+        return student, distill_decoder(student, twin(seed=1), *pairs(), RECIPE, **options, **more)
+
+    whole, expected = run()
+    store = decoder.checkpoints.store
+
+    def stop(*args, **named):
+        store(*args, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.checkpoints, "store", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint=tmp_path / "state")
+    resumed, found = run(checkpoint=tmp_path / "state")
+    assert found == expected
+    assert torch.equal(weights(resumed), weights(whole))
+    with pytest.raises(ValueError, match="another recipe: objective differ"):
+        run(checkpoint=tmp_path / "state", objective="jsd")

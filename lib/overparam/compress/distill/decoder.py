@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from overparam import progress
 from overparam.compress import causal
+from overparam.compress import checkpoint as checkpoints
 from overparam.compress.distill import losses
 
 Objective = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -48,6 +51,8 @@ def distill_decoder(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    checkpoint: Path | None = None,
+    every: int = 100,
     label: str = "distilling",
 ) -> list[float]:
     """Train `student` in place to give the next tokens of targets the probabilities that `teacher` gives them.
@@ -75,6 +80,8 @@ def distill_decoder(
         batch_size: Pairs a batch.
         max_new_tokens: Length of sampled targets; by default that of the batch's longest target.
         tokenizers: Those of student and teacher, compared if given; otherwise only the sizes of vocabularies are.
+        checkpoint: Folder of the state; a run that finds one there goes on from it.
+        every: Steps between checkpoints.
         label: Name of the step in the progress display.
 
     Returns:
@@ -82,7 +89,8 @@ def distill_decoder(
 
     Raises:
         ValueError: Vocabularies differ; prompts and targets are not equally many, empty or beyond the vocabulary; an
-            argument is out of its range; or the student should write but has no end token.
+            argument is out of its range; the student should write but has no end token; or a checkpoint of another
+            recipe or model.
         FloatingPointError: The loss or its gradient is not finite; says at which step. The student then has the
             weights with which they last were.
     """
@@ -98,13 +106,25 @@ def distill_decoder(
     order = _order(len(prompts), batch_size, recipe.seed)
     # a stream of its own, so that the order of pairs is the same whatever the share
     choices = np.random.default_rng([recipe.seed, 1])
+    settings = asdict(recipe) | {
+        "objective": objective,
+        "on_policy_share": on_policy_share,
+        "beta": beta,
+        "temperature": temperature,
+        "batch_size": batch_size,
+    }
     found: list[float] = []
+    if checkpoint and (stored := checkpoints.find(checkpoint)):
+        found = checkpoints.restore(stored, student, optimizers, recipe=settings)["loss"]
+    done = len(found)
+    for _ in range(done * recipe.accumulate):
+        next(order), choices.random()
     good: list[Tensor] = []  # weights before the last update
     teacher.eval()
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            for step in progress.track(range(recipe.steps), label):
+            for step in progress.track(range(done, recipe.steps), label):
+                torch.manual_seed(recipe.seed * 1_000_003 + step)  # a run that resumes draws the same
                 batches = []
                 for _ in range(recipe.accumulate):
                     rows = next(order)
@@ -126,6 +146,8 @@ def distill_decoder(
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 found.append(loss)
+                if checkpoint and ((step + 1) % every == 0 or step + 1 == recipe.steps):
+                    checkpoints.store(checkpoint, student, optimizers, recipe=settings, log={"loss": found})
     except FloatingPointError:
         with torch.no_grad():
             for parameter, value in zip(trained, good, strict=False):  # there is none before the first update

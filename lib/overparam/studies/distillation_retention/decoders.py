@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ from overparam.compress.distill.decoder import Objective, distill_decoder, token
 from overparam.data import splits
 from overparam.evaluate import samples
 from overparam.report import stats
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
+from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, cached
 
 _PROMPT = 0.25  # of the tokens of a text; the rest is the target
 _KL = "nll_per_token"  # the sum of column 0 over that of column 1
@@ -65,6 +65,7 @@ def compare(study: Study) -> pd.DataFrame | None:
         decay=params.decoder_steps,
         seed=params.seed,
     )
+    both = [models.provenance(name) for name in (params.decoder_teacher, params.decoder_student)]
     rows = []
     for way in progress.track(_WAYS, "distilling a decoder"):
         model = copy.deepcopy(student)
@@ -77,6 +78,7 @@ def compare(study: Study) -> pd.DataFrame | None:
             on_policy_share=way.on_policy_share,
             batch_size=params.decoder_batch_size,
             tokenizers=(own, tokenizer),
+            checkpoint=cached(both, asdict(recipe), asdict(way), params.decoder_batch_size, learn),
             label=way.name,
         )
         after = token_kl(model, teacher, *judge, label=f"after {way.name}")

@@ -107,16 +107,11 @@ class Study:
             texts: Which it reads as token ids.
             data: Arrays and settings that it reads.
         """
-        digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-        for tensor in model.state_dict().values():
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        for part in (encoders.token_ids(model, texts), *data):
-            digest.update(b"\x1e")
-            if isinstance(part, np.ndarray):
-                digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
-            else:
-                digest.update(json.dumps(part, sort_keys=True).encode())
-        return packages.cache_dir() / "students" / digest.hexdigest()[:24]
+        tensors = (
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            for tensor in model.state_dict().values()
+        )
+        return cached(asdict(recipe), *tensors, encoders.token_ids(model, texts), *data)
 
     def finish(self) -> record.Record:
         """Write the per-item scores and the record; its last file is record.json."""
@@ -126,6 +121,18 @@ class Study:
         self.recorder.items("items", items)
         self.recorder.finish()
         return self.recorder.record
+
+
+def cached(*parts: object) -> Path:
+    """Folder of a training in the user's cache, by all that its outcome depends on: arrays, and plain values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"\x1e")
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+    return packages.cache_dir() / "students" / digest.hexdigest()[:24]
 
 
 def measured(training: Callable[[], Log]) -> tuple[Log, float]:
