@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from overparam.report import record
-from overparam.runner import execute
+from overparam.runner import attempt, execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, plan
 
@@ -111,7 +111,8 @@ def test_a_second_run_does_only_what_is_missing(ran, monkeypatch, toy):
     root, before, _ = ran
     toy.use(root, monkeypatch)
     jobs = jobs_of(root, [before["good"].job.params, before["bad"].job.params])
-    assert [(job.state, job.reason) for job in jobs] == [("up to date", ""), ("due", "failed last time")]
+    failed = "failed last time: RuntimeError: no such luck"
+    assert [(job.state, job.reason) for job in jobs] == [("up to date", ""), ("due", failed)]
     started = time.monotonic()
     (outcome,) = execute.run(jobs[:1], out=io.StringIO())
     assert outcome.ending == "up to date"
@@ -141,7 +142,8 @@ def test_changed_code_gives_a_reason_and_the_new_record_replaces_the_old(copy):
     (job,) = jobs_of(root, [params])
     (root / "lib" / "toystudies" / "toy" / "more.py").write_text("def factor():\n    return 5\n")
     (again,) = jobs_of(root, [{**params, "keep_layers": 4}])
-    assert (again.state, again.reason) == ("due", "changed: toystudies.toy.more, keep_layers")
+    assert again.reason == "code changed: toystudies.toy.more; parameters changed: keep_layers (3 → 4)"
+    assert again.state == "due"
     out = io.StringIO()
     assert execute.run([again], out=out)[0].ending == "done"
     assert f"replaced the older {job.directory.name}" in out.getvalue()
@@ -158,9 +160,7 @@ def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(record, "write_atomic", full)
-    (outcome,) = execute.run([job], out=io.StringIO())
-    assert outcome.ending == "failed"
-    assert outcome.message == "OSError: [Errno 28] No space left on device"
+    assert attempt.attempt(job) == ("failed", "OSError: [Errno 28] No space left on device")
     assert (job.directory / "record.json").read_bytes() == old
     assert jobs_of(root, [params])[0].state == "up to date"
 
@@ -176,14 +176,14 @@ def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
 def test_a_record_that_is_not_the_jobs_is_refused(project, monkeypatch, study, params, key, message):
     (job,) = jobs_of(project)
 
-    def leave(job, partial, title, display):
-        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(partial))
+    def leave(job, *_):
+        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(job.partial))
         record.start(study, params or job.params, slug="alpha", key=key or job.key).finish()
 
-    monkeypatch.setattr(execute, "_execute", leave)
-    (outcome,) = execute.run([job], out=io.StringIO())
-    assert outcome.ending == "failed"
-    assert outcome.message.startswith(message)
+    monkeypatch.setattr(attempt, "_execute", leave)
+    ending, said = attempt.attempt(job)
+    assert ending == "failed"
+    assert said.startswith(message)
     assert not job.directory.exists()
 
 
@@ -192,28 +192,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project):
     (job,) = jobs_of(project, results=project / "file" / "results")
     with pytest.raises(BadInput, match=r"cannot write into .*file.*Not a directory.*--results"):
         execute.run([job], out=io.StringIO())
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_on_a_terminal_one_line_is_rewritten(tmp_path):
-    out = Terminal()
-    status = tmp_path / "progress"
-    with execute.Display(out).job("[1/1] toy/alpha", status, 7) as shown:
-        shown.cell = 3
-        status.write_text(
-            json.dumps({"label": "scoring", "done": 2, "total": 8, "seconds": 20, "remaining": 60})
-        )
-        (tmp_path / "progress.notes").write_text('{"note": "converting"}\n{"note": "unfini')
-        time.sleep(0.6)
-    text = out.getvalue()
-    assert "\r[1/1] toy/alpha  cell 3/7  scoring  2/8, 1:00 left in this step, 0:00 elapsed\x1b[K" in text
-    assert text.count("\n") == 1
-    assert "converting\n" in text
-    assert text.endswith("\r\x1b[K")
 
 
 DRIVER = """
@@ -256,11 +234,11 @@ def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
     assert list((project / "results" / "mine" / "toy").iterdir()) == []
 
 
-def test_scrubbing_takes_whole_paths_only(project, tmp_path):
+def test_scrubbing_takes_whole_paths_only(project):
     (job,) = jobs_of(project)
     job = replace(job, notebook=Path("/opt/work/notebooks/01_toy.ipynb"))
     text = json.dumps(
         {"metadata": {}, "cells": ["/opt/work/lib/a.py /opt/workshop /tmp/ipykernel_12/34.py:1"]}
     )
-    cleaned = json.loads(execute.scrub(text, job, tmp_path))
+    cleaned = json.loads(attempt.scrub(text, job))
     assert cleaned["cells"] == ["./lib/a.py /opt/workshop <cell>:1"]
