@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 Ending = Literal["done", "up to date", "failed", "interrupted", "running elsewhere", "not run"]
 Answer = tuple[Ending, str]  # and the record's path, or the first line of the error
-LOCK_WAIT = 5.0  # seconds in which the processes of a run that was killed are surely gone
+LOCK_WAIT = 10.0  # seconds in which the processes of a run that was killed are gone
+_OWN_WAIT = 120.0  # the same for this very attempt, begun on a worker that was killed
 
 
 class JobError(Exception):
@@ -68,12 +69,28 @@ def attempt(
         ignore.write_text("*\n")
     family = Family(job.partial)
     try:
-        with _stoppable(family), FileLock(job.beside("lock"), timeout=LOCK_WAIT):
+        with _stoppable(family), _lock(job, token):
             return _locked(job, dict(environment or {}), token, family, late)
     except Timeout:
         return "running elsewhere", "another process is running it"
     except KeyboardInterrupt:
         return "interrupted", ""
+
+
+@contextmanager
+def _lock(job: Job, token: str) -> Iterator[None]:
+    lock = FileLock(job.beside("lock"))
+    try:
+        lock.acquire(timeout=LOCK_WAIT)
+    except Timeout:
+        cell = job.beside("progress.cell")
+        if not (token and cell.exists() and token in cell.read_text()):
+            raise
+        lock.acquire(timeout=_OWN_WAIT)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _locked(
@@ -157,7 +174,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
 
     def show(cell: int) -> None:
         where = {"cell": cell, "cells": cells, "token": token}
-        files.write_atomic(progress_file.with_suffix(".progress.cell"), json.dumps(where).encode())
+        files.write_atomic(job.beside("progress.cell"), json.dumps(where).encode())
 
     def on_cell_start(**_: object) -> None:
         nonlocal count, quiet
@@ -186,7 +203,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
             raise JobError(f"{error}: the kernel crashed or was killed (out of memory?)\n{said}") from error
         finally:
             family.end()
-    outside = progress_file.with_suffix(".progress.outside")
+    outside = job.beside("progress.outside")
     if outside.exists():
         paths = ", ".join(dict.fromkeys(outside.read_text(encoding="utf-8").splitlines()))
         raise JobError(f"the job wrote outside of its own folder: {paths}")

@@ -85,11 +85,12 @@ class Display:
         with self._lock:
             self._jobs[token] = _Shown(title, token, progress_file, expected)
 
-    def ended(self, token: str) -> None:
-        """Show what an attempt still had to say, and then no more of it."""
+    def ended(self, token: str) -> bool:
+        """Show what an attempt still had to say, and then no more of it; return whether it had begun."""
         with self._lock:
             shown = self._jobs.pop(token)
             self._read(shown)
+        return shown.started is not None
 
     def line(self, text: str) -> None:
         """Print a line that stays."""

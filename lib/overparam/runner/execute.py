@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import TextIO
 
 from overparam.report import record
 from overparam.runner import state
-from overparam.runner.attempt import Ending, first_line
+from overparam.runner.attempt import LOCK_WAIT, Ending, first_line
 from overparam.runner.display import Display, duration
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Job, columns
@@ -69,12 +70,13 @@ def run(
     Raises:
         BadInput: when the results folder cannot be written, or the pool cannot run a job; nothing was run then.
     """
-    due = [job for job in jobs if job.state == "due"]
+    freed = _freed([job for job in jobs if job.state == "running elsewhere"])
+    due = [job for job in jobs if job.state == "due" or job in freed]
     for job in jobs:
         if job.state == "up to date":  # a run that was killed as it ended may have left what this replaced
             for old in state.replaced(job.directory, job.slug):
                 shutil.rmtree(old)
-    outcomes = {job.name: _as_planned(job) for job in jobs if job.state != "due"}
+    outcomes = {job.name: _as_planned(job) for job in jobs if job not in due}
     for folder in {job.directory.parent for job in due}:
         _check_writable(folder)
     if due:
@@ -160,19 +162,15 @@ class _Run:
         for future in done:
             job, token = self._running.pop(future)
             title = self._titles[job.name]
+            begun = self._display.ended(token)
             try:
                 answer = future.result()
             except CancelledError:
-                answer = (
-                    Answer("not run", _NOT_BEGUN, 0.0)
-                    if stopped
-                    else Answer("failed", "the scheduler is gone", 0.0)
-                )
-            except (
-                Exception
-            ) as error:  # of the cluster: a worker that died again and again, a scheduler that is gone
+                answer = Answer("failed", "the scheduler is gone", 0.0)
+                if stopped:
+                    answer = Answer("interrupted", "", 0.0) if begun else Answer("not run", _NOT_BEGUN, 0.0)
+            except Exception as error:  # a cluster's own: its workers died, or cannot read what they are sent
                 answer = Answer("failed", first_line(error), 0.0)
-            self._display.ended(token)
             if answer.ending == "failed":
                 again = self._attempts[job.name] <= self._retries and not stopped
                 tries = f"; trying again ({self._attempts[job.name]} of {self._retries})" if again else ""
@@ -200,6 +198,15 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     if "interrupted" in endings or any(outcome.message == _NOT_BEGUN for outcome in outcomes):
         return INTERRUPTED
     return ALL_DONE if endings <= {"done", "up to date"} else SOME_FAILED
+
+
+def _freed(jobs: Sequence[Job]) -> list[Job]:
+    """Wait a little for jobs that others run; return those that are free, as when a run was killed just now."""
+    locks = {job.name: job.beside("lock") for job in jobs}
+    end = time.monotonic() + LOCK_WAIT
+    while (held := [name for name, lock in locks.items() if state.held(lock)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    return [job for job in jobs if job.name not in held]
 
 
 def _as_planned(job: Job) -> Outcome:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from overparam.report import files, record
+from overparam.report import files
 from overparam.runner import notebook as notebooks
 from overparam.runner import order, state
 from overparam.runner.errors import BadInput, nearest

@@ -145,7 +145,8 @@ def in_child(order: Order, environment: dict[str, str], stopped: Callable[[], bo
             start_new_session=True,  # a Ctrl-C is for the runner, which tells its processes
         )
     with process:
-        assert process.stdin and process.stdout  # pipes, as asked for above
+        assert process.stdin is not None  # pipes, as asked for above
+        assert process.stdout is not None
         kill_at = None if order.timeout is None else started + order.timeout + _LATE
         try:
             process.stdin.write(json.dumps(line).encode() + b"\n")
