@@ -42,10 +42,10 @@ class Entry:
     used: float
 
 
-def place(kind: str, key: str) -> Path:
-    """Return where a step is kept, or will be."""
+def folder(kind: str) -> Path:
+    """Return the folder of one kind of steps, by its name in `KINDS`; a step's path is one below."""
     assert kind in KINDS
-    return packages.cache_dir() / kind / key
+    return packages.cache_dir() / kind
 
 
 @contextmanager
@@ -96,8 +96,7 @@ def entries() -> list[Entry]:
     found = []
     for kind in KINDS:
         groups: dict[str, list[Path]] = {}
-        folder = packages.cache_dir() / kind
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in folder(kind).iterdir() if folder(kind).is_dir() else ():
             if not path.name.startswith("."):
                 groups.setdefault(path.name.partition(".")[0], []).append(path)
         for paths in groups.values():

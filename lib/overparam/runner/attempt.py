@@ -105,8 +105,9 @@ def _locked(
     with job.beside("log").open("a", encoding="utf-8") as log:
         print(f"\n{datetime.now(UTC).isoformat(timespec='seconds')} {job.command}", file=log)
     try:
-        family.end()  # a kernel whose runner was killed may still write there
-        shutil.rmtree(job.partial, ignore_errors=True)
+        if job.partial.exists():
+            family.end()  # a kernel whose runner was killed may still write there
+            shutil.rmtree(job.partial)
         job.partial.mkdir(parents=True)
         _same_code(job)
         _execute(job, environment, token, family)
