@@ -5,7 +5,7 @@ import sys
 
 os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
 
-from tests.benchmarks import bench_experts, trailing_layer_pruning
+from tests.benchmarks import bench_experts, bench_runner, trailing_layer_pruning
 
 if __name__ == "__main__":
-    sys.exit(max(bench_experts.main(), trailing_layer_pruning.main()))
+    sys.exit(max(bench_experts.main(), bench_runner.main(), trailing_layer_pruning.main()))

@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,7 +16,7 @@ from overparam.report import record
 from overparam.runner import attempt, execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, plan
-from overparam.runner.pool import Local
+from overparam.runner.pool import Local, cores
 
 
 def jobs_of(root, sets=({},), **arguments):
@@ -111,7 +110,7 @@ def test_progress_and_notes_are_shown_as_plain_lines(ran):
 
 def test_jobs_at_once_share_the_cores(ran):
     _, outcomes, _ = ran
-    share = str(max(1, os.cpu_count() // 2))
+    share = str(max(1, cores() // 2))
     left = record.load(outcomes["good"].message)
     assert {left.provenance["threads"][name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {share}
 

@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster, get_worker
 
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Job
-from overparam.runner.pool import Answer, Order, in_child
+from overparam.runner.pool import Answer, Order, cores, in_child
 
 _CONNECT = 10.0  # seconds to reach the scheduler
 _SAME = ("python", "distributed", "overparam")  # versions that must not differ between client and workers
@@ -41,7 +41,7 @@ class Cluster:
         if kind == "local":
             if not count.isdecimal() or int(count) < 1:
                 raise BadInput(f"--cluster {address}: must be local:WORKERS, such as local:2")
-            self._threads = max(1, (os.cpu_count() or 1) // int(count))
+            self._threads = max(1, cores() // int(count))
             self._here = LocalCluster(
                 n_workers=int(count), threads_per_worker=1, dashboard_address=None, memory_limit=0
             )
@@ -95,7 +95,7 @@ def on_worker(order: Order) -> Answer:
     worker = get_worker()
     key = worker.get_current_task()
     if order.threads is None:  # one worker a machine, with as many threads as it may run jobs at once
-        order = replace(order, threads=max(1, (os.cpu_count() or 1) // worker.state.nthreads))
+        order = replace(order, threads=max(1, cores() // worker.state.nthreads))
     return in_child(order, {}, _unwanted(worker, key))
 
 

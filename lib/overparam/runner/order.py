@@ -35,12 +35,17 @@ def sort(jobs: Sequence[Job], studies: Collection[str]) -> list[Job]:
                 problems.append(f"{job.name} needs {need}, which is not in this plan: {missing}")
     if problems:
         raise BadInput(*problems)
+    sorter = graphlib.TopologicalSorter(graph)
     try:
-        order = list(graphlib.TopologicalSorter(graph).static_order())
+        sorter.prepare()
     except graphlib.CycleError as error:
         raise BadInput(
             f"studies need each other in a circle: {' needs '.join(error.args[1][::-1])}"
         ) from None
-    if all(planned.index(need) < planned.index(study) for study in planned for need in graph[study]):
-        order = planned  # nothing to change
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=planned.index)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
     return sorted(jobs, key=lambda job: order.index(job.study))

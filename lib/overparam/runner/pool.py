@@ -92,7 +92,7 @@ class Local:
 
     def submit(self, job: Job, token: str, timeout: float | None) -> Future[Answer]:
         """Attempt a job as soon as there is room."""
-        threads = max(1, (os.cpu_count() or 1) // self._jobs) if self._jobs > 1 else None
+        threads = max(1, cores() // self._jobs) if self._jobs > 1 else None
         return self._executor.submit(self._run, Order(job, token, timeout, threads, os.getcwd()))  # noqa: PTH109
 
     def stop(self) -> None:
@@ -186,6 +186,11 @@ def _without_answer(job: Job, code: int, seconds: float, *, stopped: bool, hung:
     error = JobError(f"{why}; see {job.beside('log')}")
     keep_failure(job, error)
     return Answer("failed", str(error), seconds)
+
+
+def cores() -> int:
+    """Return the cores that this process may use, which a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
