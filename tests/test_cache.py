@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from overparam import cache
@@ -53,6 +54,22 @@ def test_what_belongs_to_one_step_goes_together(folder):
     assert cache.clean() == [entry]
     assert not path.exists()
     assert not curve.exists()
+
+
+def test_an_array_is_made_once_for_all_that_it_depends_on(folder):
+    made = []
+
+    def make():
+        made.append(1)
+        return np.arange(6, dtype=np.float32).reshape(2, 3)[:, ::-1]
+
+    first = cache.array("embeddings", ["weights", ["a", "b"]], make)
+    again = cache.array("embeddings", ["weights", ["a", "b"]], make)
+    np.testing.assert_array_equal(first, again)
+    assert len(made) == 1
+    cache.array("embeddings", ["other weights", ["a", "b"]], make)
+    assert len(made) == 2
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".lock"}
 
 
 def test_clean_says_what_it_freed_and_keeps_what_is_in_use(folder):

@@ -8,19 +8,26 @@ goes first, and what is in use stays.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from overparam import packages, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 KINDS = {
     "adapters": "adapters of trained encoders",
@@ -81,6 +88,28 @@ def making(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def array(kind: str, parts: Sequence[object], make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return what `make` returns, from the cache if it was made before.
+
+    Args:
+        kind: Kind of the step.
+        parts: All that the array depends on, as plain values.
+        make: Makes it.
+    """
+    import numpy as np  # the command line, which only looks at the cache, starts without
+    from safetensors.numpy import load_file, save_file
+
+    path = folder(kind) / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    with using(path):
+        if not path.exists():
+            made = make()
+            with making(path) as new:
+                save_file({"array": np.ascontiguousarray(made)}, new / "array.safetensors")
+            return made
+        found: NDArray[np.float32] = load_file(path / "array.safetensors")["array"]
+        return found
 
 
 def write(path: Path, data: bytes) -> None:

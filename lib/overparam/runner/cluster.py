@@ -17,7 +17,11 @@ from overparam.runner.plan import Job
 from overparam.runner.pool import Answer, Order, cores, in_child
 
 _CONNECT = 10.0  # seconds to reach the scheduler
-_SAME = ("python", "distributed", "overparam")  # versions that must not differ between client and workers
+_SAME: tuple[str, ...] = (
+    "python",
+    "distributed",
+    "overparam",
+)  # versions that must not differ between client and workers
 
 
 class Cluster:
