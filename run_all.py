@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from overparam import cache
 from overparam.report import readme
-from overparam.runner import execute, show
+from overparam.runner import execute, options, show
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
 from overparam.runner.pool import Local, Pool
@@ -54,44 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     report = commands.add_parser("report", help="fill the README's table from results")
     report.add_argument("--results", type=Path, metavar="DIR", help="default: results/reference")
-    run = commands.add_parser(
-        "run", help="run what is due (the default)", description=__doc__, formatter_class=as_is
+    options.add_to(
+        commands.add_parser(
+            "run", help="run what is due (the default)", description=__doc__, formatter_class=as_is
+        )
     )
-    add = run.add_argument
-    add("--profile", default="laptop", metavar="NAME|FILE", help="what to run (default: laptop)")
-    add("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="just these")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STUDY.PARAM=VALUE",
-        help="change a parameter; repeatable",
-    )
-    add("--results", type=Path, metavar="DIR", help="default: results/<profile>; smoke: temporary")
-    where = run.add_mutually_exclusive_group()
-    where.add_argument(
-        "--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at once (default: 1)"
-    )
-    where.add_argument(
-        "--cluster", metavar="ADDRESS", help="a dask scheduler, tcp://HOST:8786, or local:WORKERS"
-    )
-    add("--timeout", type=_at_least(1), metavar="SECONDS", help="end a job that takes longer, as failed")
-    add("--retries", type=_at_least(0), default=0, metavar="N", help="try a job that failed N times more")
-    add("--force", action="store_true", help="run also what is up to date")
-    add("--dry-run", action="store_true", help="show the plan and stop")
-    add("--explain", metavar="JOB", help="say in full what a job is and why it is due, and stop")
-    add("--json", action="store_true", help="show the plan as JSON and stop")
-    add("--clean", action="store_true", help="empty the cache of steps inside of jobs and stop")
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text!r}")
-        return int(text)
-
-    return count
 
 
 def _run(args: argparse.Namespace, root: Path, studies_package: str) -> int:
@@ -112,8 +80,7 @@ def _run(args: argparse.Namespace, root: Path, studies_package: str) -> int:
     if only_show:
         return execute.ALL_DONE
     pool = partial(Local, args.jobs) if args.cluster is None else partial(_cluster, args.cluster)
-    limits = {"timeout": args.timeout, "retries": args.retries}
-    outcomes = execute.run(jobs, pool=pool, replan=replan, **limits)
+    outcomes = execute.run(jobs, pool=pool, timeout=args.timeout, retries=args.retries, replan=replan)
     print(f"\n{execute.summary(outcomes)}")
     return execute.exit_code(outcomes)
 

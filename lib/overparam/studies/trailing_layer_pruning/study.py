@@ -57,18 +57,6 @@ class Study:
         What the unpruned model gives is kept in the cache, for a job that is killed later on.
         """
 
-        def kept(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
-            settings = [
-                self.params.pooling,
-                self.params.batch_tokens,
-                self.params.max_length,
-                str(model.dtype),
-            ]
-            versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
-            weights = models.provenance(self.params.model)
-            parts = [weights, settings, versions, str(model.device), depths, instruction, texts]
-            return cache.array("embeddings", parts, lambda: embed(texts, instruction))
-
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
             return depth.layer_embeddings(
                 model,
@@ -81,7 +69,16 @@ class Study:
                 max_length=self.params.max_length,
             )
 
-        return kept if model is self.model else embed
+        if model is not self.model:
+            return embed
+        settings = [self.params.pooling, self.params.batch_tokens, self.params.max_length, str(model.dtype)]
+        versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
+        made_by = [models.provenance(self.params.model), str(model.device), depths, settings, versions]
+
+        def kept(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
+            return cache.array("embeddings", [made_by, instruction, texts], lambda: embed(texts, instruction))
+
+        return kept
 
     def score(
         self,
