@@ -99,12 +99,11 @@ def _locked(
     path = str(job.directory / record.FILE_NAME)
     if job.reason != "forced" and _finished_meanwhile(job):
         return "up to date", path
-    progress_file = job.beside("progress")
-    for stale in progress_file.parent.glob(f"{progress_file.name}*"):
-        stale.unlink()
-    with job.beside("log").open("a", encoding="utf-8") as log:
-        print(f"\n{datetime.now(UTC).isoformat(timespec='seconds')} {job.command}", file=log)
     try:
+        for stale in job.beside("lock").parent.glob(f"{job.beside('progress').name}*"):
+            stale.unlink()
+        with job.beside("log").open("a", encoding="utf-8") as log:
+            print(f"\n{datetime.now(UTC).isoformat(timespec='seconds')} {job.command}", file=log)
         if job.partial.exists():
             family.end()  # a kernel whose runner was killed may still write there
             shutil.rmtree(job.partial)

@@ -80,6 +80,7 @@ class Local:
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Raise BadInput for jobs that need more GPUs than there are."""
+        self._jobs = min(self._jobs, len(jobs))  # which share the cores
         wanting = [job for job in jobs if job.resources.get("GPU", 0) > len(self._all)]
         if wanting:
             raise BadInput(
