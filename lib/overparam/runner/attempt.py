@@ -68,8 +68,14 @@ def attempt(
     if not ignore.exists():
         ignore.write_text("*\n")
     family = Family(job.partial)
+
+    def stop() -> None:
+        if not family.hurry:  # once: the end must not be disturbed
+            family.hurry = True
+            raise KeyboardInterrupt
+
     try:
-        with _stoppable(family), _lock(job, token):
+        with stopped_by(stop), _lock(job, token):
             return _locked(job, dict(environment or {}), token, family, late)
     except Timeout:
         return "running elsewhere", "another process is running it"
@@ -210,16 +216,14 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
 
 
 @contextmanager
-def _stoppable(family: Family) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt and a quick end; ignore more of them."""
+def stopped_by(action: Callable[[], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM do something else; outside of the main thread, leave them alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        if not family.hurry:
-            family.hurry = True
-            raise KeyboardInterrupt
+        action()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 from overparam.report import record
 from overparam.runner import state
-from overparam.runner.attempt import LOCK_WAIT, Ending, first_line
+from overparam.runner.attempt import LOCK_WAIT, Ending, first_line, stopped_by
 from overparam.runner.display import Display, duration
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Job, columns
@@ -114,7 +111,8 @@ class _Run:
 
     def to_the_end(self) -> dict[str, Outcome]:
         """Run everything; return the outcomes by the jobs' names."""
-        with _stoppable() as stopping:
+        stopping = threading.Event()
+        with stopped_by(stopping.set):
             while (self._waiting or self._running) and not stopping.is_set():
                 self._submit_ready()
                 if self._running:
@@ -213,25 +211,6 @@ def _as_planned(job: Job) -> Outcome:
     message = str(job.directory / record.FILE_NAME) if job.state == "up to date" else job.reason
     assert job.state != "due"
     return Outcome(job, job.state, 0.0, message)
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Give an event that SIGINT or SIGTERM sets, in place of what they do otherwise."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        stopping.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_writable(folder: Path) -> None:
