@@ -26,7 +26,7 @@ def started(project):
     """A scheduler and two workers, each a process of its own, as a user starts them: (address, workers)."""
     file = project / "scheduler.json"
     processes = [dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     address = json.loads(file.read_text())["address"]

@@ -273,7 +273,7 @@ def asleep(project, monkeypatch):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
         time.sleep(0.1)
     family = [int(pid) for pid in pids.read_text().split()]
