@@ -23,7 +23,7 @@ def dask(command, *arguments):
 
 @pytest.fixture
 def started(project):
-    """A scheduler and two workers, each a process of its own, as a user starts them: (address, workers)."""
+    """A scheduler and two workers, each a process of its own, as a user starts them: its address, and the three."""
     file = project / "scheduler.json"
     processes = [dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
     deadline = time.monotonic() + 500
@@ -31,20 +31,20 @@ def started(project):
         time.sleep(0.1)
     address = json.loads(file.read_text())["address"]
     workers = [dask("worker", address, "--nthreads", "1", "--no-nanny", "--name", name) for name in "ab"]
-    yield address, workers
+    yield address, [*workers, *processes]
     for process in [*workers, *processes]:
         process.kill()
         process.wait()
 
 
 def test_a_worker_that_dies_in_mid_job_has_its_job_run_again_elsewhere(project, started):
-    address, workers = started
+    address, (worker, _, _) = started
     names = ["alpha", "beta", "gamma"]
     profile = Profile("mine", "mine.yaml", "", {"toy": [{"model": name, "mode": "long"} for name in names]})
     jobs = plan(profile, notebooks_dir=project / "notebooks", studies_package="toystudies")
-    out = Killing(workers[0])
+    out = Killing(worker, after=2)
     outcomes = execute.run(jobs, pool=lambda: Cluster(address), out=out)
-    assert workers[0].poll() is not None
+    assert worker.poll() is not None
     assert [(outcome.ending, outcome.message) for outcome in outcomes] == [
         ("done", str(job.directory / "record.json")) for job in jobs
     ]
@@ -54,18 +54,31 @@ def test_a_worker_that_dies_in_mid_job_has_its_job_run_again_elsewhere(project, 
     assert sorted(path.name for path in folder.iterdir()) == sorted(job.directory.name for job in jobs)
 
 
-class Killing(io.StringIO):
-    """An output that kills a worker once two jobs are seen in the middle of their notebooks."""
+def test_a_scheduler_that_dies_leaves_a_plan_that_resumes(project, started):
+    address, (_, _, scheduler) = started
+    profile = Profile("mine", "mine.yaml", "", {"toy": [{"mode": "long"}]})
+    places = {"notebooks_dir": project / "notebooks", "studies_package": "toystudies"}
+    jobs = plan(profile, **places)
+    (outcome,) = execute.run(jobs, pool=lambda: Cluster(address), retries=1, out=Killing(scheduler, after=1))
+    assert outcome.ending == "failed"
+    assert "the scheduler is gone" in outcome.message
+    (outcome,) = execute.run(plan(profile, **places), out=io.StringIO())
+    assert outcome.ending == "done"
+    assert record.missing_or_orphaned(project / "results") == []
 
-    def __init__(self, worker):
+
+class Killing(io.StringIO):
+    """An output that kills a process once some jobs are seen in the middle of their notebooks."""
+
+    def __init__(self, process, after):
         super().__init__()
-        self.worker = worker
+        self.process, self.after = process, after
 
     def write(self, text):
         shown = super().write(text)
         running = {line.split()[1] for line in self.getvalue().splitlines() if "crossing" in line}
-        if len(running) == 2 and self.worker.poll() is None:
-            self.worker.kill()
+        if len(running) == self.after and self.process.poll() is None:
+            self.process.kill()
         return shown
 
 

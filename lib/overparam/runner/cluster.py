@@ -79,6 +79,10 @@ class Cluster:
 
     def submit(self, job: Job, token: str, timeout: float | None) -> Future[Answer]:
         """Attempt a job on the first worker that is free; on another one if that worker dies."""
+        if self._client.status != "running":
+            gone: Future[Answer] = Future()
+            gone.set_exception(ConnectionError("the scheduler is gone"))
+            return gone
         order = Order(job, token, timeout, self._threads, os.getcwd())  # noqa: PTH109
         executor = self._client.get_executor(pure=False, resources=job.resources)
         future: Future[Answer] = executor.submit(on_worker, order)

@@ -164,7 +164,7 @@ class _Run:
             try:
                 answer = future.result()
             except CancelledError:
-                answer = Answer("failed", "the scheduler is gone", 0.0)
+                answer = Answer("failed", "the scheduler is gone: start it and this command again", 0.0)
                 if stopped:
                     answer = Answer("interrupted", "", 0.0) if begun else Answer("not run", _NOT_BEGUN, 0.0)
             except Exception as error:  # a cluster's own: its workers died, or cannot read what they are sent
