@@ -110,7 +110,8 @@ def on_worker(order: Order) -> Answer:
 def _unwanted(worker: Any, key: str) -> Callable[[], bool]:
     def unwanted() -> bool:
         task = worker.state.tasks.get(key)
-        return task is None or task.state == "cancelled"
+        ending = worker.status.name in ("closing", "closed", "failed")  # as when its scheduler is gone
+        return ending or task is None or task.state == "cancelled"
 
     return unwanted
 
