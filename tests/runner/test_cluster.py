@@ -26,19 +26,23 @@ def started(project):
     """A scheduler and two workers, each a process of its own, as a user starts them: its address, and the three."""
     file = project / "scheduler.json"
     processes = [dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
-    deadline = time.monotonic() + 500
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    address = json.loads(file.read_text())["address"]
-    workers = [dask("worker", address, "--nthreads", "1", "--no-nanny", "--name", name) for name in "ab"]
-    yield address, [*workers, *processes]
-    for process in [*workers, *processes]:
-        process.kill()
-        process.wait()
+    try:
+        deadline = time.monotonic() + 500
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"]
+        processes += [
+            dask("worker", address, "--nthreads", "1", "--no-nanny", "--name", name) for name in "ab"
+        ]
+        yield address, processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_worker_that_dies_in_mid_job_has_its_job_run_again_elsewhere(project, started):
-    address, (worker, _, _) = started
+    address, (_, worker, _) = started
     names = ["alpha", "beta", "gamma"]
     profile = Profile("mine", "mine.yaml", "", {"toy": [{"model": name, "mode": "long"} for name in names]})
     jobs = plan(profile, notebooks_dir=project / "notebooks", studies_package="toystudies")
@@ -55,7 +59,7 @@ def test_a_worker_that_dies_in_mid_job_has_its_job_run_again_elsewhere(project, 
 
 
 def test_a_scheduler_that_dies_leaves_a_plan_that_resumes(project, started):
-    address, (_, _, scheduler) = started
+    address, (scheduler, _, _) = started
     profile = Profile("mine", "mine.yaml", "", {"toy": [{"mode": "long"}]})
     places = {"notebooks_dir": project / "notebooks", "studies_package": "toystudies"}
     jobs = plan(profile, **places)

@@ -273,14 +273,16 @@ def asleep(project, monkeypatch):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 500
-    while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
-        time.sleep(0.1)
-    family = [int(pid) for pid in pids.read_text().split()]
-    assert all(psutil.pid_exists(pid) for pid in family)
-    yield runner, family
-    runner.kill()
-    runner.communicate()
+    try:
+        deadline = time.monotonic() + 500
+        while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
+            time.sleep(0.1)
+        family = [int(pid) for pid in pids.read_text().split()]
+        assert all(psutil.pid_exists(pid) for pid in family)
+        yield runner, family
+    finally:
+        runner.kill()
+        runner.communicate()
 
 
 def family_of(job):
