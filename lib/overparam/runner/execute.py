@@ -119,7 +119,9 @@ class _Run:
                     self._collect(wait(self._running, timeout=0.2, return_when=FIRST_COMPLETED).done)
             if stopping.is_set():
                 self._pool.stop()
-                cancelled = {future for future in self._running if future.cancelled()}  # `wait` waits for these
+                cancelled = {
+                    future for future in self._running if future.cancelled()
+                }  # `wait` waits for these
                 self._collect(cancelled | wait(self._running.keys() - cancelled).done, stopped=True)
         for job in self._waiting:
             self._end(job, Answer("not run", _NOT_BEGUN, 0.0))
