@@ -1,6 +1,9 @@
 """The batch runner on small notebooks: what parallel runs, kills and a second run leave, and what it costs.
 
 Needs no weights. Every notebook is the tests' toy study: five cells, a record with one metric.
+
+The ratios are still to be measured: the two cores were taken by other work when this was written. Seen there, with
+each process at a tenth of a core: Ctrl-C and SIGTERM end a run with its kernel and all children in 2.6 and 2.9 s.
 """
 
 from __future__ import annotations
