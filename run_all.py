@@ -2,9 +2,11 @@
 
     python run_all.py                               the laptop profile
     python run_all.py --profile smoke --dry-run     what would run, and why
+    python run_all.py --jobs 2 --timeout 7200       two notebooks at once, two hours each at most
+    python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster
     python run_all.py report                        README's table from results/reference
 
-Exit code: 0 all done, 1 some jobs failed, 2 bad input, 130 interrupted.
+Exit code: 0 all done, 1 some jobs failed or were left to another run, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,23 +15,29 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from overparam import cache
 from overparam.report import readme
-from overparam.runner import execute
+from overparam.runner import execute, options, show
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
+from overparam.runner.pool import Local, Pool
 
 ROOT = Path(__file__).resolve().parent
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:
     """Do what the command line says and return the exit code."""
-    args = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in ("run", "report", "-h", "--help"):
+        given.insert(0, "run")
+    args = _parser().parse_args(given)
     try:
         if args.command == "report":
             return _report(root, args.results or root / "results" / "reference")
-        return _run(args, root, studies_package)
+        return _clean() if args.clean else _run(args, root, studies_package)
     except BadInput as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -41,49 +49,51 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_p
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    as_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_is)
+    commands = parser.add_subparsers(dest="command")
+    report = commands.add_parser("report", help="fill the README's table from results")
+    report.add_argument("--results", type=Path, metavar="DIR", help="default: results/reference")
+    options.add_to(
+        commands.add_parser(
+            "run", help="run what is due (the default)", description=__doc__, formatter_class=as_is
+        )
     )
-    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run", help="default: run")
-    parser.add_argument(
-        "--profile", default="laptop", metavar="NAME|FILE", help="what to run (default: laptop)"
-    )
-    parser.add_argument("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="just these")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STUDY.PARAM=VALUE",
-        help="change a parameter; repeatable",
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="default: results/<profile>; smoke: temporary"
-    )
-    parser.add_argument("--force", action="store_true", help="run also what is up to date")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     return parser
 
 
 def _run(args: argparse.Namespace, root: Path, studies_package: str) -> int:
     profile = load_profile(args.profile)
+    only_show = args.dry_run or args.json or args.explain
     results = args.results or root / "results" / profile.name
-    if args.results is None and profile.name == "smoke" and not args.dry_run:
+    if args.results is None and profile.name == "smoke" and not only_show:
         results = Path(tempfile.mkdtemp(prefix="overparam-smoke-"))
-    jobs = plan(
-        profile,
-        args.only,
-        args.set,
-        results,
-        force=args.force,
-        notebooks_dir=root / "notebooks",
-        studies_package=studies_package,
-    )
-    print(f"{profile.name}: {profile.description}\nresults: {results}\n\n{describe(jobs)}", flush=True)
-    if args.dry_run:
+    places = {"notebooks_dir": root / "notebooks", "studies_package": studies_package}
+    replan = partial(plan, profile, args.only, args.set, results.absolute(), **places)
+    jobs = replan(force=args.force)
+    if args.json:
+        print(show.as_json(profile, results, jobs))
+    elif args.explain:
+        print(show.explain(jobs, args.explain))
+    else:
+        print(f"{profile.name}: {profile.description}\nresults: {results}\n\n{describe(jobs)}", flush=True)
+    if only_show:
         return execute.ALL_DONE
-    outcomes = execute.run(jobs)
+    pool = partial(Local, args.jobs) if args.cluster is None else partial(_cluster, args.cluster)
+    outcomes = execute.run(jobs, pool=pool, timeout=args.timeout, retries=args.retries, replan=replan)
     print(f"\n{execute.summary(outcomes)}")
     return execute.exit_code(outcomes)
+
+
+def _cluster(address: str) -> Pool:
+    from overparam.runner.cluster import Cluster  # loads dask
+
+    return Cluster(address)
+
+
+def _clean() -> int:
+    print(cache.describe(cache.clean()))
+    return execute.ALL_DONE
 
 
 def _report(root: Path, results: Path) -> int:

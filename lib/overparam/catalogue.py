@@ -33,3 +33,8 @@ def check_model_name(name: str) -> str:
         f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} It is neither bundled "
         f"({', '.join((*PACKAGED, *TRAINED))}, {TINY}<architecture>), nor a folder here, nor a hub id owner/model"
     )
+
+
+def published(model: str) -> bool:
+    """Return whether a model comes from the hub, as those of the published studies do, and not with the suite."""
+    return model not in BUNDLED and not Path(model).expanduser().is_dir()

@@ -5,7 +5,8 @@ import sys
 
 os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
 
-from tests.benchmarks import bench_distill, bench_experts, trailing_layer_pruning
+from tests.benchmarks import bench_distill, bench_experts, bench_runner, trailing_layer_pruning
 
 if __name__ == "__main__":
-    sys.exit(max(bench_distill.main(), bench_experts.main(), trailing_layer_pruning.main()))
+    every = (bench_distill, bench_experts, bench_runner, trailing_layer_pruning)
+    sys.exit(max([benchmark.main() for benchmark in every]))

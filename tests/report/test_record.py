@@ -112,6 +112,27 @@ def test_a_newer_schema_and_broken_records_are_named(tmp_path, make_record):
         record.load(tmp_path / "none")
 
 
+def test_a_record_edited_by_hand_is_noticed_and_older_ones_stay_valid(tmp_path, make_record):
+    path = make_record(tmp_path / "tiny-1")
+    assert record.problems(record.load(path)) == []
+    content = json.loads(path.read_text())
+    content["seconds"] = 0.5
+    path.write_text(json.dumps(content))
+    assert record.missing_or_orphaned(tmp_path) == [
+        f"{path}: edited since it was written (its own SHA-256 does not fit)"
+    ]
+    del content["sealed"]  # as in records from before there was such a hash
+    path.write_text(json.dumps(content))
+    assert record.missing_or_orphaned(tmp_path) == []
+
+
+def test_what_the_runner_keeps_beside_results_is_none(tmp_path, make_record):
+    make_record(tmp_path / "tiny-1")
+    (tmp_path / ".runner" / "study").mkdir(parents=True)
+    (tmp_path / ".runner" / "study" / "tiny-1.log").write_text("")
+    assert record.missing_or_orphaned(tmp_path) == []
+
+
 def test_names_cannot_leave_the_folder(tmp_path, make_record):
     recorder = make_record(tmp_path / "tiny-1", finish=False)
     for name in ("../x", "record.json", "executed.ipynb", "a/b"):

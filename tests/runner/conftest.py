@@ -17,7 +17,7 @@ class Params(BaseModel, extra="forbid"):
     keep_layers: int = Field(3, ge=1, le=18)
     margin: float = 1.0
     depths: tuple[int, ...] = (1, 2)
-    mode: Literal["ok", "fail", "silent", "die", "sleep"] = "ok"
+    mode: Literal["ok", "fail", "silent", "die", "sleep", "flaky", "outside", "hush", "long"] = "ok"
 """
 STEPS = """
 from toystudies import shared
@@ -51,7 +51,21 @@ if mode == "fail":
     raise RuntimeError("no such luck\\nsecond line")
 if mode == "die":
     os.kill(os.getpid(), 9)
-if mode == "sleep":
+if mode == "flaky" and not os.path.exists(os.environ["TOY_FLAG"]):
+    open(os.environ["TOY_FLAG"], "w").close()
+    raise RuntimeError("only once")
+stray = recorder.directory.parent / "stray.txt"
+if mode == "outside":
+    stray.write_text("lost")
+if mode == "hush":
+    try:
+        os.rename(recorder.directory / "x", stray)
+    except OSError:
+        pass
+if mode == "long":
+    for _ in track(range(20), "crossing"):
+        time.sleep(0.2)
+if mode == "sleep" and not os.path.exists(os.environ["TOY_PIDS"]):
     ours = subprocess.Popen(["sleep", "600"])
     away = subprocess.Popen(["sleep", "600"], start_new_session=True)
     with open(os.environ["TOY_PIDS"] + ".tmp", "w") as pids:

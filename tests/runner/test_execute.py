@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from overparam.report import record
-from overparam.runner import execute
+from overparam.runner import attempt, execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, plan
+from overparam.runner.pool import Local, cores
 
 
 def jobs_of(root, sets=({},), **arguments):
@@ -29,10 +30,17 @@ def ran(tmp_path_factory, toy):
     with pytest.MonkeyPatch.context() as monkeypatch:
         root = toy.write_project(tmp_path_factory.mktemp("ran") / "project")
         toy.use(root, monkeypatch)
-        modes = {"good": "ok", "bad": "fail", "mute": "silent", "dead": "die"}
+        modes = {
+            "good": "ok",
+            "bad": "fail",
+            "mute": "silent",
+            "dead": "die",
+            "astray": "outside",
+            "sly": "hush",
+        }
         jobs = jobs_of(root, [{"model": model, "mode": mode} for model, mode in modes.items()])
         out = io.StringIO()
-        outcomes = execute.run(jobs, out=out)
+        outcomes = execute.run(jobs, pool=lambda: Local(2), out=out)
         yield root, {outcome.job.slug: outcome for outcome in outcomes}, out.getvalue()
 
 
@@ -75,6 +83,8 @@ def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran
         "bad": "RuntimeError: no such luck",
         "mute": "the notebook ended without a record: it must call finish() on its recorder",
         "dead": "Kernel died: the kernel crashed or was killed (out of memory?)",
+        "astray": f"PermissionError: {root}/results/mine/toy/stray.txt is outside of the job's own folder",
+        "sly": f"the job wrote outside of its own folder: {root}/results/mine/toy/stray.txt",
     }
     for slug, reason in reasons.items():
         assert outcomes[slug].ending == "failed"
@@ -87,14 +97,31 @@ def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran
         if slug == "bad":
             assert 'raise RuntimeError("no such luck' in (failed / "error.txt").read_text()
     assert not list((root / "results").rglob("*.partial"))
+    assert not list((root / "results").rglob("stray.txt"))
 
 
 def test_progress_and_notes_are_shown_as_plain_lines(ran):
     _, _, shown = ran
-    assert re.search(r"^\[1/4\] toy/good  thinking hard$", shown, re.MULTILINE)
-    assert re.search(r"^\[1/4\] toy/good  cell 4/5  counting  \d/3, .*elapsed$", shown, re.MULTILINE)
-    assert "[2/4] toy/bad  failed: RuntimeError: no such luck" in shown
+    assert re.search(r"^\[1/6\] toy/good  thinking hard$", shown, re.MULTILINE)
+    assert re.search(r"^\[1/6\] toy/good  cell 4/5  counting  \d/3, .*elapsed$", shown, re.MULTILINE)
+    assert "[2/6] toy/bad  failed: RuntimeError: no such luck" in shown
     assert "\r" not in shown
+
+
+def test_jobs_at_once_share_the_cores(ran):
+    _, outcomes, _ = ran
+    share = str(max(1, cores() // 2))
+    left = record.load(outcomes["good"].message)
+    assert {left.provenance["threads"][name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {share}
+
+
+def test_each_job_has_a_log_that_is_no_result(ran):
+    root, outcomes, _ = ran
+    log = outcomes["bad"].job.beside("log").read_text()
+    assert outcomes["bad"].job.command in log
+    assert "cell 4/5" in log
+    assert "no such luck" in log
+    assert (root / "results" / "mine" / ".runner" / ".gitignore").read_text() == "*\n"
 
 
 def test_summary_and_exit_code(ran):
@@ -111,7 +138,8 @@ def test_a_second_run_does_only_what_is_missing(ran, monkeypatch, toy):
     root, before, _ = ran
     toy.use(root, monkeypatch)
     jobs = jobs_of(root, [before["good"].job.params, before["bad"].job.params])
-    assert [(job.state, job.reason) for job in jobs] == [("up to date", ""), ("due", "failed last time")]
+    failed = "failed last time: RuntimeError: no such luck"
+    assert [(job.state, job.reason) for job in jobs] == [("up to date", ""), ("due", failed)]
     started = time.monotonic()
     (outcome,) = execute.run(jobs[:1], out=io.StringIO())
     assert outcome.ending == "up to date"
@@ -141,7 +169,8 @@ def test_changed_code_gives_a_reason_and_the_new_record_replaces_the_old(copy):
     (job,) = jobs_of(root, [params])
     (root / "lib" / "toystudies" / "toy" / "more.py").write_text("def factor():\n    return 5\n")
     (again,) = jobs_of(root, [{**params, "keep_layers": 4}])
-    assert (again.state, again.reason) == ("due", "changed: toystudies.toy.more, keep_layers")
+    assert again.reason == "code changed: toystudies.toy.more; parameters changed: keep_layers (3 → 4)"
+    assert again.state == "due"
     out = io.StringIO()
     assert execute.run([again], out=out)[0].ending == "done"
     assert f"replaced the older {job.directory.name}" in out.getvalue()
@@ -158,9 +187,7 @@ def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(record, "write_atomic", full)
-    (outcome,) = execute.run([job], out=io.StringIO())
-    assert outcome.ending == "failed"
-    assert outcome.message == "OSError: [Errno 28] No space left on device"
+    assert attempt.attempt(job) == ("failed", "OSError: [Errno 28] No space left on device")
     assert (job.directory / "record.json").read_bytes() == old
     assert jobs_of(root, [params])[0].state == "up to date"
 
@@ -176,14 +203,14 @@ def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
 def test_a_record_that_is_not_the_jobs_is_refused(project, monkeypatch, study, params, key, message):
     (job,) = jobs_of(project)
 
-    def leave(job, partial, title, display):
-        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(partial))
+    def leave(job, *_):
+        monkeypatch.setenv("OVERPARAM_JOB_DIR", str(job.partial))
         record.start(study, params or job.params, slug="alpha", key=key or job.key).finish()
 
-    monkeypatch.setattr(execute, "_execute", leave)
-    (outcome,) = execute.run([job], out=io.StringIO())
-    assert outcome.ending == "failed"
-    assert outcome.message.startswith(message)
+    monkeypatch.setattr(attempt, "_execute", leave)
+    ending, said = attempt.attempt(job)
+    assert ending == "failed"
+    assert said.startswith(message)
     assert not job.directory.exists()
 
 
@@ -194,26 +221,32 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(project):
         execute.run([job], out=io.StringIO())
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def test_a_job_past_its_limit_is_ended_with_all_its_children(project, monkeypatch):
+    monkeypatch.setenv("TOY_PIDS", str(project / "pids"))
+    (job,) = jobs_of(project, [{"mode": "sleep"}])
+    out = io.StringIO()
+    (outcome,) = execute.run([job], timeout=6, out=out)
+    assert (outcome.ending, outcome.message) == ("failed", "past its limit of 6 s, and ended")
+    assert not family_of(job)
+    (again,) = jobs_of(project, [{"mode": "sleep"}])
+    assert again.reason == "failed last time: past its limit of 6 s, and ended"
 
 
-def test_on_a_terminal_one_line_is_rewritten(tmp_path):
-    out = Terminal()
-    status = tmp_path / "progress"
-    with execute.Display(out).job("[1/1] toy/alpha", status, 7) as shown:
-        shown.cell = 3
-        status.write_text(
-            json.dumps({"label": "scoring", "done": 2, "total": 8, "seconds": 20, "remaining": 60})
-        )
-        (tmp_path / "progress.notes").write_text('{"note": "converting"}\n{"note": "unfini')
-        time.sleep(0.6)
-    text = out.getvalue()
-    assert "\r[1/1] toy/alpha  cell 3/7  scoring  2/8, 1:00 left in this step, 0:00 elapsed\x1b[K" in text
-    assert text.count("\n") == 1
-    assert "converting\n" in text
-    assert text.endswith("\r\x1b[K")
+def test_a_job_that_failed_is_tried_again(project, monkeypatch):
+    monkeypatch.setenv("TOY_FLAG", str(project / "flag"))
+    out = io.StringIO()
+    (outcome,) = execute.run(jobs_of(project, [{"mode": "flaky"}]), retries=2, out=out)
+    assert outcome.ending == "done"
+    assert out.getvalue().count("failed: RuntimeError: only once; trying again (1 of 2)") == 1
+    assert [path.name for path in outcome.job.directory.parent.iterdir()] == [outcome.job.directory.name]
+
+
+def test_code_edited_after_the_plan_is_not_run_under_the_old_key(project):
+    (job,) = jobs_of(project)
+    (project / "lib" / "toystudies" / "shared.py").write_text("import os\n")
+    ending, message = attempt.attempt(job)
+    assert ending == "failed"
+    assert message.startswith("the code here is not what the plan was made with: code toystudies.shared;")
 
 
 DRIVER = """
@@ -229,7 +262,9 @@ sys.exit(execute.exit_code(outcomes))
 """
 
 
-def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
+@pytest.fixture
+def asleep(project, monkeypatch):
+    """A runner in a process of its own, in the middle of its first job, and the processes of that job."""
     pids = project / "pids"
     monkeypatch.setenv("TOY_PIDS", str(pids))
     runner = subprocess.Popen(
@@ -238,11 +273,32 @@ def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
-        time.sleep(0.1)
-    family = [int(pid) for pid in pids.read_text().split()]
-    assert all(psutil.pid_exists(pid) for pid in family)
+    try:
+        deadline = time.monotonic() + 500
+        while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
+            time.sleep(0.1)
+        family = [int(pid) for pid in pids.read_text().split()]
+        assert all(psutil.pid_exists(pid) for pid in family)
+        yield runner, family
+    finally:
+        runner.kill()
+        runner.communicate()
+
+
+def family_of(job):
+    """The processes that work for a job, by their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("OVERPARAM_JOB_DIR") == str(job.partial.resolve()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_ctrl_c_ends_the_kernel_and_all_its_children(project, asleep):
+    runner, family = asleep
     interrupted = time.monotonic()
     runner.send_signal(signal.SIGINT)
     shown, _ = runner.communicate(timeout=30)
@@ -256,11 +312,43 @@ def test_ctrl_c_ends_the_kernel_and_all_its_children(project, monkeypatch):
     assert list((project / "results" / "mine" / "toy").iterdir()) == []
 
 
-def test_scrubbing_takes_whole_paths_only(project, tmp_path):
+def test_two_runs_share_a_folder_and_one_that_is_killed_leaves_nothing_behind(project, asleep, monkeypatch):
+    runner, _ = asleep
+    sets = [{"mode": "sleep"}, {"model": "beta"}]
+    monkeypatch.setattr(execute, "LOCK_WAIT", 0.5)
+    jobs = jobs_of(project, sets)
+    assert [job.state for job in jobs] == ["running elsewhere", "due"]
+    outcomes = execute.run(jobs, out=io.StringIO())
+    assert [outcome.ending for outcome in outcomes] == ["running elsewhere", "done"]
+    assert execute.exit_code(outcomes) == 1
+    assert family_of(jobs[0])
+
+    runner.send_signal(signal.SIGKILL)
+    monkeypatch.setattr(execute, "LOCK_WAIT", 60)
+    # its file of process ids is there by now: the notebook does not sleep again
+    outcomes = execute.run(jobs_of(project, sets), out=io.StringIO())
+    assert [outcome.ending for outcome in outcomes] == ["done", "up to date"]
+    assert not family_of(jobs[0])
+    folder = project / "results" / "mine" / "toy"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(job.directory.name for job in jobs)
+    assert record.missing_or_orphaned(project / "results") == []
+
+
+def test_what_a_run_left_that_was_killed_at_its_end_is_removed(copy):
+    root, params = copy
+    (job,) = jobs_of(root, [params])
+    for name in ("good-00000000", ".good-00000000.partial", "good-00000000.failed"):
+        shutil.copytree(job.directory, job.directory.with_name(name))
+    execute.run([job], out=io.StringIO())
+    names = {path.name.partition("-")[0] for path in job.directory.parent.iterdir()}
+    assert len([name for name in job.directory.parent.iterdir() if "good" in name.name]) == 1, names
+
+
+def test_scrubbing_takes_whole_paths_only(project):
     (job,) = jobs_of(project)
     job = replace(job, notebook=Path("/opt/work/notebooks/01_toy.ipynb"))
     text = json.dumps(
         {"metadata": {}, "cells": ["/opt/work/lib/a.py /opt/workshop /tmp/ipykernel_12/34.py:1"]}
     )
-    cleaned = json.loads(execute.scrub(text, job, tmp_path))
+    cleaned = json.loads(attempt.scrub(text, job))
     assert cleaned["cells"] == ["./lib/a.py /opt/workshop <cell>:1"]

@@ -1,13 +1,20 @@
+import io
 import json
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
+from filelock import FileLock
 
+from overparam.report import record
+from overparam.runner import execute, show
 from overparam.runner import plan as planning
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, load_profile
+from overparam.runner.pool import Answer, Local
 
 
 def make(project, sets=({},), only=(), overrides=(), **arguments):
@@ -193,6 +200,164 @@ def test_reachable_code_includes_ours(project):
     assert not {"toystudies.unrelated", "overparam.runner.plan", "json"} & set(modules)
 
 
+def made(job):
+    """Leave a complete record of a job."""
+    recorder = record.start(job.study, job.params, slug=job.slug, key=job.key, directory=job.directory)
+    recorder.record.provenance["key"] = job.parts
+    return recorder.finish()
+
+
+def test_every_reason_is_told(project):
+    package = project / "lib" / "toystudies"
+    notebook = project / "notebooks" / "01_toy.ipynb"
+    path = made(make(project, inputs={"weights": "abc"})[0])
+    assert make(project, inputs={"weights": "abc"})[0].state == "up to date"
+    assert make(project, inputs={"weights": "abd"})[0].reason == "data changed: weights"
+    for name in ("a", "b", "c", "d"):
+        (package / "toy" / f"{name}.py").write_text("")
+    (package / "shared.py").write_text("import os\n")
+    notebook.write_text(notebook.read_text().replace("A toy study", "Another title"))
+    (job,) = make(project, [{"margin": 2.0}], inputs={"weights": "abc"})
+    expected = "notebook changed; code changed: toystudies.shared, toystudies.toy.a, toystudies.toy.b, toystudies.toy.c"
+    assert job.reason == f"{expected} and 1 more; parameters changed: margin (1.0 → 2.0)"
+    assert job.changes["code"][-1] == "toystudies.toy.d"
+    assert path.exists()
+
+
+def test_a_record_edited_by_hand_is_due(project):
+    path = made(make(project)[0])
+    path.write_text(path.read_text().replace('"keep_layers": 3', '"keep_layers": 4', 1))
+    (job,) = make(project)
+    assert job.state == "due"
+    assert re.match(r"damaged: .*record.json: edited since it was written", job.reason)
+    path.write_text("{")
+    assert re.match(r"damaged: .*record.json is no record", make(project)[0].reason)
+
+
+def test_results_of_a_newer_version_are_refused(project):
+    path = made(make(project)[0])
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    assert re.match(r".*record.json has schema version 2, this version .* reads 1: use", problems(project)[0])
+
+
+def test_a_job_that_another_process_runs_is_not_due(project):
+    (job,) = make(project)
+    job.beside("lock").parent.mkdir(parents=True)
+    with FileLock(job.beside("lock")):
+        (job,) = make(project, force=True)
+        assert (job.state, job.reason) == ("running elsewhere", "another process is running it")
+    assert make(project)[0].state == "due"  # the file of the lock stays
+
+
+def test_explain_says_all_of_one_job(project):
+    made(make(project)[0])
+    jobs = make(project, [{"keep_layers": 4}, {"model": "beta"}])
+    text = show.explain(jobs, "toy/alpha")
+    for line in (
+        "  state      due: parameters changed: keep_layers (3 → 4)",
+        f"  key        {jobs[0].key}",
+        f"  command    {jobs[0].command}",
+        "    keep_layers (3 → 4)",
+        f"    code       toystudies.shared {jobs[0].parts['modules']['toystudies.shared'][:16]}",
+    ):
+        assert line in text.splitlines()
+    with pytest.raises(BadInput, match=r"--explain toy: which one\? there are toy/alpha, toy/beta"):
+        show.explain(jobs, "toy")
+    with pytest.raises(BadInput, match=r"no such job.*did you mean 'toy/beta'"):
+        show.explain(jobs, "toy/bet")
+
+
+def test_a_plan_is_json_for_other_programs(project):
+    profile = Profile("mine", "mine.yaml", "", {})
+    jobs = make(project, [{"keep_layers": 4}])
+    content = json.loads(show.as_json(profile, project / "results", jobs))
+    (job,) = content["jobs"]
+    assert (content["profile"], job["name"], job["state"]) == ("mine", "toy/alpha", "due")
+    assert (job["reason"], job["params"]["keep_layers"], job["key"]) == ("missing", 4, jobs[0].key)
+    assert planning.Job.from_dict(json.loads(json.dumps(jobs[0].to_dict()))) == jobs[0]
+
+
+@pytest.fixture
+def three(project, toy):
+    """A function that plans three studies, given what each of them needs."""
+
+    def planned(needs, only=(), resources=None):
+        for name in ("one", "two", "three"):
+            toy.write_notebook(project / "notebooks" / f"02_{name}.ipynb")
+            params = (project / "lib" / "toystudies" / "toy" / "__init__.py").read_text()
+            params += f"    def needs(self):\n        return {needs.get(name, {})!r}\n"
+            params += f"    def resources(self):\n        return {resources or {}!r}\n"
+            (project / "lib" / "toystudies" / f"{name}.py").write_text(params)
+            sys.modules.pop(f"toystudies.{name}", None)
+        profile = Profile("mine", "mine.yaml", "", {"one": [{}], "two": [{}], "three": [{}]})
+        return planning.plan(profile, only, notebooks_dir=project / "notebooks", studies_package="toystudies")
+
+    return planned
+
+
+def test_a_study_comes_after_those_that_it_needs(three):
+    assert [job.study for job in three({})] == ["one", "two", "three"]
+    jobs = three({"one": {"three": "weights"}}, resources={"GPU": 2})
+    assert [job.study for job in jobs].index("three") < [job.study for job in jobs].index("one")
+    assert jobs[0].resources == {"GPU": 2}
+
+
+def test_what_is_needed_and_not_there_is_named(three):
+    with pytest.raises(BadInput, match="one/alpha needs three, which is not in this plan: no weights yet"):
+        three({"one": {"three": "no weights yet"}}, only=["one"])
+    assert len(three({"one": {"three": ""}}, only=["one"])) == 1
+    with pytest.raises(BadInput, match=r"one/alpha needs 'tree': no such study: did you mean 'three'\?"):
+        three({"one": {"tree": ""}})
+    with pytest.raises(BadInput, match=r"in a circle: (one needs two needs one|two needs one needs two)"):
+        three({"one": {"two": ""}, "two": {"one": ""}})
+
+
+class Immediate:
+    """A pool that ends each job as it is told to, without a process."""
+
+    def __init__(self, answers):
+        self.answers, self.order = answers, []
+
+    def check(self, jobs):
+        pass
+
+    def submit(self, job, token, timeout):
+        self.order.append(job.key)
+        future = Future()
+        future.set_result(Answer(self.answers.get(job.study, "done"), "", 0.0))
+        return future
+
+    def stop(self):
+        pass
+
+
+def test_jobs_that_need_a_failed_one_are_not_run(three):
+    jobs = three({"one": {"three": ""}, "two": {"one": ""}})
+    outcomes = execute.run(jobs, pool=lambda: Immediate({"three": "failed"}), out=io.StringIO())
+    assert {outcome.job.study: (outcome.ending, outcome.message) for outcome in outcomes} == {
+        "three": ("failed", ""),
+        "one": ("not run", "needs three/alpha, which is not done"),
+        "two": ("not run", "needs one/alpha, which is not done"),
+    }
+    assert execute.exit_code(outcomes) == 1
+
+
+def test_a_job_whose_inputs_were_made_anew_is_planned_anew(three):
+    jobs = three({"one": {"three": ""}})
+    fresh = [replace(job, key="anew") for job in jobs]
+    pool = Immediate({})
+    execute.run(jobs, pool=lambda: pool, replan=lambda: fresh, out=io.StringIO())
+    by_study = {job.study: job.key for job in jobs}
+    assert pool.order == [by_study["two"], by_study["three"], "anew"]
+
+
+def test_a_job_that_needs_more_gpus_than_there_are_is_refused(three, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(BadInput, match="one/alpha needs 2 GPU, this machine has 1: leave it out"):
+        Local(1).check(three({}, resources={"GPU": 2}))
+    Local(1).check(three({}, resources={"GPU": 1}))
+
+
 def test_profiles_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "PROFILES", tmp_path)
     path = tmp_path / "laptop.yaml"
@@ -238,6 +403,7 @@ profile = plan.Profile("mine", "mine", "", {{"toy": [{{}}]}})
 folder = Path({str(project / "notebooks")!r})
 plan.describe(plan.plan(profile, notebooks_dir=folder, studies_package="toystudies"))
 heavy = {{"torch", "transformers", "mteb", "papermill", "pandas", "matplotlib", "jupyter_client"}}
+heavy |= {{"dask", "distributed", "rich"}}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

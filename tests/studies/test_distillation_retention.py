@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,7 +73,8 @@ def test_bad_parameters_are_refused_at_once(change, message):
 def started(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OVERPARAM_JOB_DIR", str(tmp_path_factory.mktemp("job")))
-        patch.setattr(study.Study, "checkpoint", lambda *_: None)  # every training is done anew
+        states = (tmp_path_factory.mktemp("state") / "state" for _ in itertools.count())
+        patch.setattr(study.Study, "checkpoint", lambda *_: next(states))  # every training is done anew
         yield study.start(Params(**TINY))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from overparam import cache as steps
 from overparam import progress
 from overparam.compress.triplets import Triplet
 from overparam.models import blocks
@@ -122,14 +122,36 @@ def train(
     """
     sources = _by_source(triplets, recipe.batch_size)
     encoder = as_sentence_transformer(model, tokenizer, pooling=pooling, max_length=recipe.max_length)
-    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity) if cache else None
-    if stored and stored.exists():
-        from peft import PeftModel
+    if cache is None:
+        losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
+        encoder[0].model = encoder[0].model.merge_and_unload()
+        return Trained(encoder.eval(), losses, seconds, cached=False)
+    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity)
+    with steps.using(stored):
+        found = stored.exists()
+        if found:
+            from peft import PeftModel
 
-        report = json.loads((stored / "training.json").read_text())
-        adapted = PeftModel.from_pretrained(encoder[0].model, stored)
-        encoder[0].model = adapted.merge_and_unload()
-        return Trained(encoder.eval(), report["losses"], report["seconds"], cached=True)
+            report = json.loads((stored / "training.json").read_text())
+            encoder[0].model = PeftModel.from_pretrained(encoder[0].model, stored)
+        else:
+            losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
+            report = {"losses": losses, "seconds": seconds, "recipe": asdict(recipe)}
+            with steps.making(stored) as folder:
+                encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
+                (folder / "training.json").write_text(json.dumps(report))
+    encoder[0].model = encoder[0].model.merge_and_unload()
+    return Trained(encoder.eval(), report["losses"], report["seconds"], cached=found)
+
+
+def _adapt(
+    encoder: SentenceTransformer,
+    sources: dict[str, list[Triplet]],
+    recipe: Recipe,
+    instruction: str | None,
+    label: str,
+) -> tuple[list[float], float]:
+    """Give the encoder adapters and train them; return the losses and the seconds."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.seed)
@@ -143,11 +165,7 @@ def train(
     encoder[0].model = get_peft_model(encoder[0].model, config)
     started = time.perf_counter()
     losses = _fit(encoder, sources, recipe, instruction, label)
-    seconds = time.perf_counter() - started
-    if stored:
-        _store(encoder[0].model, stored, {"losses": losses, "seconds": seconds, "recipe": asdict(recipe)})
-    encoder[0].model = encoder[0].model.merge_and_unload()
-    return Trained(encoder.eval(), losses, seconds, cached=False)
+    return losses, time.perf_counter() - started
 
 
 def as_sentence_transformer(
@@ -280,15 +298,3 @@ def _key(
     for t in triplets:
         digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())
     return digest.hexdigest()[:24]
-
-
-def _store(adapted: Any, target: Path, report: dict[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        adapted.save_pretrained(temporary, save_embedding_layers=False)
-        (temporary / "training.json").write_text(json.dumps(report))
-        if not target.exists():
-            temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -6,14 +6,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from overparam import packages, unpack
+from overparam import cache, packages, unpack
 from overparam.data import corpora
 from overparam.data.corpora import LANGUAGES, Verse, known, normalise, verses
 
@@ -48,16 +47,13 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
     alphabetically first of its normalised texts goes (`split_of`). The outcome is kept in the cache directory,
     under a name that changes with the texts and with the code that splits them.
     """
-    file = packages.cache_dir() / "splits" / f"verses-{_fingerprint(test, validation)}.json"
+    file = cache.folder("splits") / f"verses-{_fingerprint(test, validation)}.json"
     try:
         return MappingProxyType(json.loads(file.read_text()))
     except (OSError, ValueError):
         made = _verse_splits(test, validation)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(made))
-        temporary.replace(file)
+        cache.write(file, json.dumps(made).encode())
     return MappingProxyType(made)
 
 

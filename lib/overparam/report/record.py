@@ -32,6 +32,11 @@ FILE_NAME = "record.json"
 NOTEBOOK_NAME = "executed.ipynb"
 SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
 UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
+RUNNER = ".runner"  # folder of the batch runner's locks and logs in a results folder
+
+
+class SchemaError(ValueError):
+    """A record of another schema version than the one that is read here."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Record:
         figures: In the order in which they were saved.
         claims: With verdicts.
         notebook: The executed notebook; None for a run by hand.
+        sealed: SHA-256 of all the rest, by which an edit by hand is noticed; older records have none.
         path: Where the record was read from; not stored.
     """
 
@@ -105,6 +111,7 @@ class Record:
     figures: list[Figure] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     notebook: FileRef | None = None
+    sealed: str | None = None
     schema: int = SCHEMA
     path: Path | None = field(default=None, compare=False)
 
@@ -288,10 +295,11 @@ def seal(
 def write(record: Record, directory: Path) -> None:
     """Write ``record.json``."""
     values = asdict(record) | {"claims": [claim.to_dict() for claim in record.claims]}
-    del values["path"]
+    del values["path"], values["sealed"]
     for name, metric in record.metrics.items():
         values["metrics"][name]["estimate"] = metric.estimate.to_dict() if metric.estimate else None
     ordered = {"schema": values.pop("schema"), **values}
+    ordered["sealed"] = record.sealed = digest(ordered)
     text = json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(directory / FILE_NAME, text.encode() + b"\n")
 
@@ -301,7 +309,8 @@ def load(path: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: for a record of another schema version, or one that is no record.
+        SchemaError: for a record of another schema version.
+        ValueError: for one that is no record.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -311,7 +320,10 @@ def load(path: str | Path) -> Record:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record: {error!r}") from error
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema version {schema!r}, this version of overparam reads {SCHEMA}")
+        raise SchemaError(
+            f"{path} has schema version {schema!r}, this version of overparam reads {SCHEMA}: "
+            "use the version that made it, or another results folder"
+        )
     try:
         values["metrics"] = {
             name: Metric(**(m | {"estimate": Estimate.from_dict(m["estimate"]) if m["estimate"] else None}))
@@ -354,9 +366,14 @@ def missing_or_orphaned(results_dir: str | Path) -> list[str]:
 
 
 def problems(record: Record) -> list[str]:
-    """List the files of a record that are missing or changed since it was written."""
+    """List what was changed by hand since a record was written: itself, or files that it names."""
     assert record.path is not None  # only a record that was read has files
     found = []
+    if record.sealed is not None:
+        content = json.loads(record.path.read_text())
+        del content["sealed"]
+        if digest(content) != record.sealed:
+            found.append(f"{record.path}: edited since it was written (its own SHA-256 does not fit)")
     for name, expected in record.files().items():
         path = record.path.parent / name
         if not path.is_file():
@@ -367,7 +384,7 @@ def problems(record: Record) -> list[str]:
 
 
 def _unfinished(relative: Path) -> bool:
-    return any(part.endswith(UNFINISHED) for part in relative.parts)
+    return any(part.endswith(UNFINISHED) or part == RUNNER for part in relative.parts)
 
 
 def _seeds(params: Mapping[str, Any]) -> list[int]:

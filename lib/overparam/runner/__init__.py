@@ -1,1 +1,1 @@
-"""The batch runner: which notebook runs are due (`plan`), and running them (`execute`)."""
+"""The batch runner: which notebook runs are due (`plan`), running them (`execute`) here (`pool`) or on a `cluster`."""

@@ -1,97 +1,149 @@
-"""What a run shows while it works: one status line on a terminal, plain lines elsewhere."""
+"""What a run shows while it works: one live table for all jobs on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
 
 _EVERY = 15.0  # seconds between plain lines of one step
+_LOOK = 0.25  # seconds between looks at the progress files
+
+
+@dataclass
+class _Shown:
+    """One attempt that was handed out, and what is known of it."""
+
+    title: str
+    token: str
+    file: Path
+    expected: float | None
+    started: float | None = None  # when its process was first seen at work
+    notes_read: int = 0
+    cell: dict[str, Any] = field(default_factory=dict)
+    step: str = ""
+    left: str = ""  # in this step
+    line: tuple[str, float] = ("", 0.0)  # last step printed, and when
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started if self.started is not None else 0.0
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the job is as old as it was last time."""
+        return self.expected - self.elapsed if self.expected and self.expected > self.elapsed else None
 
 
 class Display:
-    """Shows which job, cell and step is running, read from the progress file that the kernel writes."""
+    """Shows which job, cell and step is running, read from the progress files that kernels write.
+
+    A thread looks at the files while the `with` block runs; they may be on another machine's side of a shared disk.
+    """
 
     def __init__(self, out: TextIO):
         self._out = out
-        self._live = out.isatty()
-        self._lock = threading.Lock()
-        self._shown = ("", 0.0)  # last step printed, and when
-
-    def job(self, title: str, progress_file: Path, cells: int) -> JobDisplay:
-        """Return a context manager that shows one job until it ends."""
-        return JobDisplay(self, title, progress_file, cells)
-
-    def line(self, text: str) -> None:
-        """Print a line that stays."""
-        with self._lock:
-            self._out.write(("\r\x1b[K" if self._live else "") + text + "\n")
-            self._out.flush()
-
-    def status(self, step: str, rest: str) -> None:
-        """Show the current state: rewritten on a terminal, else on a new step and every 15 s."""
-        text = f"{step}  {rest}"
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            with self._lock:
-                self._out.write(f"\r{text[:width]}\x1b[K")
-                self._out.flush()
-            return
-        last, when = self._shown
-        if step != last or time.monotonic() - when >= _EVERY:
-            self._shown = (step, time.monotonic())
-            self.line(text)
-
-    def clear(self) -> None:
-        """Take the status line away."""
-        if self._live:
-            with self._lock:
-                self._out.write("\r\x1b[K")
-                self._out.flush()
-
-
-class JobDisplay:
-    """One job's state; a thread shows it while the `with` block runs."""
-
-    def __init__(self, display: Display, title: str, progress_file: Path, cells: int):
-        self.cell = 0
-        self._display, self._title, self._file, self._cells = display, title, progress_file, cells
-        self._notes_read = 0
-        self._started = time.monotonic()
+        self._jobs: dict[str, _Shown] = {}
+        self._lock = threading.RLock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._live: Live | None = None
 
-    def __enter__(self) -> JobDisplay:
+    def __enter__(self) -> Display:
+        if self._out.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._out, highlight=False, markup=False, soft_wrap=True)
+            self._live = Live(console=console, auto_refresh=False, transient=True)
+            self._live.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._notes()
-        self._display.clear()
+        if self._live is not None:
+            self._live.stop()
+
+    def submitted(self, title: str, token: str, progress_file: Path, expected: float | None = None) -> None:
+        """Show an attempt from when its process starts to work.
+
+        Args:
+            title: What its lines begin with.
+            token: Stands in the progress file once it is this attempt's.
+            progress_file: Its step; beside it, with more endings, are its cell and its notes.
+            expected: Seconds that the job took last time.
+        """
+        with self._lock:
+            self._jobs[token] = _Shown(title, token, progress_file, expected)
+
+    def ended(self, token: str) -> bool:
+        """Show what an attempt still had to say, and then no more of it; return whether it had begun."""
+        with self._lock:
+            shown = self._jobs.pop(token)
+            self._read(shown)
+        return shown.started is not None
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        with self._lock:
+            if self._live is not None:
+                self._live.console.print(text)
+            else:
+                print(text, file=self._out, flush=True)
 
     def _watch(self) -> None:
-        while not self._end.wait(0.25):
-            self._notes()
-            label, rest = _step(_read(self._file))
-            where = (
-                f"{self._title}  cell {self.cell}/{self._cells}" if self.cell else f"{self._title}  starting"
-            )
-            elapsed = duration(time.monotonic() - self._started)
-            self._display.status(f"{where}  {label}".rstrip(), f"{rest}{elapsed} elapsed")
+        while not self._end.wait(_LOOK):
+            with self._lock:
+                for shown in self._jobs.values():
+                    self._read(shown)
+                    if self._live is None and shown.started is not None:
+                        self._plain(shown)
+                if self._live is not None:
+                    self._live.update(self._table(), refresh=True)
 
-    def _notes(self) -> None:
-        notes = self._file.with_name(self._file.name + ".notes")
-        if not notes.exists():
+    def _read(self, shown: _Shown) -> None:
+        cell = _content(shown.file.with_name(f"{shown.file.name}.cell"))
+        if cell.get("token") != shown.token:  # queued, or the file is another run's
             return
-        complete = notes.read_text(encoding="utf-8").split("\n")[:-1]
-        for line in complete[self._notes_read :]:
-            self._display.line(f"{self._title}  {json.loads(line)['note']}")
-        self._notes_read = len(complete)
+        if shown.started is None:
+            shown.started = time.monotonic()
+        shown.cell = cell
+        shown.step, shown.left = _step(_content(shown.file))
+        notes = shown.file.with_name(f"{shown.file.name}.notes")
+        if notes.exists():
+            complete = notes.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in complete[shown.notes_read :]:
+                self.line(f"{shown.title}  {json.loads(line)['note']}")
+            shown.notes_read = len(complete)
+
+    def _plain(self, shown: _Shown) -> None:
+        step = f"{shown.title}  {_where(shown)}  {shown.step}".rstrip()
+        last, when = shown.line
+        if step != last or time.monotonic() - when >= _EVERY:
+            shown.line = (step, time.monotonic())
+            self.line(f"{step}  {shown.left}{duration(shown.elapsed)} elapsed{_about(shown)}")
+
+    def _table(self) -> Table:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for shown in self._jobs.values():
+            if shown.started is not None:
+                rest = f"{shown.left}{duration(shown.elapsed)} elapsed{_about(shown)}"
+                table.add_row(shown.title, _where(shown), shown.step, rest)
+        queued = sum(shown.started is None for shown in self._jobs.values())
+        if queued:
+            table.add_row(f"{queued} more to start")
+        return table
 
 
 def duration(seconds: float) -> str:
@@ -101,7 +153,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _where(shown: _Shown) -> str:
+    return f"cell {shown.cell['cell']}/{shown.cell['cells']}" if shown.cell.get("cell") else "starting"
+
+
+def _about(shown: _Shown) -> str:
+    return f", about {duration(shown.remaining)} left" if shown.remaining is not None else ""
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

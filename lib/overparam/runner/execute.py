@@ -1,34 +1,30 @@
-"""Running the jobs of a plan: one after another, each in a fresh kernel, and to the end whatever fails."""
+"""Running the jobs of a plan, some at once, to the end whatever fails; here or on a cluster."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TextIO
 
-from overparam.report import files, record
-from overparam.runner import notebook as notebooks_
+from overparam.report import record
+from overparam.runner import state
+from overparam.runner.attempt import LOCK_WAIT, Ending, first_line, stopped_by
 from overparam.runner.display import Display, duration
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Job, columns
+from overparam.runner.pool import Answer, Local, Pool
 
-if TYPE_CHECKING:
-    from overparam.runner.kernel import Family
-
-Ending = Literal["done", "up to date", "failed", "interrupted", "not run"]
 ALL_DONE, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_NOT_BEGUN = "interrupted before it began"
 
 
 @dataclass(frozen=True)
@@ -41,42 +37,154 @@ class Outcome:
     message: str
 
 
-class _JobError(Exception):
-    """A failure that is told in one line."""
-
-
-def run(jobs: Sequence[Job], *, out: TextIO | None = None) -> list[Outcome]:
+def run(
+    jobs: Sequence[Job],
+    *,
+    pool: Callable[[], Pool] = Local,
+    timeout: float | None = None,
+    retries: int = 0,
+    replan: Callable[[], Sequence[Job]] | None = None,
+    out: TextIO | None = None,
+) -> list[Outcome]:
     """Run every job that is due.
 
-    A job that fails leaves ``<slug>-<key8>.failed`` with its notebook so far and ``error.txt``; the next job
-    is run all the same. A job that succeeds replaces older records of the same slug. Ctrl-C (or SIGTERM) ends
-    the kernel with all its children, leaves nothing that looks finished, and the rest is not run.
+    A job that fails leaves ``<slug>-<key8>.failed`` with its notebook so far and ``error.txt``; the others are run all
+    the same, but for those that need it. A job that succeeds replaces older records of the same slug. A job that
+    another process is running is left alone. Ctrl-C (or SIGTERM) ends every kernel with all its children, leaves
+    nothing that looks finished, and the rest is not run.
 
     Args:
         jobs: From `plan.plan`.
+        pool: Makes what runs them, once something is due: `pool.Local` or `cluster.Cluster`.
+        timeout: Seconds after which a job is ended, with all its children, as failed.
+        retries: How many times a job that failed is tried again.
+        replan: Makes the plan again, for jobs whose inputs another job of this run has made anew.
         out: Where progress is shown; standard output by default.
 
     Returns:
         One outcome a job, in order.
 
     Raises:
-        BadInput: when the results folder cannot be written; nothing was run then.
+        BadInput: when the results folder cannot be written, or the pool cannot run a job; nothing was run then.
     """
-    display = Display(out or sys.stdout)
-    due = [job for job in jobs if job.state == "due"]
+    freed = _freed([job for job in jobs if job.state == "running elsewhere"])
+    due = [job for job in jobs if job.state == "due" or job in freed]
+    for job in jobs:
+        if job.state == "up to date":  # a run that was killed as it ended may have left what this replaced
+            for old in state.replaced(job.directory, job.slug):
+                shutil.rmtree(old)
+    outcomes = {job.name: _as_planned(job) for job in jobs if job not in due}
     for folder in {job.directory.parent for job in due}:
         _check_writable(folder)
-    outcomes: list[Outcome] = []
-    stopped = False
-    for job in jobs:
-        if job.state == "up to date":
-            outcomes.append(Outcome(job, "up to date", 0.0, str(job.directory / record.FILE_NAME)))
-        elif stopped:
-            outcomes.append(Outcome(job, "not run", 0.0, ""))
-        else:
-            outcomes.append(_run_job(job, f"[{due.index(job) + 1}/{len(due)}] {job.name}", display))
-            stopped = outcomes[-1].ending == "interrupted"
-    return outcomes
+    if due:
+        workers = pool()
+        try:
+            workers.check(due)
+            with Display(out or sys.stdout) as display:
+                outcomes |= _Run(workers, display, due, outcomes, timeout, retries, replan).to_the_end()
+        finally:
+            workers.stop()
+    return [outcomes[job.name] for job in jobs]
+
+
+class _Run:
+    """The jobs of one run that are waiting, running and ended."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        display: Display,
+        due: Sequence[Job],
+        ended: Mapping[str, Outcome],
+        timeout: float | None,
+        retries: int,
+        replan: Callable[[], Sequence[Job]] | None,
+    ) -> None:
+        self._pool, self._display, self._replan = pool, display, replan
+        self._timeout, self._retries = timeout, retries
+        self._titles = {job.name: f"[{i}/{len(due)}] {job.name}" for i, job in enumerate(due, 1)}
+        self._waiting = list(due)
+        self._running: dict[Future[Answer], tuple[Job, str]] = {}
+        self._attempts: Counter[str] = Counter()
+        self._ended = dict(ended)
+        self._id = uuid.uuid4().hex
+
+    def to_the_end(self) -> dict[str, Outcome]:
+        """Run everything; return the outcomes by the jobs' names."""
+        stopping = threading.Event()
+        with stopped_by(stopping.set):
+            while (self._waiting or self._running) and not stopping.is_set():
+                self._submit_ready()
+                if self._running:
+                    self._collect(wait(self._running, timeout=0.2, return_when=FIRST_COMPLETED).done)
+            if stopping.is_set():
+                self._pool.stop()
+                cancelled = {
+                    future for future in self._running if future.cancelled()
+                }  # `wait` waits for these
+                self._collect(cancelled | wait(self._running.keys() - cancelled).done, stopped=True)
+        for job in self._waiting:
+            self._end(job, Answer("not run", _NOT_BEGUN, 0.0))
+        return self._ended
+
+    def _submit_ready(self) -> None:
+        for job in list(self._waiting):
+            before = [each for each in self._known() if each.study in job.needs and each.study != job.study]
+            endings = {
+                each.name: self._ended[each.name].ending for each in before if each.name in self._ended
+            }
+            bad = [name for name, ending in endings.items() if ending not in ("done", "up to date")]
+            if not bad and len(endings) < len(before):
+                continue
+            self._waiting.remove(job)
+            if bad:
+                self._end(job, Answer("not run", f"needs {bad[0]}, which is not done", 0.0))
+                continue
+            if (
+                "done" in endings.values() and self._replan is not None
+            ):  # what it reads is new, and so is its key
+                job = next(each for each in self._replan() if each.name == job.name)
+                if job.state != "due":
+                    self._ended[job.name] = _as_planned(job)
+                    continue
+            self._submit(job)
+
+    def _known(self) -> list[Job]:
+        running = [job for job, _ in self._running.values()]
+        return [*self._waiting, *running, *(outcome.job for outcome in self._ended.values())]
+
+    def _submit(self, job: Job) -> None:
+        self._attempts[job.name] += 1
+        token = f"{self._id}-{job.name}-{self._attempts[job.name]}"
+        self._display.submitted(self._titles[job.name], token, job.beside("progress"), job.expected)
+        self._running[self._pool.submit(job, token, self._timeout)] = (job, token)
+
+    def _collect(self, done: set[Future[Answer]], *, stopped: bool = False) -> None:
+        for future in done:
+            job, token = self._running.pop(future)
+            title = self._titles[job.name]
+            begun = self._display.ended(token)
+            try:
+                answer = future.result()
+            except CancelledError:
+                answer = Answer("failed", "the scheduler is gone: start it and this command again", 0.0)
+                if stopped:
+                    answer = Answer("interrupted", "", 0.0) if begun else Answer("not run", _NOT_BEGUN, 0.0)
+            except Exception as error:  # a cluster's own: its workers died, or cannot read what they are sent
+                answer = Answer("failed", first_line(error), 0.0)
+            if answer.ending == "failed":
+                again = self._attempts[job.name] <= self._retries and not stopped
+                tries = f"; trying again ({self._attempts[job.name]} of {self._retries})" if again else ""
+                self._display.line(f"{title}  failed: {answer.message}{tries}")
+                if again:
+                    self._submit(job)
+                    continue
+            elif answer.ending == "running elsewhere":
+                self._display.line(f"{title}  is run by another process: left alone")
+            self._end(job, answer)
+
+    def _end(self, job: Job, answer: Answer) -> None:
+        self._ended[job.name] = Outcome(job, answer.ending, answer.seconds, answer.message)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -86,178 +194,26 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """Return 0 when all is done, 1 when some failed, 130 when interrupted."""
+    """Return 0 when all is done, 1 when some failed or were left to another run, 130 when interrupted."""
     endings = {outcome.ending for outcome in outcomes}
-    if "interrupted" in endings:
+    if "interrupted" in endings or any(outcome.message == _NOT_BEGUN for outcome in outcomes):
         return INTERRUPTED
-    return SOME_FAILED if "failed" in endings else ALL_DONE
+    return ALL_DONE if endings <= {"done", "up to date"} else SOME_FAILED
 
 
-def _run_job(job: Job, title: str, display: Display) -> Outcome:
-    started = time.monotonic()
-    partial = job.directory.with_name(f".{job.directory.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _execute(job, partial, title, display)
-        _seal(job, partial)
-        files.publish(partial, job.directory)
-        for old in _replaced(job):
-            shutil.rmtree(old)
-            display.line(f"{title}  replaced the older {old.name}")
-    except KeyboardInterrupt:
-        shutil.rmtree(partial, ignore_errors=True)
-        return Outcome(job, "interrupted", time.monotonic() - started, "")
-    except Exception as error:
-        message = _first_line(error)
-        display.line(f"{title}  failed: {message}")
-        _keep_failure(job, partial, error)
-        return Outcome(job, "failed", time.monotonic() - started, message)
-    return Outcome(job, "done", time.monotonic() - started, str(job.directory / record.FILE_NAME))
+def _freed(jobs: Sequence[Job]) -> list[Job]:
+    """Wait a little for jobs that others run; return those that are free, as when a run was killed just now."""
+    locks = {job.name: job.beside("lock") for job in jobs}
+    end = time.monotonic() + LOCK_WAIT
+    while (held := [name for name, lock in locks.items() if state.held(lock)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    return [job for job in jobs if job.name not in held]
 
 
-def _execute(job: Job, partial: Path, title: str, display: Display) -> None:
-    """Run the notebook with papermill; its record and the executed notebook end up in `partial`."""
-    import papermill  # the plan alone needs neither this nor a kernel
-
-    from overparam.runner.kernel import LOG, Family, kernel_class
-
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that an interrupt leaves behind
-    family = Family()
-    code_cells = [i for i, (kind, source, _) in enumerate(notebooks_.sources(job.notebook)) if kind == "code"]
-    with (
-        tempfile.TemporaryDirectory(prefix="overparam-", ignore_cleanup_errors=True) as name,
-        _stoppable(family),
-    ):
-        folder = Path(name)
-        environment = {
-            "OVERPARAM_JOB_DIR": str(partial.resolve()),
-            "OVERPARAM_PROFILE": job.profile,
-            "OVERPARAM_JOB_KEY": job.key,
-            "OVERPARAM_COMMAND": job.command,
-            "OVERPARAM_PROGRESS": str(folder / "progress"),
-            "PYTHONFAULTHANDLER": "1",
-            # bars of libraries, and warnings that are for their developers, make executed notebooks unreadable
-            "TQDM_DISABLE": "1",
-            "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",
-        }
-        # the injected cell with the parameters is one more
-        with display.job(title, folder / "progress", len(code_cells) + 1) as shown:
-
-            def on_cell_start(**_: object) -> None:
-                shown.cell += 1
-
-            try:
-                papermill.execute_notebook(
-                    str(job.notebook),
-                    str(partial / record.NOTEBOOK_NAME),
-                    job.params,
-                    kernel_name="python3",
-                    language="python",
-                    progress_bar=False,
-                    kernel_manager_class=kernel_class(folder, environment, family),
-                    on_cell_execute=on_cell_start,
-                )
-            except papermill.PapermillExecutionError:
-                raise
-            except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that did not start
-                log = (folder / LOG).read_text(errors="replace")[-2000:] if (folder / LOG).exists() else ""
-                raise _JobError(
-                    f"{error}: the kernel crashed or was killed (out of memory?)\n{log}"
-                ) from error
-            finally:
-                family.end()
-
-
-@contextmanager
-def _stoppable(family: Family) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt and a quick end; ignore more of them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if not family.hurry:
-            family.hurry = True
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _seal(job: Job, partial: Path) -> None:
-    """Check that the record is this job's, and complete it with the executed notebook."""
-    try:
-        left = record.load(partial)
-    except FileNotFoundError:
-        raise _JobError(
-            "the notebook ended without a record: it must call finish() on its recorder"
-        ) from None
-    if (left.study, left.key) != (job.study, job.key):
-        raise _JobError(f"the record left is of another job: study {left.study!r}, key {left.key[:8]}")
-    if left.params != job.params:
-        raise _JobError(f"the record's parameters are not the job's: {left.params} instead of {job.params}")
-    text = (partial / record.NOTEBOOK_NAME).read_text(encoding="utf-8")
-    record.seal(partial, scrub(text, job, partial).encode(), slug=job.slug, key_parts=job.parts)
-
-
-def scrub(text: str, job: Job, partial: Path) -> str:
-    """Take this machine's paths out of an executed notebook (JSON text)."""
-    content = json.loads(text)
-    about = content["metadata"].setdefault("papermill", {})
-    about["input_path"] = f"{job.notebook.parent.name}/{job.notebook.name}"
-    about["output_path"] = record.NOTEBOOK_NAME
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    text = re.sub(r"/[^\s\"'\\]*/ipykernel_\d+/\d+\.py", "<cell>", text)
-    project = job.notebook.resolve().parent.parent
-    places = {
-        str(partial.resolve()): ".",
-        str(project): ".",
-        sys.prefix: "<python>",
-        sys.base_prefix: "<python>",
-    }
-    places |= {tempfile.gettempdir(): "<tmp>", str(Path.home()): "~", str(Path.cwd()): "."}
-    for place in sorted(places, key=len, reverse=True):
-        if place not in ("/", "/usr", "/usr/local"):
-            text = re.sub(rf"{re.escape(json.dumps(place)[1:-1])}(?![\w.-])", places[place], text)
-    return text
-
-
-def _replaced(job: Job) -> list[Path]:
-    """Return older folders of the same slug: records made by other code or parameters, and failures."""
-    old = [
-        found.path.parent
-        for found in record.find(job.directory.parent)
-        if found.slug == job.slug and found.key != job.key and found.path is not None
-    ]
-    failures = job.directory.parent.glob("*.failed")
-    pattern = re.compile(rf"{re.escape(job.slug)}-[0-9a-f]{{8}}\.failed")
-    return old + [path for path in failures if pattern.fullmatch(path.name)]
-
-
-def _keep_failure(job: Job, partial: Path, error: Exception) -> None:
-    """Keep the notebook so far and the error beside where the record would be, if the disk allows."""
-    failed = job.directory.with_name(f"{job.directory.name}.failed")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / "error.txt").write_text(f"{job.command}\n\n{error}\n", encoding="utf-8")
-        shutil.rmtree(failed, ignore_errors=True)
-        partial.rename(failed)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    name, value = getattr(error, "ename", ""), getattr(error, "evalue", "")
-    if not name:
-        name = "" if isinstance(error, _JobError) else type(error).__name__
-        value = str(error)
-    text = next((line.strip() for line in value.splitlines() if line.strip()), "")
-    return ": ".join(part for part in (name, text) if part)
+def _as_planned(job: Job) -> Outcome:
+    message = str(job.directory / record.FILE_NAME) if job.state == "up to date" else job.reason
+    assert job.state != "due"
+    return Outcome(job, job.state, 0.0, message)
 
 
 def _check_writable(folder: Path) -> None:

@@ -11,7 +11,7 @@ import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-LOG = "kernel.log"
+MARK = "OVERPARAM_JOB_DIR"  # in the environment of the kernel and of all that it starts
 
 
 class Family:
@@ -21,8 +21,9 @@ class Family:
         hurry: End the kernel at once instead of asking it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Path) -> None:
         self.hurry = False
+        self._mark = str(mark.resolve())
         self._kernel: int | None = None
         self._known: set[psutil.Process] = set()
 
@@ -41,16 +42,15 @@ class Family:
             pass
 
     def end(self) -> None:
-        """Kill every process of the family that is still there."""
-        if self._kernel is None:
-            return
+        """Kill every process of the family that is still there, also those of a run that was killed."""
         self.count()
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self._kernel:
-                    self._known.add(process)
+                ours = os.getsid(process.pid) == self._kernel or process.environ().get(MARK) == self._mark
             except (OSError, psutil.Error):
                 continue
+            if ours and process.pid != os.getpid():
+                self._known.add(process)
         alive = [process for process in self._known if process.is_running()]
         for process in alive:
             try:
@@ -60,14 +60,17 @@ class Family:
         psutil.wait_procs(alive, timeout=5)
 
 
-def kernel_class(folder: Path, environment: dict[str, str], family: Family) -> type[AsyncKernelManager]:
+def kernel_class(
+    folder: Path, log: Path, environment: dict[str, str], family: Family
+) -> type[AsyncKernelManager]:
     """Return a kernel manager for one job.
 
     Whatever kernel specs are installed, the kernel is `sys.executable`; its sockets are files in `folder`, so
-    that no two kernels can want the same port; what its process prints past Jupyter goes to ``kernel.log``.
+    that no two kernels can want the same port.
 
     Args:
         folder: A short-lived folder with a short path.
+        log: Gets what the kernel's process prints past Jupyter.
         environment: Added to this process's own.
         family: Learns of the kernel and its children.
     """
@@ -78,13 +81,13 @@ def kernel_class(folder: Path, environment: dict[str, str], family: Family) -> t
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            argv = [sys.executable, "-m", "overparam.runner.guard", "-f", "{connection_file}"]
             return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
         async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
-            with (folder / LOG).open("ab") as log:
+            with log.open("ab") as file:
                 env = {**os.environ, **environment}
-                await super().start_kernel(**{**kwargs, "env": env, "stdout": log, "stderr": log})
+                await super().start_kernel(**{**kwargs, "env": env, "stdout": file, "stderr": file})
             if self.provisioner is not None and (pid := getattr(self.provisioner, "pid", None)):
                 family.born(pid)
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from overparam.report import files, record
+from overparam.report import files
 from overparam.runner import notebook as notebooks
+from overparam.runner import order, state
 from overparam.runner.errors import BadInput, nearest
+from overparam.runner.state import Changes, State
 from overparam.runner.validate import parameter_sets, problem_lines
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 NOTEBOOKS = Path(__file__).resolve().parents[3] / "notebooks"
 STUDIES = "overparam.studies"
-
-State = Literal["up to date", "due"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Job:
         parts: What the key was made from: hashes by name, and the parameters.
         directory: Folder of the finished record.
         command: One shell line that runs this job again.
-        state: Whether a finished record with this key is there.
-        reason: Why it is due, or empty.
+        state: Whether a finished record with this key is there, or another process is making it.
+        reason: Why it is due, in a few words, or empty.
+        module: Full name of the study's module.
+        changes: What differs from the last record: part of the key → names.
+        resources: What it needs of a machine or a worker, such as {"GPU": 1}.
+        needs: Studies whose jobs must be done before → what of theirs is missing now, or nothing.
+        expected: Seconds that it took last time, if known.
     """
 
     study: str
@@ -63,11 +68,35 @@ class Job:
     command: str
     state: State
     reason: str
+    module: str = ""
+    changes: Changes = field(default_factory=dict, repr=False)
+    resources: dict[str, float] = field(default_factory=dict)
+    needs: dict[str, str] = field(default_factory=dict)
+    expected: float | None = None
 
     @property
     def name(self) -> str:
         """The job's name on the command line: study/slug."""
         return f"{self.study}/{self.slug}"
+
+    @property
+    def partial(self) -> Path:
+        """Where the job works until it is done."""
+        return self.directory.with_name(f".{self.directory.name}.partial")
+
+    def beside(self, ending: str) -> Path:
+        """Return a file of the runner that is no result: the job's "lock", its "log", its "progress"."""
+        return state.lock_of(self.directory).with_suffix(f".{ending}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as plain values."""
+        return asdict(self) | {"notebook": str(self.notebook), "directory": str(self.directory)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """Return the job that `to_dict` gave."""
+        paths = {name: Path(values[name]) for name in ("notebook", "directory")}
+        return cls(**{**values, **paths})
 
 
 class _ProfileFile(BaseModel, extra="forbid"):
@@ -124,7 +153,9 @@ def plan(
         notebooks_dir: Folder with ``NN_<study>.ipynb``.
         studies_package: Package with one light module or package a study, each with its ``Params``. Where that has
             a class variable ``code_in_key = False``, neither code nor notebook is part of its keys: a run of hours
-            is made again when a parameter changes, one of which says what version of the recipe it is.
+            is made again when a parameter changes, one of which says what version of the recipe it is. Its methods
+            ``slug()``, ``key_inputs()`` (name → hash), ``resources()`` (such as {"GPU": 1}) and ``needs()``
+            (study → what of its outcome is missing, or "") are asked where they are there.
 
     Raises:
         BadInput: with a line for each problem found.
@@ -165,8 +196,11 @@ def plan(
     ]
     if problems:
         raise BadInput(*problems)
-    jobs = [job for job in jobs if not only or job.study in only or job.name in only]
-    return [replace(job, state="due", reason="forced") if force else job for job in jobs]
+    jobs = order.sort([job for job in jobs if not only or job.study in only or job.name in only], found)
+    return [
+        replace(job, state="due", reason="forced") if force and job.state != "running elsewhere" else job
+        for job in jobs
+    ]
 
 
 def describe(jobs: Sequence[Job]) -> str:
@@ -223,7 +257,7 @@ def _jobs(
             "modules": notebooks.reachable_modules(notebook, module),
         }
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
-    earlier = _earlier(root / study)
+    found = state.find(root / study)
     jobs = []
     for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
         own: dict[str, str] = getattr(validated, "key_inputs", dict)()
@@ -233,9 +267,18 @@ def _jobs(
         target = f"{study}/{slug}" if len(valid) > 1 else study
         words = ["python run_all.py --profile", shlex.quote(_shown(profile)), "--only", target]
         command = " ".join([*words, *(f"--set {text}" for text in sets)])
-        state, reason = _state(key, parts, slug, directory, earlier)
+        now = state.of(key, parts, slug, directory, state.lock_of(directory), found)
+        job = Job(study, slug, notebook, params, profile.name, key, parts, directory, command, *now[:2])
+        took = [(one.started, one.seconds) for one in found.records if one.slug == slug]
         jobs.append(
-            Job(study, slug, notebook, params, profile.name, key, parts, directory, command, state, reason)
+            replace(
+                job,
+                module=module,
+                changes=now[2],
+                resources=dict(getattr(validated, "resources", dict)()),
+                needs=dict(getattr(validated, "needs", dict)()),
+                expected=max(took)[1] if took else None,
+            )
         )
     return jobs
 
@@ -263,34 +306,3 @@ def _slugs(study: str, valid: Sequence[tuple[BaseModel, dict[str, Any]]]) -> lis
 
 def _clean(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80].strip("-.")
-
-
-def _earlier(folder: Path) -> list[record.Record]:
-    try:
-        return record.find(folder)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
-def _state(
-    key: str, parts: Mapping[str, Any], slug: str, directory: Path, earlier: Sequence[record.Record]
-) -> tuple[State, str]:
-    for found in earlier:
-        if found.key == key and found.path is not None and found.path.parent == directory:
-            damage = record.problems(found)
-            return ("due", f"damaged: {damage[0]}") if damage else ("up to date", "")
-    if directory.with_name(f"{directory.name}.failed").exists():
-        return "due", "failed last time"
-    alike = [found for found in earlier if found.slug == slug]
-    if not alike:
-        return "due", "missing"
-    before = max(alike, key=lambda found: found.started).provenance.get("key", {})
-    return "due", f"changed: {', '.join(_changes(before, parts)) or 'unknown'}"
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    changed = ["notebook"] if before.get("notebook") != now.get("notebook") else []
-    for part in ("modules", "params", "inputs"):
-        old, new = before.get(part, {}), now.get(part, {})
-        changed += [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return changed

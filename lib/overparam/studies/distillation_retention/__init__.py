@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam.catalogue import check_model_name
+from overparam.catalogue import check_model_name, published
 from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
 
 Count = Annotated[int, Field(ge=1)]
@@ -121,6 +121,10 @@ class Params(BaseModel):
         if list(self.per_class) != sorted(set(self.per_class)):
             raise ValueError(f"per_class must increase, got {self.per_class}")
         return self
+
+    def resources(self) -> dict[str, float]:
+        """Return what a job needs of a machine: decoders from the hub are meant for a GPU."""
+        return {"GPU": 1} if self.decoder_teacher and published(self.decoder_teacher) else {}
 
     def slug(self) -> str:
         """Short name of a parameter set: the teacher's."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from overparam import models, progress
+from overparam import cache, models, progress
 from overparam.compress import causal
 from overparam.compress.distill.decoder import Objective, distill_decoder, token_kl
 from overparam.data import splits
@@ -69,18 +69,20 @@ def compare(study: Study) -> pd.DataFrame | None:
     rows = []
     for way in progress.track(_WAYS, "distilling a decoder"):
         model = copy.deepcopy(student)
-        losses = distill_decoder(
-            model,
-            teacher,
-            *learn,
-            recipe,
-            objective=way.objective,
-            on_policy_share=way.on_policy_share,
-            batch_size=params.decoder_batch_size,
-            tokenizers=(own, tokenizer),
-            checkpoint=cached(both, asdict(recipe), asdict(way), params.decoder_batch_size, learn),
-            label=way.name,
-        )
+        folder = cached(both, asdict(recipe), asdict(way), params.decoder_batch_size, learn)
+        with cache.using(folder):
+            losses = distill_decoder(
+                model,
+                teacher,
+                *learn,
+                recipe,
+                objective=way.objective,
+                on_policy_share=way.on_policy_share,
+                batch_size=params.decoder_batch_size,
+                tokenizers=(own, tokenizer),
+                checkpoint=folder,
+                label=way.name,
+            )
         after = token_kl(model, teacher, *judge, label=f"after {way.name}")
         study.keep(way.name, "decoder", after, {})
         row: dict[str, object] = {"way": way.name, "last_loss": losses[-1]}

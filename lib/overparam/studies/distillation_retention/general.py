@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, progress
+from overparam import cache, models, progress
 from overparam.compress import distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.embedding import distill_embeddings
@@ -147,15 +147,17 @@ def _learn(
         warmup=max(1, params.steps // 10),
         seed=seed,
     )
-    return distill_embeddings(
-        encoder,
-        study.texts,
-        targets,
-        recipe,
-        objective=params.objective,
-        checkpoint=study.checkpoint(encoder, recipe, study.texts, params.objective, targets),
-        label=label,
-    )
+    folder = study.checkpoint(encoder, recipe, study.texts, params.objective, targets)
+    with cache.using(folder):
+        return distill_embeddings(
+            encoder,
+            study.texts,
+            targets,
+            recipe,
+            objective=params.objective,
+            checkpoint=folder,
+            label=label,
+        )
 
 
 def _row(study: Study, share: float, encoder: SentenceTransformer, log: Log) -> dict[str, object]:

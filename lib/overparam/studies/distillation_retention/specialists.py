@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from overparam import models, progress
+from overparam import cache, models, progress
 from overparam.compress import depth
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
@@ -142,7 +142,7 @@ def _student(
         seed=params.train_seeds[0],
     )
     folder = study.checkpoint(model, recipe, texts, labels)
-    train_classifier(
-        model, texts, labels, recipe, checkpoint=folder, label=f"{len(texts)} labels, {task.name}"
-    )
+    label = f"{len(texts)} labels, {task.name}"
+    with cache.using(folder):
+        train_classifier(model, texts, labels, recipe, checkpoint=folder, label=label)
     return np.asarray(encoders.outputs(model, task.test_texts).argmax(axis=1))

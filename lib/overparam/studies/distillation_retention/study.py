@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, packages
+from overparam import cache, models
 from overparam.allocator import keep_freed_memory
 from overparam.compress import distill
 from overparam.compress.distill import encoders
@@ -132,7 +132,7 @@ def cached(*parts: object) -> Path:
             digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True).encode())
-    return packages.cache_dir() / "students" / digest.hexdigest()[:24]
+    return cache.folder("students") / digest.hexdigest()[:24]
 
 
 def measured(training: Callable[[], Log]) -> tuple[Log, float]:

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from overparam import progress
+from overparam import cache, progress
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import UNLABELLED, train_classifier
 from overparam.compress.distill.training import Recipe
@@ -189,6 +189,7 @@ def _fit(
         seed=seed,
     )
     soft = (params.temperature, params.soft_weight, list(targets)) if targets else ()
+    folder = study.checkpoint(model, recipe, texts, labels, soft, *targets.values())
     fit = partial(
         train_classifier,
         model,
@@ -197,11 +198,12 @@ def _fit(
         recipe,
         temperature=params.temperature,
         soft_weight=params.soft_weight,
-        checkpoint=study.checkpoint(model, recipe, texts, labels, soft, *targets.values()),
+        checkpoint=folder,
         label=f"{task.name}: {name}",
         **targets,
     )
-    log, kwh = measured(fit)
+    with cache.using(folder):
+        log, kwh = measured(fit)
     return log.seconds[-1], kwh
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from overparam import trained
-from overparam.catalogue import TRAINED, check_model_name
+from overparam.catalogue import TRAINED, check_model_name, published
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -131,6 +131,20 @@ class Params(BaseModel):
     def key_inputs(self) -> dict[str, str]:
         """Return the hashes that belong to the key of a job: of weights that neither code nor a pin determines."""
         return trained.hashes(self.model) if self.model in TRAINED else {}
+
+    def resources(self) -> dict[str, float]:
+        """Return what a job needs of a machine: published weights in bfloat16 are meant for a GPU."""
+        return {"GPU": 1} if self.dtype == "bfloat16" and published(self.model) else {}
+
+    def needs(self) -> dict[str, str]:
+        """Return the study that trains the model, if one of this suite does, and what is missing of its outcome."""
+        if self.model not in TRAINED:
+            return {}
+        try:
+            trained.folder(self.model)
+        except FileNotFoundError as error:
+            return {"moe_pretraining": str(error)}
+        return {"moe_pretraining": ""}
 
     def slug(self) -> str:
         """Short name of a parameter set: the model's."""

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, packages
+from overparam import cache, models
 from overparam.allocator import keep_freed_memory
 from overparam.compress import causal
 from overparam.data.packing import IGNORED, Packed, pack
@@ -108,7 +108,7 @@ def state_folder(params: Params) -> Path:
             "max_texts"
         ]  # so that a run over all texts has the name that it had before there was a limit
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-    return packages.cache_dir() / "training" / digest
+    return cache.folder("training") / digest
 
 
 def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
@@ -130,20 +130,19 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
 
     def measure(step: int) -> None:
         curve[step] = validation_loss(model, validation)
-        temporary = curve_file.with_name(f"{curve_file.name}.partial")
-        temporary.write_text(json.dumps(curve))
-        temporary.replace(curve_file)
+        cache.write(curve_file, json.dumps(curve).encode())
 
-    log = causal.train(
-        model,
-        batches(params, tokenizer),
-        recipe(params),
-        checkpoint=folder,
-        every=params.checkpoint_every,
-        at_checkpoint=measure,
-        compiled=params.compiled,
-        label="pre-training",
-    )
+    with cache.using(folder):
+        log = causal.train(
+            model,
+            batches(params, tokenizer),
+            recipe(params),
+            checkpoint=folder,
+            every=params.checkpoint_every,
+            at_checkpoint=measure,
+            compiled=params.compiled,
+            label="pre-training",
+        )
     points = sorted((step, loss) for step, loss in curve.items() if step <= params.steps)
     return Trained(model.eval(), tokenizer, log, points)
 

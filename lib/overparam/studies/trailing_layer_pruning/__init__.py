@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam.catalogue import check_model_name
+from overparam.catalogue import check_model_name, published
 from overparam.evaluate import LOCAL_TASKS
 
 _PACKAGED_SOURCES = 4  # of training triplets; a batch comes from one of them
@@ -116,6 +116,10 @@ class Params(BaseModel):
         if self.loss_triplets < self.loss_batch_size:
             raise ValueError(f"loss_triplets must be at least loss_batch_size = {self.loss_batch_size}")
         return self
+
+    def resources(self) -> dict[str, float]:
+        """Return what a job needs of a machine: published weights in bfloat16 are meant for a GPU."""
+        return {"GPU": 1} if self.dtype == "bfloat16" and published(self.model) else {}
 
     def slug(self) -> str:
         """Short name of a parameter set: the model's."""

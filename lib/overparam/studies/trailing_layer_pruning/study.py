@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, progress
+from overparam import cache, models, progress
 from overparam.compress import depth
 from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
@@ -20,6 +22,7 @@ from overparam.studies.trailing_layer_pruning import Params
 _TRAINING_FACTOR = (
     1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
 )
+_EMBEDDING_VERSION = 1  # raised when `depth.layer_embeddings` returns other numbers
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 
 Scores = dict[str, embedding.TaskScore]
@@ -49,7 +52,10 @@ class Study:
         return len(models.blocks(self.model).layers)
 
     def embedder(self, model: PreTrainedModel, depths: Sequence[int] | None = None) -> embedding.Embed:
-        """Return a function that embeds texts at every depth of `model`, or at those given."""
+        """Return a function that embeds texts at every depth of `model`, or at those given.
+
+        What the unpruned model gives is kept in the cache, for a job that is killed later on.
+        """
 
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
             return depth.layer_embeddings(
@@ -63,7 +69,16 @@ class Study:
                 max_length=self.params.max_length,
             )
 
-        return embed
+        if model is not self.model:
+            return embed
+        settings = [self.params.pooling, self.params.batch_tokens, self.params.max_length, str(model.dtype)]
+        versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
+        made_by = [models.provenance(self.params.model), str(model.device), depths, settings, versions]
+
+        def kept(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
+            return cache.array("embeddings", [made_by, instruction, texts], lambda: embed(texts, instruction))
+
+        return kept
 
     def score(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from overparam import models, packages, progress
+from overparam import cache, models, packages, progress
 from overparam.compress import contrastive, depth
 from overparam.report import stats
 from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points, triplets
@@ -49,7 +49,6 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
     """Truncate, train with LoRA and score, at each depth and with each seed; the same recipe everywhere."""
     params = study.params
     identity = str(models.provenance(params.model))
-    cache = packages.cache_dir() / "adapters"
     scores: dict[int, list[Scores]] = {}
     losses: list[dict[str, float]] = []
     cost: dict[int, list[float]] = {}
@@ -72,7 +71,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 triplets(params, params.train_steps * params.train_batch_size, seed=seed),
                 recipe,
                 pooling=params.pooling,
-                cache=cache,
+                cache=cache.folder("adapters"),
                 identity=identity,
                 label=f"training {keep} of {study.layers} layers, seed {seed}",
             )

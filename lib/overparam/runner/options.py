@@ -1,0 +1,47 @@
+"""What the command line of a run may say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run to a parser."""
+    add = parser.add_argument
+    add("--profile", default="laptop", metavar="NAME|FILE", help="what to run (default: laptop)")
+    add("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="just these")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STUDY.PARAM=VALUE",
+        help="change a parameter; repeatable",
+    )
+    add("--results", type=Path, metavar="DIR", help="default: results/<profile>; smoke: temporary")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at once (default: 1)"
+    )
+    where.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="a dask scheduler, tcp://HOST:8786, or local:WORKERS on this machine",
+    )
+    add("--timeout", type=_at_least(1), metavar="SECONDS", help="end a job that takes longer, as failed")
+    add("--retries", type=_at_least(0), default=0, metavar="N", help="try a job that failed N times more")
+    add("--force", action="store_true", help="run also what is up to date")
+    add("--dry-run", action="store_true", help="show the plan and stop")
+    add("--explain", metavar="JOB", help="say in full what a job is and why it is due, and stop")
+    add("--json", action="store_true", help="show the plan as JSON and stop")
+    add("--clean", action="store_true", help="empty the cache of steps inside of jobs and stop")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text!r}")
+        return int(text)
+
+    return count

@@ -1,0 +1,51 @@
+"""The order of jobs: what a study needs is run before it."""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from overparam.runner.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from overparam.runner.plan import Job
+
+
+def sort(jobs: Sequence[Job], studies: Collection[str]) -> list[Job]:
+    """Return jobs in the order of the profile, but each study after those that it needs.
+
+    Args:
+        jobs: Of a plan.
+        studies: Every study that there is.
+
+    Raises:
+        BadInput: when studies need each other, or what a job needs is neither planned nor there already.
+    """
+    planned = list(dict.fromkeys(job.study for job in jobs))
+    problems = []
+    graph: dict[str, set[str]] = {study: set() for study in planned}
+    for job in jobs:
+        for need, missing in job.needs.items():
+            if need not in studies:
+                problems.append(f"{job.name} needs {need!r}: no such study: {nearest(need, studies)}")
+            elif need in graph:
+                graph[job.study].add(need)
+            elif missing:
+                problems.append(f"{job.name} needs {need}, which is not in this plan: {missing}")
+    if problems:
+        raise BadInput(*problems)
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        raise BadInput(
+            f"studies need each other in a circle: {' needs '.join(error.args[1][::-1])}"
+        ) from None
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=planned.index)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return sorted(jobs, key=lambda job: order.index(job.study))

@@ -1,0 +1,207 @@
+"""Where attempts run: each in a process of its own, a few at once on this machine (`Local`).
+
+`cluster.Cluster` hands the same function, `in_child`, to the workers of a dask cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from overparam.runner.attempt import Ending, JobError, keep_failure
+from overparam.runner.errors import BadInput
+from overparam.runner.plan import Job
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+_GRACE = 20.0  # seconds in which a process that was told to stop ends by itself
+_LATE = 60.0  # seconds over its limit after which a process that did not end itself is killed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process needs to attempt a job.
+
+    Attributes:
+        job: The job.
+        token: Identifies the attempt.
+        timeout: Limit in seconds.
+        threads: Its share of the cores; None leaves the environment alone.
+        folder: Working directory.
+    """
+
+    job: Job
+    token: str
+    timeout: float | None
+    threads: int | None
+    folder: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How an attempt ended; `message` is the record's path or the first line of the error."""
+
+    ending: Ending
+    message: str
+    seconds: float
+
+
+class Pool(Protocol):
+    """What `execute.run` hands jobs to."""
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise BadInput for jobs that could never run here."""
+
+    def submit(self, job: Job, token: str, timeout: float | None) -> Future[Answer]:
+        """Attempt a job as soon as there is room."""
+
+    def stop(self) -> None:
+        """End what runs, and run nothing more."""
+
+
+class Local:
+    """This machine, with so many jobs at once, each with its share of the cores or GPUs of its own."""
+
+    def __init__(self, jobs: int = 1) -> None:
+        self._jobs = jobs
+        self._executor = ThreadPoolExecutor(jobs, thread_name_prefix="job")
+        self._stopped = threading.Event()
+        self._all = gpus()
+        self._free, self._changed = list(self._all), threading.Condition()
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise BadInput for jobs that need more GPUs than there are."""
+        self._jobs = min(self._jobs, len(jobs))  # which share the cores
+        wanting = [job for job in jobs if job.resources.get("GPU", 0) > len(self._all)]
+        if wanting:
+            raise BadInput(
+                *(
+                    f"{job.name} needs {job.resources['GPU']:g} GPU, this machine has {len(self._all)}: leave it out "
+                    "with --only, or name a cluster with --cluster"
+                    for job in wanting
+                )
+            )
+
+    def submit(self, job: Job, token: str, timeout: float | None) -> Future[Answer]:
+        """Attempt a job as soon as there is room."""
+        threads = max(1, cores() // self._jobs) if self._jobs > 1 else None
+        return self._executor.submit(self._run, Order(job, token, timeout, threads, os.getcwd()))  # noqa: PTH109
+
+    def stop(self) -> None:
+        """End what runs, and run nothing more."""
+        self._stopped.set()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, order: Order) -> Answer:
+        with self._gpus(int(order.job.resources.get("GPU", self._jobs > 1))) as mine:
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+            return in_child(order, environment, self._stopped.is_set)
+
+    @contextmanager
+    def _gpus(self, count: int) -> Iterator[list[str]]:
+        if not self._all or not count:
+            yield []
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._free) >= count or self._stopped.is_set())
+            mine = [self._free.pop(0) for _ in range(min(count, len(self._free)))]
+        try:
+            yield mine
+        finally:
+            with self._changed:
+                self._free += mine
+                self._changed.notify_all()
+
+
+def in_child(order: Order, environment: dict[str, str], stopped: Callable[[], bool]) -> Answer:
+    """Attempt a job in a process of its own, and wait for its end.
+
+    Args:
+        order: The job and its limits.
+        environment: For the kernel, beside what every job gets.
+        stopped: Asked again and again; once true, the process and its kernel are ended.
+    """
+    started = time.monotonic()
+    job = order.job
+    if order.threads:
+        environment = environment | dict.fromkeys(THREADS, str(order.threads))
+    job.beside("log").parent.mkdir(parents=True, exist_ok=True)
+    line = {"job": job.to_dict(), "token": order.token, "timeout": order.timeout, "environment": environment}
+    with job.beside("log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "overparam.runner.attempt"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=order.folder,
+            start_new_session=True,  # a Ctrl-C is for the runner, which tells its processes
+        )
+    with process:
+        assert process.stdin is not None  # pipes, as asked for above
+        assert process.stdout is not None
+        kill_at = None if order.timeout is None else started + order.timeout + _LATE
+        try:
+            process.stdin.write(json.dumps(line).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # it ended at once; what it said is in the log
+            pass
+        hung = False
+        while process.poll() is None:
+            time.sleep(0.03)
+            if stopped() and not process.stdin.closed:
+                process.stdin.close()  # as if this process were gone
+                kill_at = time.monotonic() + _GRACE
+            if kill_at is not None and time.monotonic() > kill_at:
+                hung = True
+                process.kill()
+                process.wait()
+        said = process.stdout.read()
+        if not process.stdin.closed:
+            process.stdin.close()
+    seconds = time.monotonic() - started
+    try:
+        answer: dict[str, Any] = json.loads(said)
+    except ValueError:
+        return _without_answer(job, process.returncode, seconds, stopped=stopped(), hung=hung)
+    return Answer(answer["ending"], answer["message"], seconds)
+
+
+def _without_answer(job: Job, code: int, seconds: float, *, stopped: bool, hung: bool) -> Answer:
+    from overparam.runner.kernel import Family
+
+    Family(job.partial).end()
+    if stopped:
+        shutil.rmtree(job.partial, ignore_errors=True)
+        return Answer("interrupted", "", seconds)
+    how = f"by signal {-code} (out of memory?)" if code < 0 else f"with exit code {code}"
+    why = "it did not end at its limit, and was killed" if hung else f"its process ended {how}"
+    error = JobError(f"{why}; see {job.beside('log')}")
+    keep_failure(job, error)
+    return Answer("failed", str(error), seconds)
+
+
+def cores() -> int:
+    """Return the cores that this process may use, which a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that this process may use, without loading torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True, check=False)
+    return asked.stdout.split() if asked.returncode == 0 else []
