@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEDGER = Path(__file__).with_name("claims.yaml")
-_WORD = r"\{(\w+)[^}]*\}"
+_WORD = r"\{\w+[^}]*\}"
 
 
 class _Strict(BaseModel):
@@ -106,7 +106,7 @@ class Entry(_Strict):
 
     def shown(self) -> str:
         """The statement for a reader who has no record: open words are dots."""
-        return re.sub(_WORD, "…", self.statement)
+        return without_words(self.statement)
 
     def in_common(self, value: float) -> float:
         """A number in `unit` as points or percent."""
@@ -180,16 +180,21 @@ def points(paper: str) -> pd.DataFrame:
     return pd.DataFrame(found.rows, columns=list(found.columns))
 
 
-def hashes(study: str) -> dict[str, str]:
-    """Hash of what the verdicts of a study rest on, for the keys of its jobs: {"claims.yaml": SHA-256}."""
-    own = [entry for entry in _file().claims if entry.study == study]
+def hashes(study: str | None = None) -> dict[str, str]:
+    """Hash of what the verdicts of a study, or of all, rest on, for keys of jobs: {"claims.yaml": SHA-256}."""
+    own = [entry for entry in _file().claims if study in (None, entry.study)]
     cited = {name: paper.model_dump() for name, paper in papers().items() if name in {e.paper for e in own}}
     return {"claims.yaml": digest([[entry.model_dump() for entry in own], cited])}
 
 
+def without_words(template: str) -> str:
+    """A text of the ledger for a reader who has no record: its open {words} are dots."""
+    return re.sub(_WORD, "…", template)
+
+
 def pattern(template: str) -> str:
     """A regular expression of all texts that a template with {words} can become."""
-    parts = re.split(r"\{\w+[^}]*\}", template)
+    parts = re.split(_WORD, template)
     return ".+".join(re.escape(part) for part in parts)
 
 
