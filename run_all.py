@@ -1,10 +1,13 @@
-"""Run the studies of a profile and keep their results; or fill the README from results.
+"""Run the studies of a profile and keep their results; or report, verify, compare and cite results.
 
     python run_all.py                               the laptop profile
     python run_all.py --profile smoke --dry-run     what would run, and why
-    python run_all.py report                        README's table from results/reference
+    python run_all.py report [PATH]                 README's table, REPORT.md and the gallery from results
+    python run_all.py verify [PATH]                 is every file of a results folder what its record says?
+    python run_all.py compare A B                   which quality metrics of two results folders agree
+    python run_all.py cite FIGURE                   BibTeX and a caption
 
-Exit code: 0 all done, 1 some jobs failed, 2 bad input, 130 interrupted.
+Exit code: 0 all done, 1 some jobs failed or something is not right, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from overparam.report import readme
+from overparam import commands
 from overparam.runner import execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
@@ -25,10 +28,11 @@ ROOT = Path(__file__).resolve().parent
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:
     """Do what the command line says and return the exit code."""
-    args = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if args.command == "report":
-            return _report(root, args.results or root / "results" / "reference")
+        if given and given[0] in commands.NAMES:
+            return commands.main(given, root)
+        args = _parser().parse_args(given)
         return _run(args, root, studies_package)
     except BadInput as error:
         for problem in error.problems:
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run", help="default: run")
+    parser.add_argument("command", nargs="?", choices=("run",), default="run", help="default: run")
     parser.add_argument(
         "--profile", default="laptop", metavar="NAME|FILE", help="what to run (default: laptop)"
     )
@@ -84,12 +88,6 @@ def _run(args: argparse.Namespace, root: Path, studies_package: str) -> int:
     outcomes = execute.run(jobs)
     print(f"\n{execute.summary(outcomes)}")
     return execute.exit_code(outcomes)
-
-
-def _report(root: Path, results: Path) -> int:
-    changed = readme.fill(root / "README.md", results)
-    print(f"README.md {'filled from' if changed else 'is current with'} {results}")
-    return execute.ALL_DONE
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def test_a_claim_is_judged_with_what_the_ledger_says_of_it():
 
 def test_words_of_a_statement_come_from_the_study():
     words = {"share": 0.1, "target": 90.0, "task": "ReutersR8"}
-    claim = ledger.judged("distillation-10-reutersr8", measured=Estimate(-4, -5, -3, 9), margin=10, words=words)
+    claim = ledger.judged(
+        "distillation-10-reutersr8", measured=Estimate(-4, -5, -3, 9), margin=10, words=words
+    )
     assert (
         claim.statement == "A student with 10% of the parameters keeps 90 % or more of its teacher: ReutersR8"
     )

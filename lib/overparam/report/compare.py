@@ -102,7 +102,9 @@ def _records(job: str, a: Record, b: Record) -> list[Row]:
         other = next((each for each in b.claims if each.id == claim.id), None)
         if other and other.verdict != claim.verdict:
             detail = "verdicts follow from the metrics"
-            rows.append(Row(job, f"verdict on {claim.id}", claim.verdict, other.verdict, "not judged", detail))
+            rows.append(
+                Row(job, f"verdict on {claim.id}", claim.verdict, other.verdict, "not judged", detail)
+            )
     for name in {**a.items, **b.items}:
         rows += _items(job, name, a, b)
     return rows
@@ -145,4 +147,6 @@ def _items(job: str, name: str, a: Record, b: Record) -> list[Row]:
     if gone := [path for path in paths if not path.is_file()]:
         return [Row(job, label, "", "", "differ", f"missing: {', '.join(str(path) for path in gone)}")]
     left, right = (pd.read_parquet(path) for path in paths)
-    return [Row(job, label, str(len(left)), str(len(right)), *each) for each in paired_items.compare(left, right)]
+    return [
+        Row(job, label, str(len(left)), str(len(right)), *each) for each in paired_items.compare(left, right)
+    ]

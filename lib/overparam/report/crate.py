@@ -44,7 +44,9 @@ def text(found: Inventory) -> str:
     root["datePublished"] = max((record.started[:10] for record in found.studies), default="1970-01-01")
     root["conformsTo"] = {"@id": PROFILE}
     crate.add(_entity(crate, PROFILE, "CreativeWork", name="Process Run Crate", version="0.5"))
-    crate.add(_entity(crate, f"https://spdx.org/licenses/{LICENSE}", "CreativeWork", name="Apache License 2.0"))
+    crate.add(
+        _entity(crate, f"https://spdx.org/licenses/{LICENSE}", "CreativeWork", name="Apache License 2.0")
+    )
     for file in REPORT_FILES:
         if file.endswith((".md", ".json")) and file != FILE:
             crate.add_file(dest_path=file, properties={"name": file, "encodingFormat": _format(file)})

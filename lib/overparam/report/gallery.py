@@ -211,7 +211,9 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
     else:
         body, used = _rendered(path, blocks)
         links.append(("executed notebook", _file(record, record.notebook.file)))
-    return environment.get_template("run.html").render(
+    return environment.get_template(
+        "run.html"
+    ).render(
         current=record,
         notebook=Markup(body),  # noqa: S704 - made by nbconvert
         leftover=Markup("\n".join(blocks[used:])),  # noqa: S704 - made by a template
@@ -263,7 +265,12 @@ def _sections(page: str, html: str) -> list[dict[str, str]]:
 
     def section(title: Tag | None, anchor: Any, text: str = "") -> dict[str, str]:
         link = f"{page}#{quote(str(anchor))}" if anchor else page
-        return {"link": link, "page": name, "title": title.get_text(" ", strip=True) if title else "", "text": text}
+        return {
+            "link": link,
+            "page": name,
+            "title": title.get_text(" ", strip=True) if title else "",
+            "text": text,
+        }
 
     found = []
     for part in main.select("figure[id], tr[id]"):
@@ -273,6 +280,8 @@ def _sections(page: str, html: str) -> list[dict[str, str]]:
     for each in main.descendants:
         if isinstance(each, Tag) and each.name in _HEADINGS:
             found.append(section(each, each.get("id")))
-        elif found and isinstance(each, NavigableString) and each.parent and each.parent.name not in _HEADINGS:
+        elif (
+            found and isinstance(each, NavigableString) and each.parent and each.parent.name not in _HEADINGS
+        ):
             found[-1]["text"] += "".join(f"{word} " for word in each.split())
     return found

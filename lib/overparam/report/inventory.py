@@ -92,7 +92,9 @@ def take(results_dir: str | Path) -> Inventory:
     for record in found.records:
         ids = [claim.id for claim in record.claims]
         for claim_id in sorted({each for each in ids if ids.count(each) > 1}):
-            found.problems.append(f"{_name(record)}: two verdicts on one claim, {claim_id}; the first is shown")
+            found.problems.append(
+                f"{_name(record)}: two verdicts on one claim, {claim_id}; the first is shown"
+            )
             first = next(claim for claim in record.claims if claim.id == claim_id)
             record.claims = [claim for claim in record.claims if claim.id != claim_id or claim is first]
     found.failed = sorted(_failed(root, found.records))

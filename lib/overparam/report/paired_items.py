@@ -12,7 +12,13 @@ from scipy.special import ndtr
 from overparam.report import stats
 
 ITEM = ("item", "verse")  # columns that say which item it is
-OUTCOMES = ("nll", "tokens", "text", "translation", "failure")  # what a run makes of an item, beside its scores
+OUTCOMES = (
+    "nll",
+    "tokens",
+    "text",
+    "translation",
+    "failure",
+)  # what a run makes of an item, beside its scores
 _SCORE = re.compile(r"(.+)_\d+$")  # columns such as value_0, or chrf_0 … chrf_23 of one item's statistics
 _GROUP_SIZE = 64  # a column of more different values than that tells items apart, not systems or tasks
 _LEVEL = 0.05
@@ -55,11 +61,17 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
     shown = f"{len(both)} items, {changed.sum()} with other scores{others}"
     if not gaps:
         return [("agree", f"{shown}; none of them numbers that can be compared")]
-    p_values = [2 * ndtr(-abs(gap.value) / se) if (se := (gap.high - gap.low) / 3.92) > 0 else float(gap.value == 0) for _, gap in gaps]
+    p_values = [
+        2 * ndtr(-abs(gap.value) / se) if (se := (gap.high - gap.low) / 3.92) > 0 else float(gap.value == 0)
+        for _, gap in gaps
+    ]
     differ = [gap for gap, p in zip(gaps, stats.holm(p_values), strict=True) if p < _LEVEL]
     total = both.groupby(groups).ngroups if groups else 1
     rows: list[tuple[State, str]] = [
-        ("differ" if differ else "agree", f"{shown}; {len(differ)} of {total} groups differ, paired, after Holm's correction")
+        (
+            "differ" if differ else "agree",
+            f"{shown}; {len(differ)} of {total} groups differ, paired, after Holm's correction",
+        )
     ]
     return rows + [
         ("differ", f"{name}: B − A {gap.value:.4g} [{gap.low:.4g}, {gap.high:.4g}], {gap.n} items")

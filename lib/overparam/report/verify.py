@@ -28,7 +28,9 @@ class Finding:
         return self.state not in ("ok", "older", "not made")
 
 
-def check(results_dir: str | Path, *, age: Age | None = None, summary_inputs: dict[str, str] | None = None) -> list[Finding]:
+def check(
+    results_dir: str | Path, *, age: Age | None = None, summary_inputs: dict[str, str] | None = None
+) -> list[Finding]:
     """Check a results folder.
 
     Args:
@@ -112,9 +114,21 @@ def _figure(figure: record.Figure, each: Record) -> list[str]:
 def _summary(found: Inventory, inputs: dict[str, str]) -> list[Finding]:
     made = [each for each in found.records if each.study == SUMMARY]
     if not made:
-        return [Finding(SUMMARY, "not made", "`run_all.py report` makes the figures of all claims")] if found.records else []
-    before = {name: value for name, value in made[0].provenance.get("key", {}).get("inputs", {}).items() if name in inputs or name.endswith("record.json")}
-    return [] if before == inputs else [Finding(SUMMARY, "stale", "made from other records: run `run_all.py report`")]
+        return (
+            [Finding(SUMMARY, "not made", "`run_all.py report` makes the figures of all claims")]
+            if found.records
+            else []
+        )
+    before = {
+        name: value
+        for name, value in made[0].provenance.get("key", {}).get("inputs", {}).items()
+        if name in inputs or name.endswith("record.json")
+    }
+    return (
+        []
+        if before == inputs
+        else [Finding(SUMMARY, "stale", "made from other records: run `run_all.py report`")]
+    )
 
 
 def _generated(found: Inventory) -> list[Finding]:

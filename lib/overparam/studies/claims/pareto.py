@@ -31,7 +31,11 @@ def points(found: Inventory) -> pd.DataFrame:
 
 
 def _has_tables(record: Record) -> bool:
-    return all((folder(record) / record.tables[name].file).is_file() for name in _TABLES[record.study] if name in record.tables)
+    return all(
+        (folder(record) / record.tables[name].file).is_file()
+        for name in _TABLES[record.study]
+        if name in record.tables
+    )
 
 
 def _table(record: Record, name: str) -> pd.DataFrame:
@@ -79,7 +83,9 @@ def _experts(record: Record) -> pd.DataFrame:
 
 def _students(record: Record) -> pd.DataFrame:
     suite = _table(record, "suite")
-    kept = suite[suite["system"].isin(["teacher", "distilled"])].set_index("share")[["kept", "kept_low", "kept_high"]]
+    kept = suite[suite["system"].isin(["teacher", "distilled"])].set_index("share")[
+        ["kept", "kept_low", "kept_high"]
+    ]
     kept = kept.mul(100)
     kept.columns = pd.Index(["kept_percent", "low", "high"])
     costs = _costs(record, "share", 1.0, "batch_seconds")

@@ -33,17 +33,38 @@ def plot_forest(study: Study, data: pd.DataFrame) -> Any:
                 part = rows[these]
                 errors = np.clip([part["value"] - part["low"], part["high"] - part["value"]], 0, None)
                 axes.errorbar(
-                    part["value"], places[these], xerr=errors, color=colour, marker="o", linestyle="", label=verdict
+                    part["value"],
+                    places[these],
+                    xerr=errors,
+                    color=colour,
+                    marker="o",
+                    linestyle="",
+                    label=verdict,
                 )
         axes.plot(
-            rows["published"], places, marker="D", color="black", markerfacecolor="white", linestyle="", label="published"
+            rows["published"],
+            places,
+            marker="D",
+            color="black",
+            markerfacecolor="white",
+            linestyle="",
+            label="published",
         )
         axes.plot(
-            rows["bound"], places, marker="|", color="black", markersize=8, linestyle="", label="margin of the rule"
+            rows["bound"],
+            places,
+            marker="|",
+            color="black",
+            markersize=8,
+            linestyle="",
+            label="margin of the rule",
         )
         axes.axvline(0, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)
-        axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.6)
-        axes.set_xticks([-100, -50, -20, -10, -5, 0, 5, 10, 50], labels=["−100", "−50", "−20", "−10", "−5", "0", "5", "10", "50"])
+        axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.0)
+        axes.set_xticks(
+            [-100, -30, -10, -5, 0, 5, 10, 30, 100],
+            labels=["−100", "−30", "−10", "−5", "0", "5", "10", "30", "100"],
+        )
         axes.minorticks_off()
         labels = [f"{row.claim}\n{row.model} ({row.unit})" for row in rows.itertuples()]
         axes.set_yticks(places, labels=[label.replace("\n", ", ") for label in labels], fontsize=6)
@@ -78,7 +99,13 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
                 "linestyle": "-" if number % 2 == 0 else "--",
                 "linewidth": 0.8,
             }
-            size.errorbar(ordered["size_percent"], ordered["kept_percent"], yerr=errors, label=f"{model}: {system}", **look)
+            size.errorbar(
+                ordered["size_percent"],
+                ordered["kept_percent"],
+                yerr=errors,
+                label=f"{model}: {system}",
+                **look,
+            )
             speed.errorbar(ordered["speed"], ordered["kept_percent"], yerr=errors, **look)
         size.invert_xaxis()
         size.set(xlabel="parameters left (% of the full model)", ylabel="score kept (% of the full model)")

@@ -99,7 +99,8 @@ def forest(study: Study) -> pd.DataFrame:
         if entry is None or claim.measured is None:
             continue
         value, low, high = (
-            entry.in_common(number) for number in (claim.measured.value, claim.measured.low, claim.measured.high)
+            entry.in_common(number)
+            for number in (claim.measured.value, claim.measured.low, claim.measured.high)
         )
         bound = {"no_worse": -claim.margin, "better": claim.margin}.get(entry.kind)
         rows.append(
@@ -113,7 +114,9 @@ def forest(study: Study) -> pd.DataFrame:
                 "value": value,
                 "low": low,
                 "high": high,
-                "published": None if entry.published_value is None else entry.in_common(entry.published_value),
+                "published": None
+                if entry.published_value is None
+                else entry.in_common(entry.published_value),
                 "bound": None if bound is None else entry.in_common(bound),
             }
         )
