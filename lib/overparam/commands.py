@@ -16,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from overparam.report import citing, compare, crate, inventory, pages, readme, verify
 from overparam.report.record import Record
 from overparam.runner import execute, notebook
-from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, Profile, plan
 from overparam.studies import claims
 

@@ -34,7 +34,7 @@ def test_an_exact_id_goes_before_a_form():
     assert ledger.find("distillation-soft-targets").id == "distillation-soft-targets"
     assert ledger.find("distillation-10-embedding").id == "distillation-{percent}-{task}"
     assert ledger.find("l3prune-larger") is None
-    with pytest.raises(ValueError, match="'nothing' is not in claims.yaml"):
+    with pytest.raises(ValueError, match="'nothing' is not in the ledger"):
         ledger.judged("nothing", measured=None, margin=0)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -22,8 +21,7 @@ from overparam.report.record import Metric, Record
 State = Literal["identical", "agree", "differ", "only in A", "only in B", "not judged"]
 # words in the name or the unit of what a clock or a meter says; anything else is held to be quality
 COST = re.compile(
-    r"(^|[ _])(seconds?|hours?|h|s|ms|latency|latencies|time|times|cost|costs|slope|speed|up|energy|kwh|peak|resident|rss|watt\w*)"
-    r"($|[ _])"
+    r"(^|[ _])(seconds?|hours?|h|s|ms|latency|latencies|times?|costs?|speed|energy|kwh|peak|resident|watts?)($|[ _])"
 )
 _DIGITS = 1e-6
 

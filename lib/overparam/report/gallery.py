@@ -211,12 +211,10 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
     else:
         body, used = _rendered(path, blocks)
         links.append(("executed notebook", _file(record, record.notebook.file)))
-    return environment.get_template(
-        "run.html"
-    ).render(
+    return environment.get_template("run.html").render(
         current=record,
-        notebook=Markup(body),  # noqa: S704 - made by nbconvert
-        leftover=Markup("\n".join(blocks[used:])),  # noqa: S704 - made by a template
+        notebook=Markup(body),
+        leftover=Markup("\n".join(blocks[used:])),
         links=links,
     )
 
@@ -258,7 +256,8 @@ def _linked(html: str) -> str:
 def _sections(page: str, html: str) -> list[dict[str, str]]:
     """Cut the main part of a page at headings, figures and claims, for the search."""
     main = BeautifulSoup(html, "html.parser").main
-    assert main is not None and main.h1 is not None  # by the templates
+    assert main is not None  # by the templates
+    assert main.h1 is not None
     for each in main(["script", "style"]):
         each.decompose()
     name = main.h1.get_text(" ", strip=True)

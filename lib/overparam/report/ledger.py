@@ -222,7 +222,7 @@ def judged(
     """
     entry = find(claim_id)
     if entry is None:
-        raise ValueError(f"claim {claim_id!r} is not in {LEDGER.name}: add it there")
+        raise ValueError(f"claim {claim_id!r} is not in the ledger: add it to {LEDGER.name}")
     try:
         statement, published, unit = (
             text.format(**(words or {})) for text in (entry.statement, entry.published, entry.unit)

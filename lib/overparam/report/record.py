@@ -340,9 +340,9 @@ def find(results_dir: str | Path) -> list[Record]:
 
 
 def record_files(results_dir: str | Path) -> list[Path]:
-    """Return every ``record.json`` below a folder but those of unfinished jobs, in order."""
+    """Return every ``record.json`` below a folder, in order; not those of unfinished jobs, nor copies for reading."""
     root = Path(results_dir)
-    return [path for path in sorted(root.rglob(FILE_NAME)) if not _unfinished(path.relative_to(root))]
+    return [path for path in sorted(root.rglob(FILE_NAME)) if not _no_result(path.relative_to(root))]
 
 
 def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
@@ -353,10 +353,7 @@ def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
     return [
         path
         for path in sorted(root.rglob("*"))
-        if path.is_file()
-        and path not in named
-        and not _unfinished(relative := path.relative_to(root))
-        and relative.parts[0] not in REPORT_FILES
+        if path.is_file() and path not in named and not _no_result(path.relative_to(root))
     ]
 
 
@@ -379,6 +376,10 @@ def problems(record: Record) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
     return found
+
+
+def _no_result(relative: Path) -> bool:
+    return _unfinished(relative) or not set(relative.parts).isdisjoint(REPORT_FILES)
 
 
 def _unfinished(relative: Path) -> bool:

@@ -72,10 +72,10 @@ def plot_forest(study: Study, data: pd.DataFrame) -> Any:
         axes.set_xlabel("points or percent, as each row says; linear within ±10")
         figure.legend(loc="outside upper center", ncols=3, fontsize=6)
         caption = (
-            f"Published points (diamonds) against what was measured (dots with 95 % interval) for {len(rows)} verdicts of "
-            f"{data['model'].nunique()} models, in points of a score from 0 to 100 or in percent of the unpruned model; 0 is "
-            "no change, in proportion, or the goal. Bars: what the rule of a claim allows where no number was published or "
-            "the claim is one of no loss. The axis is linear within ±10 and logarithmic beyond."
+            f"Published points (diamonds) against what was measured (dots with 95 % interval): {len(rows)} verdicts on "
+            f"{data['model'].nunique()} models, in points of a score from 0 to 100 or in percent of the unpruned model; "
+            "0 is no change, in proportion, or the goal. Bars: the margin of a rule that allows no loss, or asks for a "
+            "gain. The axis is linear within ±10 and logarithmic beyond."
         )
         return figures.publish(
             figure, "fig:claims-forest", data=data, caption=caption, recorder=study.recorder
@@ -115,9 +115,9 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
         figure.legend(loc="outside upper center", ncols=2, fontsize=6)
         caption = (
             "Score kept against the parameters that are left, embedding tables included, and against speed, for "
-            f"{data['model'].nunique()} models of {data['study'].nunique()} studies; 95 % intervals. Scores are those of each "
-            "study (mean over embedding tasks, chrF++): curves of one model can be compared, levels of two can not. Speed is "
-            "encoding a batch, or translating one."
+            f"{data['model'].nunique()} models of {data['study'].nunique()} studies; 95 % intervals. Scores are those of "
+            "each study (mean over embedding tasks, chrF++): curves of one model can be compared, levels of two can not. "
+            "Speed is of encoding a batch, or of translating one."
         )
         return figures.publish(
             figure, "fig:claims-pareto", data=data, caption=caption, recorder=study.recorder

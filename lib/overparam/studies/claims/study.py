@@ -38,13 +38,13 @@ def claim_table(study: Study) -> pd.DataFrame:
         {
             "claim": claim.statement,
             "published": claim.published,
-            "study": record.study,
-            "model": record.slug,
+            "study": source.study,
+            "model": source.slug,
             "measured [95 % CI]": readme.measured_text(claim),
             "verdict": claim.verdict,
             "rule": claim.rule,
         }
-        for claim, record in study.found.claims()
+        for claim, source in study.found.claims()
     ]
     rows += [
         {
@@ -67,13 +67,13 @@ def claim_table(study: Study) -> pd.DataFrame:
 def conditions(study: Study) -> pd.DataFrame:
     """What differs from the published conditions, a row for each claim and record."""
     rows = []
-    for claim, record in study.found.claims():
+    for claim, source in study.found.claims():
         entry = ledger.find(claim.id)
         paper = ledger.papers()[entry.paper] if entry and entry.paper else None
         rows.append(
             {
                 "claim": claim.statement,
-                "model": record.slug,
+                "model": source.slug,
                 "published conditions": paper.conditions if paper else "a goal of this suite",
                 "measured here": entry.metric if entry else "(not in the ledger)",
                 "what differs": claim.note,
@@ -94,7 +94,7 @@ def forest(study: Study) -> pd.DataFrame:
         what the claim's rule accepts.
     """
     rows = []
-    for claim, record in study.found.claims():
+    for claim, source in study.found.claims():
         entry = ledger.find(claim.id)
         if entry is None or claim.measured is None:
             continue
@@ -107,8 +107,8 @@ def forest(study: Study) -> pd.DataFrame:
             {
                 "claim": claim.id,
                 "statement": claim.statement,
-                "model": record.slug,
-                "study": record.study,
+                "model": source.slug,
+                "study": source.study,
                 "verdict": claim.verdict,
                 "unit": entry.common.unit if entry.common else claim.unit,
                 "value": value,
