@@ -23,6 +23,8 @@ _WIDE = 2.1 * figures.WIDTH
 
 def plot_forest(study: Study, data: pd.DataFrame) -> Any:
     """Draw the published point of each claim against the measured interval."""
+    if data.empty:
+        return "no record answers a claim of the ledger with a number"
     rows = data.iloc[::-1].reset_index(drop=True)
     with figures.style():
         figure, axes = plt.subplots(figsize=(_WIDE, 0.9 + 0.24 * len(rows)))
@@ -73,7 +75,7 @@ def plot_forest(study: Study, data: pd.DataFrame) -> Any:
         figure.legend(loc="outside upper center", ncols=3, fontsize=6)
         caption = (
             f"Published points (diamonds) against what was measured (dots with 95 % interval): {len(rows)} verdicts on "
-            f"{data['model'].nunique()} models, in points of a score from 0 to 100 or in percent of the unpruned model; "
+            f"{data['model'].nunique()} models, in points of a score of 100 or in percent of the unpruned model; "
             "0 is no change, in proportion, or the goal. Bars: the margin of a rule that allows no loss, or asks for a "
             "gain. The axis is linear within ±10 and logarithmic beyond."
         )
@@ -84,6 +86,8 @@ def plot_forest(study: Study, data: pd.DataFrame) -> Any:
 
 def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
     """Draw quality kept against size and against speed, over all studies."""
+    if data.empty:
+        return "no record has both a score and a cost of a compressed model"
     with figures.style():
         figure, (size, speed) = plt.subplots(1, 2, sharey=True, figsize=(_WIDE, 0.9 * figures.WIDTH))
         groups = data.groupby(["model", "system"], sort=False)
@@ -114,10 +118,10 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
             axes.axhline(100, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)
         figure.legend(loc="outside upper center", ncols=2, fontsize=6)
         caption = (
-            "Score kept against the parameters that are left, embedding tables included, and against speed, for "
-            f"{data['model'].nunique()} models of {data['study'].nunique()} studies; 95 % intervals. Scores are those of "
-            "each study (mean over embedding tasks, chrF++): curves of one model can be compared, levels of two can not. "
-            "Speed is of encoding a batch, or of translating one."
+            "Score kept against the parameters that are left, embedding tables included, and against speed: "
+            f"{data['model'].nunique()} models of {data['study'].nunique()} studies, 95 % intervals. Scores are those "
+            "of each study (mean over embedding tasks, chrF++): curves of one model can be compared, levels of two "
+            "can not. Speed is of encoding a batch, or of translating one."
         )
         return figures.publish(
             figure, "fig:claims-pareto", data=data, caption=caption, recorder=study.recorder
