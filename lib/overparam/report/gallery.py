@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import jinja2
 import nbformat
-from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4 import BeautifulSoup
+from bs4.element import NavigableString, Tag
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 
@@ -131,7 +132,7 @@ def _index(found: Inventory, shown: dict[int, list[Shown]]) -> dict[str, Any]:
                 "conditions": paper.conditions if paper else None,
             }
         )
-    number = Counter(claim.verdict for claim, _ in found.claims())
+    number: Counter[str] = Counter(claim.verdict for claim, _ in found.claims())
     return {
         "claims": rows,
         "counts": f"Of {sum(number.values())} verdicts: "
@@ -225,7 +226,7 @@ def _rendered(path: Path, figures: Sequence[str]) -> tuple[str, int]:
     Returns:
         The HTML, and how many of the figures are in it: none if there are not as many pictures as figures.
     """
-    notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    notebook: Any = nbformat.read(path, as_version=4)
     pictures = [
         output
         for cell in notebook.cells
@@ -234,12 +235,14 @@ def _rendered(path: Path, figures: Sequence[str]) -> tuple[str, int]:
     ]
     fits = len(pictures) == len(figures)
     for output, html in zip(pictures, figures, strict=True) if fits else ():
-        output.data = nbformat.from_dict({"text/html": html})  # type: ignore[no-untyped-call]
+        output.data = nbformat.from_dict({"text/html": html})
         output.metadata["figure"] = True
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if html := output.get("data", {}).get("text/html"):
-                output.data["text/html"] = re.sub(r'<table border="1"', "<table", html)
+                output.data["text/html"] = html.replace('<table border="1"', "<table").replace(
+                    "<th></th>", "<td></td>"
+                )
     exporter = HTMLExporter(
         template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
@@ -276,11 +279,11 @@ def _sections(page: str, html: str) -> list[dict[str, str]]:
         title = part.select_one(".statement, .id")
         text = " ".join(part.extract().get_text(" ").split())
         found.append(section(title, part["id"], text))
-    for each in main.descendants:
-        if isinstance(each, Tag) and each.name in _HEADINGS:
-            found.append(section(each, each.get("id")))
+    for node in main.descendants:
+        if isinstance(node, Tag) and node.name in _HEADINGS:
+            found.append(section(node, node.get("id")))
         elif (
-            found and isinstance(each, NavigableString) and each.parent and each.parent.name not in _HEADINGS
+            found and isinstance(node, NavigableString) and node.parent and node.parent.name not in _HEADINGS
         ):
-            found[-1]["text"] += "".join(f"{word} " for word in each.split())
+            found[-1]["text"] += "".join(f"{word} " for word in node.split())
     return found

@@ -45,12 +45,8 @@ def _table(record: Record, name: str) -> pd.DataFrame:
 def _costs(record: Record, by: str, full: float, seconds: str) -> pd.DataFrame:
     """Size in percent and speed in times of the full model, by the column `by`."""
     costs = _table(record, "costs").set_index(by)
-    return pd.DataFrame(
-        {
-            "size_percent": 100 * costs["parameters"] / costs.loc[full, "parameters"],
-            "speed": costs.loc[full, seconds] / costs[seconds],
-        }
-    )
+    parameters, times = costs["parameters"], costs[seconds]
+    return pd.DataFrame({"size_percent": 100 * parameters / parameters[full], "speed": times[full] / times})
 
 
 def _layers(record: Record) -> pd.DataFrame:
