@@ -240,15 +240,18 @@ def _rendered(path: Path, figures: Sequence[str]) -> tuple[str, int]:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if html := output.get("data", {}).get("text/html"):
-                output.data["text/html"] = html.replace('<table border="1"', "<table").replace(
-                    "<th></th>", "<td></td>"
-                )
+                output.data["text/html"] = _without_empty_headers(html.replace('<table border="1"', "<table"))
     exporter = HTMLExporter(
         template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
     exporter.register_filter("first_line", lambda source: source.strip().partition("\n")[0] or "code")
     body, _ = exporter.from_notebook_node(notebook)
     return _linked(body), len(figures) if fits else 0
+
+
+def _without_empty_headers(html: str) -> str:
+    """Make plain cells of the corners that pandas writes as headers of nothing."""
+    return re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
 
 
 def _linked(html: str) -> str:
