@@ -1,12 +1,16 @@
-"""Run the studies of a profile and keep their results; or fill the README from results.
+"""Run the studies of a profile and keep their results; or report, verify, compare and cite results.
 
     python run_all.py                               the laptop profile
     python run_all.py --profile smoke --dry-run     what would run, and why
     python run_all.py --jobs 2 --timeout 7200       two notebooks at once, two hours each at most
     python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster
-    python run_all.py report                        README's table from results/reference
+    python run_all.py report [PATH]                 README's table, REPORT.md and the gallery from results
+    python run_all.py verify [PATH]                 is every file of a results folder what its record says?
+    python run_all.py compare A B                   which quality metrics of two results folders agree
+    python run_all.py cite FIGURE                   BibTeX and a caption
 
-Exit code: 0 all done, 1 some jobs failed or were left to another run, 2 bad input, 130 interrupted.
+Exit code: 0 all done, 1 some jobs failed or were left to another run, or something is not right, 2 bad input,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,8 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from overparam import cache
-from overparam.report import readme
+from overparam import cache, commands
 from overparam.runner import execute, options, show
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
@@ -31,12 +34,10 @@ ROOT = Path(__file__).resolve().parent
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:
     """Do what the command line says and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in ("run", "report", "-h", "--help"):
-        given.insert(0, "run")
-    args = _parser().parse_args(given)
     try:
-        if args.command == "report":
-            return _report(root, args.results or root / "results" / "reference")
+        if given and given[0] in commands.NAMES:
+            return commands.main(given, root)
+        args = _parser().parse_args(given[1:] if given[:1] == ["run"] else given)
         return _clean() if args.clean else _run(args, root, studies_package)
     except BadInput as error:
         for problem in error.problems:
@@ -49,16 +50,10 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_p
 
 
 def _parser() -> argparse.ArgumentParser:
-    as_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_is)
-    commands = parser.add_subparsers(dest="command")
-    report = commands.add_parser("report", help="fill the README's table from results")
-    report.add_argument("--results", type=Path, metavar="DIR", help="default: results/reference")
-    options.add_to(
-        commands.add_parser(
-            "run", help="run what is due (the default)", description=__doc__, formatter_class=as_is
-        )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    options.add_to(parser)
     return parser
 
 
@@ -93,12 +88,6 @@ def _cluster(address: str) -> Pool:
 
 def _clean() -> int:
     print(cache.describe(cache.clean()))
-    return execute.ALL_DONE
-
-
-def _report(root: Path, results: Path) -> int:
-    changed = readme.fill(root / "README.md", results)
-    print(f"README.md {'filled from' if changed else 'is current with'} {results}")
     return execute.ALL_DONE
 
 

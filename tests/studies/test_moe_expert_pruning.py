@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from overparam.compress import experts
-from overparam.report import stats
+from overparam.report import ledger, stats
 from overparam.studies.moe_expert_pruning import (
     Params,
     learned,
@@ -263,9 +263,11 @@ def test_figures_are_drawn_from_what_they_save(started, base, calibration, swept
 
 
 def test_published_numbers_are_in_percent_of_the_unpruned_model():
-    assert verdicts.published_change(0.5, recovered=False) == pytest.approx(-1.27, abs=0.01)
-    assert verdicts.published_change(0.75, recovered=True) == pytest.approx(-4.25, abs=0.01)
-    assert verdicts.published_change(0.875, recovered=True) == pytest.approx(-7.54, abs=0.01)
+    published = verdicts.published_quality().set_index(["recovered", "share_pruned"])["change_percent"]
+    assert published[False, 0.5] == pytest.approx(ledger.published_value("experts-half"), abs=0.01)
+    assert published[False, 0.6875] == pytest.approx(ledger.published_value("experts-70"), abs=0.01)
+    assert published[True, 0.75] == pytest.approx(ledger.published_value("experts-75-recovered"), abs=0.01)
+    assert published[True, 0.875] == pytest.approx(ledger.published_value("experts-90-recovered"), abs=0.01)
 
 
 def _costs(bytes_kept):

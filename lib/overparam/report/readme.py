@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 from overparam.report.claims import Claim
 from overparam.report.files import write_atomic
-from overparam.report.record import Record, find
+from overparam.report.inventory import Inventory, folder, take
+from overparam.report.record import FILE_NAME, Record
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 _HEAD = "| claim | published | model | measured [95 % CI] | verdict |\n|---|---|---|---|---|"
@@ -36,23 +38,13 @@ def stale(readme_path: str | Path, results_dir: str | Path) -> bool:
     return _filled(path, text, Path(results_dir)) != text
 
 
-def table(results_dir: str | Path, relative_to: str | Path) -> str:
+def table(found: Inventory, relative_to: str | Path) -> str:
     """Return the table of all claims in a results folder, with links relative to a folder."""
-    records = sorted(find(results_dir), key=lambda record: (record.study, record.slug, record.key))
-    rows = []
-    for study in dict.fromkeys(record.study for record in records):
-        of_study = [record for record in records if record.study == study]
-        for claim_id in dict.fromkeys(claim.id for record in of_study for claim in record.claims):
-            rows += [
-                _row(claim, record, Path(relative_to))
-                for record in of_study
-                for claim in record.claims
-                if claim.id == claim_id
-            ]
+    rows = [_row(claim, record, Path(relative_to)) for claim, record in found.claims()]
     if not rows:
-        name = Path(results_dir).name
-        return f"No results yet: `python run_all.py --profile {name}` makes them."
-    return "\n".join([_HEAD, *rows, "", _origin(records)])
+        return f"No results yet: `python run_all.py --profile {found.root.name}` makes them."
+    remarks = [f"\n{remark[0].upper()}{remark[1:]}." for remark in found.remarks()]
+    return "\n".join([_HEAD, *rows, "", origin(found.studies), *remarks])
 
 
 def _filled(path: Path, text: str, results_dir: Path) -> str:
@@ -60,19 +52,22 @@ def _filled(path: Path, text: str, results_dir: Path) -> str:
         raise ValueError(f"{path} needs one line {START} and, below it, one line {END}")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{table(results_dir, path.parent)}\n{END}{after}"
+    return f"{before}{START}\n{table(take(results_dir), path.parent)}\n{END}{after}"
 
 
 def _row(claim: Claim, record: Record, base: Path) -> str:
-    assert record.path is not None  # `find` reads from files
-    folder = record.path.parent
-    links = [("record", record.path)]
-    pngs = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
-    links = [("figure", folder / name) for name in pngs if name.endswith(".png")] + links
-    linked = ", ".join(f"[{label}]({_relative(path, base)})" for label, path in links)
-    measured = "; ".join(part for part in (_measured(claim), shown_of(claim.note)) if part)
+    links = [("figure", folder(record) / name) for name in [png_of(claim, record)] if name]
+    links.append(("record", folder(record) / FILE_NAME))
+    linked = ", ".join(f"[{label}]({relative(path, base)})" for label, path in links)
+    measured = "; ".join(part for part in (measured_text(claim), shown_of(claim.note)) if part)
     cells = [claim.statement, claim.published, record.slug, f"{measured} ({linked})", claim.verdict]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def png_of(claim: Claim, record: Record) -> str | None:
+    """Name of the picture that shows a claim, or None where its record has none."""
+    files = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
+    return next((name for name in files if name.endswith(".png")), None)
 
 
 def shown_of(note: str) -> str:
@@ -81,7 +76,8 @@ def shown_of(note: str) -> str:
     return ". ".join([first, *(sentence for sentence in others if "[" in sentence)]).rstrip(". ")
 
 
-def _measured(claim: Claim) -> str:
+def measured_text(claim: Claim) -> str:
+    """The measured number with its interval and unit, or a dash."""
     if claim.measured is None:
         return "—"
     m = claim.measured
@@ -99,7 +95,8 @@ def _number(value: float, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _origin(records: list[Record]) -> str:
+def origin(records: list[Record]) -> str:
+    """Say by which code and on which machines records were made."""
     machines = {
         f"{hw['cpu']} ({hw['logical_cores']} logical cores, {hw['ram_gib']:g} GiB)"
         for hw in (record.provenance["hardware"] for record in records)
@@ -114,5 +111,6 @@ def _origin(records: list[Record]) -> str:
     )
 
 
-def _relative(path: Path, base: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), base.resolve())).as_posix().replace(" ", "%20")
+def relative(path: Path, base: Path) -> str:
+    """A link from a folder to a file."""
+    return quote(Path(os.path.relpath(path.resolve(), base.resolve())).as_posix())

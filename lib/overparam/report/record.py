@@ -33,6 +33,8 @@ NOTEBOOK_NAME = "executed.ipynb"
 SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
 UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
 RUNNER = ".runner"  # folder of the batch runner's locks and logs in a results folder
+# what the report writes into a results folder, beside the records
+REPORT_FILES = ("REPORT.md", "figures.json", "ro-crate-metadata.json", "gallery")
 
 
 class SchemaError(ValueError):
@@ -346,22 +348,32 @@ def load(path: str | Path) -> Record:
 
 def find(results_dir: str | Path) -> list[Record]:
     """Read every finished record below a folder, in the order of their paths."""
+    return [load(path) for path in record_files(results_dir)]
+
+
+def record_files(results_dir: str | Path) -> list[Path]:
+    """Return every ``record.json`` below a folder, in order; not those of unfinished jobs, nor copies for reading."""
     root = Path(results_dir)
-    return [load(path) for path in sorted(root.rglob(FILE_NAME)) if not _unfinished(path.relative_to(root))]
+    return [path for path in sorted(root.rglob(FILE_NAME)) if not _no_result(path.relative_to(root))]
+
+
+def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
+    """Return the files of a results folder that neither a record names nor a report writes, in order."""
+    root = Path(results_dir)
+    named = {path for record in records if (path := record.path)}
+    named |= {path.parent / name for record in records if (path := record.path) for name in record.files()}
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path not in named and not _no_result(path.relative_to(root))
+    ]
 
 
 def missing_or_orphaned(results_dir: str | Path) -> list[str]:
     """List what is wrong with a results folder: files missing or changed, and files that no record names."""
-    root = Path(results_dir)
-    found: list[str] = []
-    named: set[Path] = set()
-    for record in find(root):
-        assert record.path is not None  # `find` reads from files
-        named |= {record.path, *(record.path.parent / name for name in record.files())}
-        found += problems(record)
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path not in named and not _unfinished(path.relative_to(root)):
-            found.append(f"{path}: no record names this file")
+    records = find(results_dir)
+    found = [problem for record in records for problem in problems(record)]
+    found += [f"{path}: no record names this file" for path in orphans(results_dir, records)]
     return found
 
 
@@ -381,6 +393,10 @@ def problems(record: Record) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
     return found
+
+
+def _no_result(relative: Path) -> bool:
+    return _unfinished(relative) or not set(relative.parts).isdisjoint(REPORT_FILES)
 
 
 def _unfinished(relative: Path) -> bool:

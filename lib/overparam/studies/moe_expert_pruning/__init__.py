@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from overparam import trained
 from overparam.catalogue import TRAINED, check_model_name, published
+from overparam.report import ledger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -129,8 +130,9 @@ class Params(BaseModel):
         return self
 
     def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key of a job: of weights that neither code nor a pin determines."""
-        return trained.hashes(self.model) if self.model in TRAINED else {}
+        """Return the hashes that belong to the key of a job: of weights that no pin determines, and of the ledger."""
+        weights = trained.hashes(self.model) if self.model in TRAINED else {}
+        return weights | ledger.hashes("moe_expert_pruning")
 
     def resources(self) -> dict[str, float]:
         """Return what a job needs of a machine: published weights in bfloat16 are meant for a GPU."""

@@ -14,7 +14,7 @@ from overparam.studies.moe_expert_pruning.overlap import SHARE, Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep
-from overparam.studies.moe_expert_pruning.verdicts import PUBLISHED_QUALITY
+from overparam.studies.moe_expert_pruning.verdicts import published_quality
 
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = figures.OKABE_ITO[:6]
 GREY, DARK_YELLOW = "#777777", "#B8A800"
@@ -130,7 +130,7 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
         rows = recovered.table[recovered.table["trained"] == "all parameters"]
         rows = rows[(rows["targets"] == targets) & (rows["method"] == method)]
         series[label] = (rows, colour, marker, "-")
-    paper = PUBLISHED_QUALITY
+    paper = published_quality()
     series["paper, no training (xCOMET)"] = (paper[~paper["recovered"]], ORANGE, "v", ":")
     series["paper, recovered (xCOMET)"] = (paper[paper["recovered"]], YELLOW, "P", ":")
     columns = ["share_pruned", "change_percent", "low", "high"]

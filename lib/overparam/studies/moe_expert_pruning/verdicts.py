@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import pandas as pd
 
-from overparam.report import stats
-from overparam.report.claims import Claim, judged
+from overparam.report import ledger, stats
+from overparam.report.claims import Claim
 from overparam.studies.moe_expert_pruning.learned import Learned
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf
 from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
 
-PAPER = "Martin, Bandarkar & Peng, arXiv 2605.28042"
-
-# GPT-OSS-20B on FLORES-200, xCOMET; a secondary reading of the paper's tables (version 2). Without recovery, 87.5 %
-# left nothing but failed generations.
-PUBLISHED_QUALITY = pd.DataFrame(
-    [
-        (0.0, False, 0.942),
-        (0.5, False, 0.930),
-        (0.6875, False, 0.859),
-        (0.875, False, 0.0),
-        (0.6875, True, 0.904),
-        (0.75, True, 0.902),
-        (0.875, True, 0.871),
-    ],
-    columns=["share_pruned", "recovered", "xcomet"],
-)
-PUBLISHED_QUALITY["change_percent"] = 100 * (PUBLISHED_QUALITY["xcomet"] / PUBLISHED_QUALITY["xcomet"][0] - 1)
-PUBLISHED_OVERLAP, PUBLISHED_CHANCE = 0.6, 0.14
 SIZE_SHARE = 0.75  # at which bytes are held against parameters
 _IDLE_NOTE = 0.5  # share of idle experts among the pruned ones from which a claim is marked
 
 
-def published_change(share: float, *, recovered: bool) -> float:
-    """Published change of xCOMET in percent of the unpruned model's."""
-    table = PUBLISHED_QUALITY
-    found = table[(table["share_pruned"] == share) & (table["recovered"] == recovered)]
-    return float(found["change_percent"].iloc[0])
+def published_quality() -> pd.DataFrame:
+    """Published xCOMET by the share pruned, with its change in percent of the unpruned model's."""
+    table = ledger.points("experts")
+    return table.assign(change_percent=100 * (table["xcomet"] / table["xcomet"][0] - 1))
 
 
 def verdicts(
@@ -79,53 +60,26 @@ def verdicts(
         how = ("parent", "all parameters")
         after = {share: learned.change[f"recovered, {name}", share, *how] for share in after}
     rows = [
-        (
-            "experts-half",
-            "Half of the experts go without retraining at negligible loss",
-            (0.5, False),
-            params.negligible_margin,
-        ),
-        (
-            "experts-70",
-            "70 % of the experts go without retraining with minor loss",
-            (0.6875, False),
-            params.minor_margin,
-        ),
-        (
-            "experts-75-recovered",
-            "75 % go at baseline quality after a short fine-tuning",
-            (0.75, True),
-            params.recovered_margin,
-        ),
-        (
-            "experts-90-recovered",
-            "Nearly 90 % go and the translator is still usable after fine-tuning",
-            (0.875, True),
-            params.usable_margin,
-        ),
+        ("experts-half", 0.5, False, params.negligible_margin),
+        ("experts-70", 0.6875, False, params.minor_margin),
+        ("experts-75-recovered", 0.75, True, params.recovered_margin),
+        ("experts-90-recovered", 0.875, True, params.usable_margin),
     ]
     claims = [
-        judged(
+        ledger.judged(
             id,
-            statement,
-            source=f"{PAPER}, abstract and tables",
-            published=_published(share, recovered=tuned),
-            kind="no_worse",
             measured=(after if tuned else cuts).get(share),
             margin=margin,
-            unit="% of COMET" if learned else "% of chrF++",
-            figure="fig:experts-quality",
             note=_idle(study, found, share)
             + _guarded(translated, recovered, share, recovered_too=tuned)
             + (_training(study) if tuned else ""),
+            words={"unit": "% of COMET" if learned else "% of chrF++"},
         )
-        for id, statement, (share, tuned), margin in rows
+        for id, share, tuned, margin in rows
     ]
     claims += [
-        _against(
-            study, translated, "reap", "REAP", "+7.9 % of xCOMET (0.864 against 0.801, both directions)"
-        ),
-        _against(study, translated, "random", "random experts", "better"),
+        _against(study, translated, "reap", "REAP"),
+        _against(study, translated, "random", "random experts"),
         _unseen(study, base, translated),
         _shared(study, agreement),
         *size_claims(costs[0]),
@@ -134,11 +88,6 @@ def verdicts(
     for claim in claims:
         study.recorder.claim(claim)
     return claims
-
-
-def _published(share: float, *, recovered: bool) -> str:
-    change = f"{published_change(share, recovered=recovered):.1f}".replace("-", "−")
-    return f"{change} % of xCOMET (at {_percent(share)})"
 
 
 def _percent(share: float) -> str:
@@ -182,7 +131,7 @@ def _training(study: Study) -> str:
     )
 
 
-def _against(study: Study, translated: Quality, method: str, name: str, published: str) -> Claim:
+def _against(study: Study, translated: Quality, method: str, name: str) -> Claim:
     """The published method against another score with equal budgets, at half of the experts."""
     others = {system: scores for system, scores in translated.scores.items() if system.method == method}
     share = min({system.share for system in others}, key=lambda each: abs(each - 0.5))
@@ -191,16 +140,10 @@ def _against(study: Study, translated: Quality, method: str, name: str, publishe
         [scores for system, scores in others.items() if system.share == share],
         translated.scores[System(share, *PUBLISHED)],
     )
-    return judged(
+    return ledger.judged(
         f"experts-{method}",
-        f"Routing mass with budgets by divergence translates better than {name}",
-        source=f"{PAPER}, ablation at 50 % pruned",
-        published=published,
-        kind="no_worse",
         measured=measured,
         margin=0.0,
-        unit="% of chrF++",
-        figure="fig:experts-chrf",
         note=f"{_percent(share)} pruned without training, from English; {name} with equal budgets. The difference is "
         "of score and budget together.",
     )
@@ -226,16 +169,10 @@ def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
         if guarded
         else ""
     )
-    return judged(
+    return ledger.judged(
         "experts-unseen",
-        "The cut carries over to languages that calibration never saw",
-        source=f"{PAPER}, analysis",
-        published="unseen languages follow the same curve",
-        kind="no_worse",
         measured=measured,
         margin=study.params.transfer_margin,
-        unit="% of chrF++",
-        figure="fig:experts-elsewhere",
         note=f"Change of {', '.join(unseen) or 'none'} less change of {', '.join(seen)}, at half of the experts. The "
         "model was trained on that language, the calibration was not. The interval adds both as independent."
         + kept,
@@ -251,17 +188,10 @@ def _shared(study: Study, agreement: Overlap) -> Claim:
         if study.params.prompt == "tagged"
         else ""
     )
-    return judged(
+    return ledger.judged(
         "experts-shared",
-        "The experts that stay are largely the same for all languages",
-        source=f"{PAPER}, analysis at 75 % pruned",
-        published=f"IoU about {PUBLISHED_OVERLAP}, by chance {PUBLISHED_CHANCE}",
-        kind="difference",
         measured=above,
         margin=0.1,
-        published_value=PUBLISHED_OVERLAP - PUBLISHED_CHANCE,
-        unit="IoU above chance",
-        figure="fig:experts-overlap",
         note=f"IoU {found.value:.2f}, by chance {chance:.2f}; with generated tokens alone {agreement.generated:.2f}."
         + order,
     )
@@ -273,21 +203,13 @@ def size_claims(costs: pd.DataFrame) -> list[Claim]:
     share = min(costs["share_pruned"], key=lambda each: abs(each - SIZE_SHARE))
     cut = costs.loc[costs["share_pruned"] == share].iloc[0]
     claims = []
-    for column, name in (("folder_bytes", "Bytes on disk"), ("resident_bytes", "Resident memory")):
+    for column in ("folder_bytes", "resident_bytes"):
         ratio = (1 - cut[column] / full[column]) / (1 - cut["parameters"] / full["parameters"])
         claims.append(
-            judged(
+            ledger.judged(
                 f"experts-{column.replace('_', '-')}",
-                f"{name} fall with the experts"
-                if name.startswith("Bytes")
-                else f"{name} falls with the experts",
-                source=f"{PAPER}, memory table",
-                published="as the parameters",
-                kind="proportional",
                 measured=stats.Estimate(float(ratio), float(ratio), float(ratio), 1),
                 margin=0.03,
-                unit="of the parameters' fall",
-                figure="fig:experts-cost",
                 note=f"{_percent(share)} pruned: {cut[column] / full[column]:.3f} of the bytes for "
                 f"{cut['parameters'] / full['parameters']:.3f} of the parameters. Counted once, no interval.",
             )
@@ -301,16 +223,10 @@ def time_claim(costs: pd.DataFrame, latencies: pd.DataFrame) -> Claim:
     rounds = latencies[latencies["step"] == "generate_all"].groupby("share_pruned")["seconds"]
     seconds = {key: values.to_numpy() for key, values in rounds}
     active = costs.set_index("share_pruned")["active_parameters"]
-    return judged(
+    return ledger.judged(
         "experts-time",
-        "Translating takes as long as before, since a token uses as many experts",
-        source=f"{PAPER}; inferred from the fixed top-k",
-        published="0 %",
-        kind="unchanged",
         measured=stats.retention(seconds[0.0], seconds[share]).shifted(-1).scaled(100),
         margin=10.0,
-        unit="% of the time",
-        figure="fig:experts-cost",
         note=f"{_percent(share)} pruned; active parameters of a token {100 * (active[share] / active[0.0] - 1):.1f} %. "
         "Time includes reading the prompts. On a CPU, fewer experts also mean larger matrices for each of them.",
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from overparam.report import stats
-from overparam.report.claims import Claim, judged
+from overparam.report import ledger, stats
+from overparam.report.claims import Claim
 from overparam.studies.moe_pretraining.load import least
 from overparam.studies.moe_pretraining.quality import best_search
 from overparam.studies.moe_pretraining.study import Study
 
-GOAL = "this suite's own goal, set before the training"
-NAMES = {"fr": "French", "de": "German", "es": "Spanish"}
+TARGETS = ("fr", "de", "es")
 
 
 def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> list[Claim]:
@@ -20,37 +19,26 @@ def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> lis
     busy = least(load) >= params.minimum_load
     above = 100 * (float(busy.mean()) - params.minimum_busy)
     found = [
-        judged(
+        ledger.judged(
             "moe-pretraining-load",
-            f"At least {100 * params.minimum_busy:g} % of the experts carry at least {params.minimum_load:g} of the "
-            "uniform load",
-            source=GOAL,
-            published=f"≥ {100 * params.minimum_busy:g} %",
-            kind="no_worse",
             measured=stats.Estimate(above, above, above, len(busy)),
             margin=0.0,
-            unit="points over the goal",
-            figure="fig:moe-expert-load",
+            words={"busy": 100 * params.minimum_busy, "load": params.minimum_load},
             note=f"{busy.sum()} of {len(busy)} experts. On held-out text of the training mix; the load is the lesser "
             "of routing mass and share of assignments. Every expert is counted: there is no interval.",
         )
     ]
     rows = translation[(translation["search"] == best_search(params)) & (translation["source"] == "en")]
     by_target = {row["target"]: row for row in rows.to_dict("records")}
-    for target, name in NAMES.items():
+    for target in TARGETS:
         row = by_target[target]
         value, low, high = (float(row[column]) - params.goal for column in ("chrf", "chrf_low", "chrf_high"))
         found.append(
-            judged(
+            ledger.judged(
                 f"moe-pretraining-{target}",
-                f"The small translator reaches chrF++ {params.goal:g} from English into {name}",
-                source=GOAL,
-                published=f"≥ {params.goal:g}",
-                kind="no_worse",
                 measured=stats.Estimate(value, low, high, int(row["verses"])),
                 margin=0.0,
-                unit="points over the goal",
-                figure="fig:moe-translator-quality",
+                words={"goal": params.goal},
                 note=f"chrF++ {row['chrf']:.1f} on {row['verses']} held-out verses, {best_search(params)}. BLEU "
                 f"{row['bleu']:.1f}; {100 * row['failed_any']:.1f} % of the translations failed.",
             )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from overparam.catalogue import check_model_name, published
 from overparam.evaluate import LOCAL_TASKS
+from overparam.report import ledger
 
 _PACKAGED_SOURCES = 4  # of training triplets; a batch comes from one of them
 
@@ -116,6 +117,10 @@ class Params(BaseModel):
         if self.loss_triplets < self.loss_batch_size:
             raise ValueError(f"loss_triplets must be at least loss_batch_size = {self.loss_batch_size}")
         return self
+
+    def key_inputs(self) -> dict[str, str]:
+        """Return the hashes that belong to the key of a job: of the ledger's claims that it judges."""
+        return ledger.hashes("trailing_layer_pruning")
 
     def resources(self) -> dict[str, float]:
         """Return what a job needs of a machine: published weights in bfloat16 are meant for a GPU."""

@@ -10,10 +10,9 @@ import pandas as pd
 import seaborn as sns
 
 from overparam.compress import depth
-from overparam.report import figures
+from overparam.report import figures, ledger
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, scores_table
 from overparam.studies.trailing_layer_pruning.training import Trained
-from overparam.studies.trailing_layer_pruning.verdicts import PUBLISHED
 
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = figures.OKABE_ITO[:6]
 GREY = "#777777"
@@ -117,6 +116,7 @@ def plot_tasks(study: Study, zero: ZeroShot) -> Any:
 def plot_trained(study: Study, trained: Trained) -> Any:
     """Draw the change after training by the share of layers removed, beside the published picks."""
     ours = trained.table
+    published = ledger.points("l3prune")
     data = pd.concat(
         [
             pd.DataFrame(
@@ -130,9 +130,9 @@ def plot_trained(study: Study, trained: Trained) -> Any:
             ),
             pd.DataFrame(
                 {
-                    "series": "published, " + PUBLISHED["model"],
-                    "pruned_percent": 100 * (1 - PUBLISHED["kept"] / PUBLISHED["layers"]),
-                    "change": PUBLISHED["change"],
+                    "series": "published, " + published["model"],
+                    "pruned_percent": 100 * (1 - published["kept"] / published["layers"]),
+                    "change": published["change"],
                 }
             ),
         ],
@@ -158,7 +158,7 @@ def plot_trained(study: Study, trained: Trained) -> Any:
             marker="o",
             label=study.params.model,
         )
-        markers = dict(zip(PUBLISHED["model"].unique(), "s^vP", strict=True))
+        markers = dict(zip(published["model"].unique(), "s^vP", strict=True))
         for name, marker in markers.items():
             rows = data[data["series"] == f"published, {name}"]
             axes.plot(

@@ -1,0 +1,129 @@
+"""The steps of the summary of claims, in the order of the notebook."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pandas as pd
+
+from overparam.report import inventory, ledger, readme, record
+from overparam.report.inventory import Inventory
+from overparam.studies.claims import Params, record_hashes
+
+
+@dataclass
+class Study:
+    """A started summary: the records of a results folder, and the record of the summary itself."""
+
+    params: Params
+    recorder: record.Recorder
+    found: Inventory
+
+
+def start(params: Params) -> Study:
+    """Read the records, and open the record of the summary."""
+    recorder = record.start(
+        inventory.SUMMARY,
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=record_hashes(params.folder),
+    )
+    return Study(params, recorder, inventory.take(params.folder))
+
+
+def claim_table(study: Study) -> pd.DataFrame:
+    """Every claim that a record answers, and every claim of the ledger that none does."""
+    rows = [
+        {
+            "claim": claim.statement,
+            "published": claim.published,
+            "study": source.study,
+            "model": source.slug,
+            "measured [95 % CI]": readme.measured_text(claim),
+            "verdict": claim.verdict,
+            "rule": claim.rule,
+        }
+        for claim, source in study.found.claims()
+    ]
+    rows += [
+        {
+            "claim": entry.shown(),
+            "published": ledger.without_words(entry.published),
+            "study": entry.study,
+            "measured [95 % CI]": "—",
+            "verdict": "no record",
+        }
+        for entry in study.found.missing
+    ]
+    columns = ["claim", "published", "study", "model", "measured [95 % CI]", "verdict", "rule"]
+    table = pd.DataFrame(rows, columns=columns).fillna("")
+    study.recorder.table("claims_table", table)
+    for verdict, number in sorted(Counter(claim.verdict for claim, _ in study.found.claims()).items()):
+        study.recorder.metric(verdict.replace(" ", "_"), number, "verdicts")
+    return table
+
+
+def conditions(study: Study) -> pd.DataFrame:
+    """What differs from the published conditions, a row for each claim and record."""
+    rows = []
+    for claim, source in study.found.claims():
+        entry = ledger.find(claim.id)
+        paper = ledger.papers()[entry.paper] if entry and entry.paper else None
+        rows.append(
+            {
+                "claim": claim.statement,
+                "model": source.slug,
+                "published conditions": paper.conditions if paper else "a goal of this suite",
+                "measured here": entry.metric if entry else "(not in the ledger)",
+                "what differs": claim.note,
+                "margin": entry.margin if entry else f"{claim.margin:g} {claim.unit}",
+            }
+        )
+    columns = ["claim", "model", "published conditions", "measured here", "what differs", "margin"]
+    table = pd.DataFrame(rows, columns=columns)
+    study.recorder.table("conditions", table)
+    return table
+
+
+def forest(study: Study) -> pd.DataFrame:
+    """Measured and published numbers of every claim in points or percent.
+
+    Returns:
+        Columns: claim, model, verdict, unit, value, low, high; published, NaN where it is no number; bound, the end of
+        what the claim's rule accepts.
+    """
+    rows = []
+    for claim, source in study.found.claims():
+        entry = ledger.find(claim.id)
+        if entry is None or claim.measured is None:
+            continue
+        value, low, high = (
+            entry.in_common(number)
+            for number in (claim.measured.value, claim.measured.low, claim.measured.high)
+        )
+        bound = {"no_worse": -claim.margin, "better": claim.margin}.get(entry.kind)
+        rows.append(
+            {
+                "claim": claim.id,
+                "statement": claim.statement,
+                "model": source.slug,
+                "study": source.study,
+                "verdict": claim.verdict,
+                "unit": entry.common.unit if entry.common else claim.unit,
+                "value": value,
+                "low": low,
+                "high": high,
+                "published": None
+                if entry.published_value is None
+                else entry.in_common(entry.published_value),
+                "bound": None if bound is None else entry.in_common(bound),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def finish(study: Study) -> record.Record:
+    """Write the record; its last file is record.json."""
+    study.recorder.finish()
+    return study.recorder.record
