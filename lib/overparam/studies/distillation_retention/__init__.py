@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from overparam.catalogue import check_model_name, published
 from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
+from overparam.report import ledger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -121,6 +122,10 @@ class Params(BaseModel):
         if list(self.per_class) != sorted(set(self.per_class)):
             raise ValueError(f"per_class must increase, got {self.per_class}")
         return self
+
+    def key_inputs(self) -> dict[str, str]:
+        """Return the hashes that belong to the key of a job: of the ledger's claims that it judges."""
+        return ledger.hashes("distillation_retention")
 
     def resources(self) -> dict[str, float]:
         """Return what a job needs of a machine: decoders from the hub are meant for a GPU."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from overparam.report import stats
-from overparam.report.claims import Claim, judged
+from overparam.report import ledger, stats
+from overparam.report.claims import Claim
 from overparam.studies.distillation_retention.general import TEACHER, Suite
 from overparam.studies.distillation_retention.specialists import ALL, PROBED, STUDENT, Compared
 from overparam.studies.distillation_retention.study import Study
@@ -35,32 +35,24 @@ def verdicts(
     share, target = params.task_share, params.retention_target
     kept = {"embedding": suite.kept[share]} | {task: taught.kept[task, share] for task in params.topics}
     claims = [
-        judged(
+        ledger.judged(
             f"distillation-{100 * share:g}-{name.lower().replace('/', '-')}",
-            f"A student with {share:.0%} of the parameters keeps {target:g} % or more of its teacher: "
-            f"{'mean of the embedding suite' if name == 'embedding' else name}",
-            source="said of distillation in general; DistilBERT, TinyBERT and MiniLM keep 97 % with 60, 13 and 20 %",
-            published=f"at least {target:g} % kept",
-            kind="no_worse",
             measured=found.shifted(-100),
             margin=100 - target,
-            unit="% of the teacher's score",
-            figure="fig:distillation-retention",
             note=_note(study, taught, name),
+            words={
+                "share": share,
+                "target": target,
+                "task": "mean of the embedding suite" if name == "embedding" else name,
+            },
         )
         for name, found in kept.items()
     ]
     claims.append(
-        judged(
+        ledger.judged(
             "distillation-soft-targets",
-            "Soft probabilities carry knowledge that labels do not",
-            source="Hinton et al. 2015, arXiv 1503.02531",
-            published="better than labels alone",
-            kind="better",
             measured=taught.soft,
             margin=0.0,
-            unit="points of accuracy",
-            figure="fig:distillation-tasks",
             note=f"Mean over {len(params.topics)} tasks, {share:.0%} student, temperature {params.temperature:g}, "
             f"weight of the soft targets {params.soft_weight:g}; the rest is the labels'.",
         )
@@ -113,16 +105,10 @@ def _specialist(study: Study, taught: Taught, compared: Compared) -> Claim:
             "unlabelled text of the same kinds. "
         )
         note += _teacher_note(study, taught, compared)
-    return judged(
+    return ledger.judged(
         "distillation-specialist",
-        "A small task-specific student beats a larger general model on its task",
-        source="said of task-specific students in general",
-        published="better",
-        kind="better",
         measured=measured,
         margin=0.0,
-        unit="points of accuracy",
-        figure="fig:distillation-specialists",
         note=note,
     )
 
@@ -138,16 +124,10 @@ def _task_definition(study: Study, taught: Taught, compared: Compared) -> Claim:
         )
         for name, task in taught.data.items()
     }
-    return judged(
+    return ledger.judged(
         "distillation-task-definition",
-        "A student does best when it is distilled for a clearly defined task",
-        source="said of distillation in general",
-        published="better than a student distilled for no task",
-        kind="better",
         measured=stats.suite_difference(pairs).scaled(100),
         margin=0.0,
-        unit="points of accuracy",
-        figure="fig:distillation-specialists",
         note="Taught by the fine-tuned teacher, against a linear probe on the same student before it, with the same "
         "labelled texts; first seed.",
     )
@@ -156,16 +136,10 @@ def _task_definition(study: Study, taught: Taught, compared: Compared) -> Claim:
 def _own_kind(study: Study, taught: Taught) -> Claim:
     """Unlabelled text of the task's kind against as many verses."""
     counts = ", ".join(f"{len(task.unlabelled)} of {name}" for name, task in taught.data.items())
-    return judged(
+    return ledger.judged(
         "distillation-own-kind",
-        "A student learns more from unlabelled text of its task's own kind than from other text",
-        source="said of distillation in general",
-        published="better",
-        kind="better",
         measured=taught.kind,
         margin=0.0,
-        unit="points of accuracy",
-        figure="fig:distillation-tasks",
         note=f"The teacher labels {counts}, or as many verses. {len(study.params.train_seeds)} seed(s).",
     )
 
@@ -188,15 +162,10 @@ def _teacher_note(study: Study, taught: Taught, compared: Compared) -> str:
 def _faster(study: Study, faster: dict[float, stats.Estimate]) -> Claim:
     share = study.params.task_share
     found = faster[share]
-    return judged(
+    return ledger.judged(
         "distillation-speed",
-        f"The {share:.0%} student encodes at least 4 times as fast as its teacher",
-        source="the goal of this suite; TinyBERT-4: 9.4 times with 13 % of the parameters",
-        published="4 times",
-        kind="no_worse",
         measured=found.shifted(-4),
         margin=0.0,
-        unit="times, above 4",
-        figure="fig:distillation-cost",
         note=f"{study.params.cost_texts} texts at a time, {found.value:.1f} times as fast.",
+        words={"share": share},
     )
