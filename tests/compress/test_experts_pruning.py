@@ -64,6 +64,11 @@ def masked(model, keep):
         yield model
 
 
+def same_but_for_rounding(found, expected):
+    """Equal to the bit on some processors; on others, products of fewer experts are blocked and rounded otherwise."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("name", models.MOE_TWINS)
 def test_slicing_equals_masking_the_dropped_experts(name, uniform):
@@ -75,7 +80,7 @@ def test_slicing_equals_masking_the_dropped_experts(name, uniform):
     assert not torch.equal(before, expected)
     small = experts.prune(model, keep)
     assert small is model
-    assert torch.equal(logits(small), expected)
+    same_but_for_rounding(logits(small), expected)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -204,7 +209,7 @@ def test_deepseek_groups_stay_equal(options):
     keep = experts.select(scores, [4, 6, 4], groups=2)
     with masked(model, keep):
         expected = logits(model)
-    assert torch.equal(logits(experts.prune(model, keep)), expected)
+    same_but_for_rounding(logits(experts.prune(model, keep)), expected)
 
 
 def test_deepseek_groups_keep_what_the_router_looks_at():
@@ -225,7 +230,7 @@ def test_group_limited_deepseek_v2_is_sliced_by_group():
     keep = [[0, 3, 4, 7]] * 3
     with masked(model, keep):
         expected = logits(model)
-    assert torch.equal(logits(experts.prune(model, keep)), expected)
+    same_but_for_rounding(logits(experts.prune(model, keep)), expected)
 
 
 @pytest.mark.parametrize(

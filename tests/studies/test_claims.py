@@ -72,7 +72,7 @@ def test_students_are_read_as_their_study_writes_them(tmp_path):
         "distillation_retention", {}, slug="mini", directory=tmp_path / "distillation_retention" / "m"
     )
     costs = pd.DataFrame({"share": [1.0, 0.1], "parameters": [1000, 100], "batch_seconds": [1.0, 0.2]})
-    kept = {"kept": [1.0, 0.9, 0.5], "kept_low": [1.0, 0.88, 0.4], "kept_high": [1.0, 0.92, 0.6]}
+    kept = {"kept": [100.0, 90.0, 50.0], "kept_low": [100.0, 88.0, 40.0], "kept_high": [100.0, 92.0, 60.0]}
     suite = pd.DataFrame(
         {"system": ["teacher", "distilled", "random weights"], "share": [1.0, 0.1, 0.1], **kept}
     )

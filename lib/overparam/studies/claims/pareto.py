@@ -82,7 +82,6 @@ def _students(record: Record) -> pd.DataFrame:
     kept = suite[suite["system"].isin(["teacher", "distilled"])].set_index("share")[
         ["kept", "kept_low", "kept_high"]
     ]
-    kept = kept.mul(100)
     kept.columns = pd.Index(["kept_percent", "low", "high"])
     costs = _costs(record, "share", 1.0, "batch_seconds")
     return costs.join(kept, how="inner").assign(system="distilled students").reset_index(drop=True)
