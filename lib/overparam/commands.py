@@ -19,7 +19,6 @@ from overparam.runner import execute, notebook
 from overparam.runner.plan import STUDIES, Profile, plan
 from overparam.studies import claims
 
-NAMES = ("report", "verify", "compare", "cite")
 OK, FAILED = 0, 1
 
 
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str], root: Path) -> int:
     """Do what the command line says and return the exit code.
 
     Args:
-        arguments: The command, one of `NAMES`, and its arguments.
+        arguments: The command and its arguments.
         root: The repository.
 
     Raises:

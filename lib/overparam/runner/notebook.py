@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,15 @@ def reachable_modules(notebook: Path, study: str) -> dict[str, str]:
         parents = name.split(".")
         waiting |= {".".join(parents[:i]) for i in range(1, len(parents))}
         package_name = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        waiting |= _imported(ast.parse(text, str(file)), package_name, roots)
+        waiting |= _imported_by(text, str(file), package_name, frozenset(roots))
         waiting -= found.keys()
     return dict(sorted(found.items()))
+
+
+@cache
+def _imported_by(text: str, file: str, package: str, roots: frozenset[str]) -> set[str]:
+    """`_imported` of a module's source; every study of a plan reaches much the same modules."""
+    return _imported(ast.parse(text, file), package, roots)
 
 
 def _imported(tree: ast.AST, package: str, roots: Iterable[str]) -> set[str]:

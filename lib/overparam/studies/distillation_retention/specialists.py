@@ -83,10 +83,11 @@ def compare(study: Study, taught: Taught, students: Students) -> Compared:
             texts, labels = [task.texts[i] for i in chosen], task.labels[chosen]
             if count == ALL:  # trained before
                 mine = taught.probabilities[task.name, LABELS, params.task_share][0].argmax(axis=1)
+                words = taught.probabilities[task.name, WORDS, 0.0][0]
             else:
                 mine = _student(study, start, task, texts, labels)
+                words = classification.bag_of_words(texts, labels, task.test_texts, seed=params.seed)
             add(task, STUDENT, count, mine)
-            words = classification.bag_of_words(texts, labels, task.test_texts, seed=params.seed)
             add(task, WORDS, count, words.argmax(axis=1))
         known, test = (encoders.outputs(start, texts) for texts in (task.texts, task.test_texts))
         add(task, PROBED, ALL, classification.linear_probe(known, task.labels, test, seed=params.seed))
