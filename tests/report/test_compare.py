@@ -106,6 +106,13 @@ def test_items_are_compared_in_pairs(write):
     assert len(compare.differences(compare.compare(inventory.take(a), inventory.take(b)))) == 3
 
 
+def test_groups_keep_items_whose_names_are_missing():
+    named, unnamed = scores(), scores(shift=0.05, seed=2)
+    for each in (named, unnamed):
+        each["seed"] = np.nan
+    assert [state for state, _ in paired_items.compare(named, unnamed)] == ["differ"] * 3
+
+
 def test_items_that_do_not_match_are_said_to_be_without_partner():
     some = scores().query("item < 50")
     ((state, detail),) = paired_items.compare(scores(), some)

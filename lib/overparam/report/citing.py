@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from overparam.report import ledger
-from overparam.report.files import write_atomic
+from overparam.report.files import write_changed
 from overparam.report.inventory import Inventory, folder
 from overparam.report.record import FILE_NAME, Figure, Record
 
@@ -75,11 +75,7 @@ def text(found: Inventory) -> str:
 
 def write(found: Inventory) -> bool:
     """Write ``figures.json``, and return whether it changed."""
-    path, new = found.root / FILE, text(found).encode()
-    if path.is_file() and path.read_bytes() == new:
-        return False
-    write_atomic(path, new)
-    return True
+    return write_changed(found.root / FILE, text(found).encode())
 
 
 def find(found: Inventory, name: str) -> Cited:

@@ -14,7 +14,7 @@ from rocrate.model.contextentity import ContextEntity
 from rocrate.rocrate import ROCrate
 
 from overparam.report.citing import LICENSE
-from overparam.report.files import write_atomic
+from overparam.report.files import write_changed
 from overparam.report.inventory import Inventory, folder
 from overparam.report.record import FILE_NAME, REPORT_FILES, Record
 
@@ -56,11 +56,7 @@ def text(found: Inventory) -> str:
 
 def write(found: Inventory) -> bool:
     """Write ``ro-crate-metadata.json``, and return whether it changed."""
-    path, new = found.root / FILE, text(found).encode()
-    if path.is_file() and path.read_bytes() == new:
-        return False
-    write_atomic(path, new)
-    return True
+    return write_changed(found.root / FILE, text(found).encode())
 
 
 def _action(crate: ROCrate, record: Record, found: Inventory) -> ContextEntity:

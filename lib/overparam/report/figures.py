@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
+from numpy.typing import NDArray
 
 from overparam.report.record import Figure, Recorder
 
@@ -68,6 +70,20 @@ def line_with_band(
     """Draw a line over its interval; `line` is what `Axes.plot` takes besides."""
     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(x, value, color=color, **line)
+
+
+def error_bars(rows: pd.DataFrame, name: str, low: str = "", high: str = "") -> NDArray[np.float64]:
+    """Lengths of the bars of a column's interval for `Axes.errorbar`, [2, rows]; an end that is not bounded has none.
+
+    Args:
+        rows: A table with the columns of `Estimate.columns`.
+        name: Column of the values.
+        low: Column of the lower ends; ``<name>_low`` by default.
+        high: Column of the upper ends; ``<name>_high`` by default.
+    """
+    ends = rows[[low or f"{name}_low", high or f"{name}_high"]].to_numpy(float).T
+    lengths = np.abs(ends - rows[name].to_numpy(float))
+    return np.where(np.isfinite(lengths), lengths, 0.0)
 
 
 def publish(fig: MplFigure, id: str, *, data: pd.DataFrame, caption: str, recorder: Recorder) -> MplFigure:

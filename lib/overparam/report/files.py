@@ -24,6 +24,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def write_changed(path: Path, data: bytes) -> bool:
+    """Write a file unless it holds just that, and return whether it was written."""
+    if path.is_file() and path.read_bytes() == data:
+        return False
+    write_atomic(path, data)
+    return True
+
+
 def publish(working: Path, final: Path) -> None:
     """Give a finished folder its final name; the folder that had it stays until then, and on any error."""
     final.parent.mkdir(parents=True, exist_ok=True)

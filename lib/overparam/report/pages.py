@@ -8,7 +8,7 @@ from urllib.parse import quote
 import jinja2
 
 from overparam.report import ledger, readme
-from overparam.report.files import write_atomic
+from overparam.report.files import write_changed
 from overparam.report.inventory import SUMMARY, Inventory, folder
 from overparam.report.record import Figure, Record
 
@@ -52,8 +52,4 @@ def text(found: Inventory) -> str:
 
 def write(found: Inventory) -> bool:
     """Write ``REPORT.md``, and return whether it changed."""
-    path, new = found.root / FILE, text(found).encode()
-    if path.is_file() and path.read_bytes() == new:
-        return False
-    write_atomic(path, new)
-    return True
+    return write_changed(found.root / FILE, text(found).encode())

@@ -40,7 +40,8 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
         return [("differ", "the columns are not the same")]
     scores = [c for c in left.columns if _SCORE.fullmatch(c) or c in OUTCOMES]
     keys = [c for c in left.columns if c not in scores]
-    one, other = (frame.astype(dict.fromkeys(keys, "str")) for frame in (left, right))
+    # a name that is missing is a name like any other: groups are not to lose the rows that have none
+    one, other = (frame.assign(**frame[keys].astype("str").fillna("")) for frame in (left, right))
     if one.duplicated(keys).any() or other.duplicated(keys).any():
         return [("differ", "items cannot be told apart: several rows have the same names")]
     both = one.merge(other, on=keys, suffixes=("·a", "·b"))
@@ -86,7 +87,7 @@ def _gaps(
     numbered = both.groupby(groups, sort=False).ngroup() if groups else pd.Series(0, index=both.index)
     gaps = []
     for _, part in both[numbered.isin(numbered[changed].unique())].groupby(numbered, sort=False):
-        name = " ".join(part[key].iloc[0] for key in groups) or "all"
+        name = " ".join(filter(None, (part[key].iloc[0] for key in groups))) or "all"
         for statistic, columns in _statistics(part, scores):
             a, b = (part[[f"{column}·{side}" for column in columns]].to_numpy(float) for side in "ab")
             known = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)

@@ -33,7 +33,7 @@ def plot_forest(study: Study, data: pd.DataFrame) -> Any:
             these = rows["verdict"] == verdict
             if these.any():
                 part = rows[these]
-                errors = np.clip([part["value"] - part["low"], part["high"] - part["value"]], 0, None)
+                errors = figures.error_bars(part, "value", "low", "high")
                 axes.errorbar(
                     part["value"],
                     places[these],
@@ -94,9 +94,7 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
         markers = dict(zip(data["model"].unique(), figures.MARKERS * 3, strict=False))
         for number, ((model, system), rows) in enumerate(groups):
             ordered = rows.sort_values("size_percent")
-            errors = np.clip(
-                [ordered["kept_percent"] - ordered["low"], ordered["high"] - ordered["kept_percent"]], 0, None
-            )
+            errors = figures.error_bars(ordered, "kept_percent", "low", "high")
             look = {
                 "color": figures.OKABE_ITO[number % 5 if number % 8 > 5 else number % 8],
                 "marker": markers[model],

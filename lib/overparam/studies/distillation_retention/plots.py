@@ -50,8 +50,7 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
                       fontsize=7, ha="right")  # fmt: skip
         for name, colour, marker in zip(series, figures.OKABE_ITO, figures.MARKERS, strict=False):
             drawn = data[data["series"] == name]
-            errors = np.abs(drawn[["kept_low", "kept_high"]].to_numpy().T - drawn["kept"].to_numpy())
-            axes.errorbar(drawn["share_percent"], drawn["kept"], yerr=np.where(np.isfinite(errors), errors, 0),
+            axes.errorbar(drawn["share_percent"], drawn["kept"], yerr=figures.error_bars(drawn, "kept"),
                           color=colour, marker=marker, label=name)  # fmt: skip
         for (student, rows_of), marker in zip(published.groupby("series", sort=False), "Pv*", strict=True):
             axes.plot(rows_of["share_percent"], rows_of["kept"], color=GREY, marker=marker, linestyle="",
@@ -84,11 +83,15 @@ def plot_tasks(study: Study, taught: Taught) -> Any:
             zip(tasks, figures.OKABE_ITO, figures.MARKERS, strict=False)
         ):
             rows = data[data["task"] == task].set_index("system").reindex(systems)
-            errors = np.abs(
-                rows[["accuracy_low", "accuracy_high"]].to_numpy().T - rows["accuracy"].to_numpy()
+            axes.errorbar(
+                rows["accuracy"],
+                places - 0.2 * (number - (len(tasks) - 1) / 2),
+                xerr=figures.error_bars(rows, "accuracy"),
+                color=colour,
+                marker=marker,
+                linestyle="",
+                label=task,
             )
-            axes.errorbar(rows["accuracy"], places - 0.2 * (number - (len(tasks) - 1) / 2), xerr=errors,
-                          color=colour, marker=marker, linestyle="", label=task)  # fmt: skip
         axes.set_yticks(places, systems, fontsize=6)
         figure.legend(loc="outside upper center", ncols=3, fontsize=6)
         axes.set_xlabel("accuracy (%)")

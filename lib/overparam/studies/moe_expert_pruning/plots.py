@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 
@@ -146,11 +145,10 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
         axes.axhline(0, color=GREY, linewidth=0.6, marker="")
         for name, (_, colour, marker, line) in series.items():
             rows = data[data["series"] == name]
-            errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change_percent"].to_numpy())
             axes.errorbar(
                 100 * rows["share_pruned"],
                 rows["change_percent"],
-                yerr=errors if np.isfinite(errors).all() else None,
+                yerr=figures.error_bars(rows, "change_percent", "low", "high"),
                 color=colour,
                 marker=marker,
                 linestyle=line,
@@ -186,11 +184,10 @@ def plot_chrf(study: Study, translated: Quality) -> Any:
         axes.axhline(0, color=GREY, linewidth=0.6, marker="")
         for (method, allocation), (label, colour, marker) in _METHODS.items():
             rows = _of(table, (method, allocation))
-            errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change_percent"].to_numpy())
             axes.errorbar(
                 100 * rows["share_pruned"],
                 rows["change_percent"],
-                yerr=np.where(np.isfinite(errors), errors, 0),
+                yerr=figures.error_bars(rows, "change_percent", "low", "high"),
                 color=colour,
                 marker=marker,
                 label=label,

@@ -99,7 +99,7 @@ def plot_quality(study: Study, translation: pd.DataFrame) -> Any:
         for place, (search, (colour, marker)) in enumerate(zip(searches, looks, strict=False)):
             rows = data[data["search"] == search]
             at = np.arange(len(rows)) + 0.15 * (place - 1)
-            errors = np.abs(rows[["chrf_low", "chrf_high"]].to_numpy().T - rows["chrf"].to_numpy())
+            errors = figures.error_bars(rows, "chrf")
             axes.errorbar(at, rows["chrf"], errors, color=colour, marker=marker, linestyle="", label=search)
         axes.plot([-0.4, 2.4], [params.goal] * 2, color=GREEN, linestyle="--", marker="", label="goal")
         first = data[data["search"] == searches[0]]

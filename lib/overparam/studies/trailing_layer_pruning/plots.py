@@ -149,11 +149,10 @@ def plot_trained(study: Study, trained: Trained) -> Any:
             linewidth=0,
         )
         first = data[data["series"] == study.params.model]
-        errors = np.abs(first[["low", "high"]].to_numpy().T - first["change"].to_numpy())
         axes.errorbar(
             first["pruned_percent"],
             first["change"],
-            yerr=errors,
+            yerr=figures.error_bars(first, "change", "low", "high"),
             color=BLUE,
             marker="o",
             label=study.params.model,
@@ -190,9 +189,15 @@ def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
     with figures.style():
         figure, axes = plt.subplots()
         places = np.arange(len(data))[::-1]
-        errors = np.abs(data[["change_low", "change_high"]].to_numpy().T - data["change"].to_numpy())
         axes.axvline(0, color=GREY, linewidth=0.6, marker="")
-        axes.errorbar(data["change"], places, xerr=errors, color=BLUE, marker="o", linestyle="")
+        axes.errorbar(
+            data["change"],
+            places,
+            xerr=figures.error_bars(data, "change"),
+            color=BLUE,
+            marker="o",
+            linestyle="",
+        )
         axes.set_yticks(places, data["rule"])
         axes.set_xlabel("change against trailing layers (points)")
         kept = len(str(rules["kept"].iloc[0]).split())
