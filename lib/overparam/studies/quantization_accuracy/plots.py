@@ -71,7 +71,7 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
         axes.set_ylabel("quality kept (%)")
         axes.set_xlim(left=0)
         caption = (
-            f"Quality that quantized {study.params.model} keeps against the bytes of its saved weights: {_what(study)}. "
+            f"Quality that {study.params.model} keeps against the bytes of its saved weights: {_what(study)}. "
             "Paired 95 % bootstrap interval. Dotted: schemes that no other beats in both (Pareto front). Dashed: the "
             "loss that 8 bits are said to stay within."
         )
@@ -90,9 +90,8 @@ def plot_bits(study: Study, curve: Curve) -> Any:
             (True, "mixed bits of the same size", figures.OKABE_ITO[1], "D"),
         ):
             rows = data[data["mixed"] == mixed]
-            errors = np.abs(rows[["kept_low", "kept_high"]].to_numpy().T - rows["kept"].to_numpy())
-            axes.errorbar(rows["bits"], rows["kept"], yerr=errors, color=colour, marker=marker,
-                          linestyle="" if mixed else "-", label=label)  # fmt: skip
+            axes.errorbar(rows["bits"], rows["kept"], yerr=figures.error_bars(rows, "kept"), color=colour,
+                          marker=marker, linestyle="" if mixed else "-", label=label)  # fmt: skip
         _margin(
             axes,
             100 - study.params.modest_margin,
@@ -127,9 +126,7 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
         )
         places = np.arange(len(names))[::-1]
         colours = [_colour(name) for name in names]
-        errors = np.abs(
-            data[["divergence_low", "divergence_high"]].to_numpy().T - data["divergence"].to_numpy()
-        )
+        errors = figures.error_bars(data, "divergence")
         for place, row, error, colour in zip(places, data.itertuples(), errors.T, colours, strict=True):
             left.errorbar(row.divergence, place, xerr=error[:, None], color=colour, marker="o", linestyle="")
             right.plot(row.outlier, place, color=colour, marker="s", linestyle="")
@@ -201,9 +198,7 @@ def plot_training(study: Study, trained: Trained | None) -> Any:
                 (TRAINED, figures.OKABE_ITO[0], 0.05),
             ):
                 rows = data[(data["task"] == task) & (data["way"] == way)].sort_values("bits")
-                errors = np.abs(
-                    rows[["accuracy_low", "accuracy_high"]].to_numpy().T - rows["accuracy"].to_numpy()
-                )
+                errors = figures.error_bars(rows, "accuracy")
                 marker, label = figures.MARKERS[number], f"{task}, {way}"
                 top.errorbar(
                     rows["bits"] + shift,
@@ -245,7 +240,7 @@ def plot_views(study: Study, quality: Quality) -> Any:
         axes.axvline(100, color=GREY, linewidth=0.8, linestyle="--")
         for number, scheme in enumerate(schemes):
             rows = data[data["scheme"] == scheme].set_index("view").reindex(names)
-            errors = np.abs(rows[["of_fp32_low", "of_fp32_high"]].to_numpy().T - rows["of_fp32"].to_numpy())
+            errors = figures.error_bars(rows, "of_fp32")
             axes.errorbar(
                 rows["of_fp32"], places - 0.07 * (number - (len(schemes) - 1) / 2), xerr=errors,
                 color=figures.OKABE_ITO[number % 8], marker=figures.MARKERS[number % 8], linestyle="", label=scheme,

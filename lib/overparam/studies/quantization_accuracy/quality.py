@@ -115,9 +115,9 @@ def of_decoder(study: Study) -> Quality:
             items, kl, flipped = _likelihood(study, reference.run, system.run, texts)
             study.keep(name, f"likelihood: {view}", np.column_stack([items, kl, flipped]))
             everything.append(items)
-            rows.append(_row(name, view, base.setdefault(view, items), items) | {
-                "kl_to_fp32": float(kl.sum() / items[:, 1].sum()), "flipped_tokens": float(flipped.sum() / items[:, 1].sum())
-            })  # fmt: skip
+            tokens = items[:, 1].sum()
+            moved = {"kl_to_fp32": float(kl.sum() / tokens), "flipped_tokens": float(flipped.sum() / tokens)}
+            rows.append(_row(name, view, base.setdefault(view, items), items) | moved)
         for length, texts_ids in windows.items():
             view = f"context of {length}"
             items = np.array([_window(system.run, ids) for ids in texts_ids])
