@@ -61,7 +61,7 @@ def style() -> Iterator[None]:
 def legend_above(figure: MplFigure) -> None:
     """Put the legend above the axes, where it hides no point, and make the figure taller by as much."""
     figure.set_size_inches(WIDTH, 0.85 * WIDTH)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=6)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6, handlelength=1.4, columnspacing=1)
 
 
 def line_with_band(
