@@ -61,7 +61,9 @@ def test_more_bits_mean_less_error_on_random_weights(encoder):
     for bits in (2, 3, 4, 6, 8):
         with quantize.rounded(model, bits):
             weights = quantize.matrices(model)
-            errors.append(sum((weights[name].detach() - before[name]).square().sum().item() for name in weights))
+            errors.append(
+                sum((weights[name].detach() - before[name]).square().sum().item() for name in weights)
+            )
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1000 * errors[-1]
     for name, weight in quantize.matrices(model).items():

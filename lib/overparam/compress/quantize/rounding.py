@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -49,7 +50,8 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            found.setdefault(id(module.weight), (f"{name}.weight", module.weight))
+            weight = cast(nn.Parameter, module.weight)
+            found.setdefault(id(weight), (f"{name}.weight", weight))
     return dict(found.values())
 
 

@@ -122,8 +122,5 @@ def torchao_config(name: str) -> Any:
     if name == "torchao-fp8":
         return Float8DynamicActivationFloat8WeightConfig()
     group = PerGroup(SCHEMES[name].group_size or 32)
-    if name == "torchao-int4-hqq":
-        return IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=group, intx_choose_qparams_algorithm="hqq_scale_only"
-        )
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+    chosen = {"intx_choose_qparams_algorithm": "hqq_scale_only"} if name == "torchao-int4-hqq" else {}
+    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=group, **chosen)  # noqa: B009

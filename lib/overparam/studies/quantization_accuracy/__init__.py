@@ -65,7 +65,7 @@ class Params(BaseModel):
     likelihood_texts: Annotated[int, Field(ge=4)] = Field(
         24, description="held-out texts a language, and of news"
     )
-    context_lengths: tuple[Annotated[int, Field(ge=64)], ...] = Field(
+    context_lengths: tuple[Annotated[int, Field(ge=128)], ...] = Field(
         (256, 512, 1024), description="tokens of context, for a decoder"
     )
     context_windows: Count = Field(3, description="texts of each length; their last 64 tokens are scored")

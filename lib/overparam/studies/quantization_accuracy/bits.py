@@ -93,7 +93,7 @@ def allocated(table: pd.DataFrame, bits: int) -> dict[str, int]:
 
     def by_part(column: str) -> dict[str, dict[int, float]]:
         return {
-            part: {int(b): each for b, each in zip(rows["bits"], rows[column], strict=True)}
+            str(part): {int(b): each for b, each in zip(rows["bits"], rows[column], strict=True)}
             for part, rows in table.groupby("part", sort=False)
         }
 

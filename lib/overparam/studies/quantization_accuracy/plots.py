@@ -35,10 +35,10 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
     whole = float(costs.loc[costs["scheme"] == quantize.BASELINE, "disk_bytes"].iloc[0])
     first = {"scheme": quantize.BASELINE, "library": "torch", "disk_megabytes": whole / 1e6}
     data = pd.DataFrame([first | {"kept": 100.0, "kept_low": 100.0, "kept_high": 100.0}, *rows])
+    bytes_, kept_ = data["disk_megabytes"], data["kept"]
     data["on_front"] = [
-        not ((data["disk_megabytes"] <= row.disk_megabytes) & (data["kept"] > row.kept)).any()
-        and not ((data["disk_megabytes"] < row.disk_megabytes) & (data["kept"] >= row.kept)).any()
-        for row in data.itertuples()
+        not (((bytes_ <= size) & (kept_ > share)) | ((bytes_ < size) & (kept_ >= share))).any()
+        for size, share in zip(bytes_, kept_, strict=True)
     ]
     data = data.sort_values("disk_megabytes", ignore_index=True)
     with figures.style():
@@ -59,12 +59,12 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
             f"−{study.params.modest_margin:g} %",
             float(data["disk_megabytes"].max()),
         )
-        for number, row in enumerate(data.itertuples()):
-            colour = figures.OKABE_ITO[_LIBRARIES.index(str(row.library))]
+        for number, scheme in enumerate(data["scheme"]):
+            row = data[data["scheme"] == scheme]
             axes.errorbar(
-                row.disk_megabytes, row.kept, yerr=[[row.kept - row.kept_low], [row.kept_high - row.kept]],
-                color=colour, marker=figures.MARKERS[number % 8], linestyle="", label=row.scheme,
-                fillstyle="full" if number < 8 else "none",
+                row["disk_megabytes"], row["kept"], yerr=figures.error_bars(row, "kept"), label=scheme, linestyle="",
+                color=figures.OKABE_ITO[_LIBRARIES.index(quantize.SCHEMES[scheme].library)],
+                marker=figures.MARKERS[number % 8], fillstyle="full" if number < 8 else "none",
             )  # fmt: skip
         figure.legend(loc="outside upper center", ncols=2, fontsize=6)
         axes.set_xlabel("saved weights (MB)")
@@ -127,9 +127,11 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
         places = np.arange(len(names))[::-1]
         colours = [_colour(name) for name in names]
         errors = figures.error_bars(data, "divergence")
-        for place, row, error, colour in zip(places, data.itertuples(), errors.T, colours, strict=True):
-            left.errorbar(row.divergence, place, xerr=error[:, None], color=colour, marker="o", linestyle="")
-            right.plot(row.outlier, place, color=colour, marker="s", linestyle="")
+        for colour in dict.fromkeys(colours):
+            chosen = np.array([each == colour for each in colours])
+            left.errorbar(data["divergence"][chosen], places[chosen], xerr=errors[:, chosen], color=colour, marker="o",
+                          linestyle="")  # fmt: skip
+            right.plot(data["outlier"][chosen], places[chosen], color=colour, marker="s", linestyle="")
         left.set_yticks(places, names, fontsize=5.5)
         left.set_xscale("log")
         left.set_xlabel("divergence (nats)" if study.decoder else "1 − cosine")

@@ -60,8 +60,7 @@ def of_encoder(study: Study) -> Quality:
     texts = study.train_texts[-study.params.probe_texts :]
     vectors = {name: study.embed(run, texts) for name, run in zip(names, systems, strict=True)}
     kept = {name: retained(base, scores[name]) for name in names if name != quantize.BASELINE}
-    p_values = stats.holm([_p_value(base, scores[name]) for name in kept]) if kept else []
-    adjusted = dict(zip(kept, p_values, strict=True))
+    adjusted = dict(zip(kept, stats.holm([_p_value(base, scores[name]) for name in kept]), strict=True))
     rows = [
         {
             "scheme": name,
@@ -147,7 +146,7 @@ def nats(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[st
 def kept_of_perplexity(base: NDArray[np.float64], items: NDArray[np.float64]) -> stats.Estimate:
     """100 less the rise of the perplexity in percent, paired by text."""
     rise = stats.retention(base, items, statistic="perplexity", n_resamples=CURVE_RESAMPLES)
-    return stats.Estimate(*(100 * (2 - value) for value in (rise.value, rise.high, rise.low)), rise.n)
+    return stats.Estimate(100 * (2 - rise.value), 100 * (2 - rise.high), 100 * (2 - rise.low), rise.n)
 
 
 def _row(name: str, view: str, base: NDArray[np.float64], items: NDArray[np.float64]) -> dict[str, object]:
@@ -208,7 +207,7 @@ def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
     run.reset()
     everything = torch.tensor([ids])
     before = everything[:, : -SCORED - 1]
-    for part in before.split(_STEP, dim=1):
+    for part in torch.split(before, _STEP, dim=1):
         run(part)
     logits = run(everything[:, -SCORED - 1 : -1])[0].float().cpu()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, everything[0, -SCORED:, None]).double()
@@ -217,7 +216,7 @@ def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
 
 def _logits(run: quantize.Steps, ids: torch.Tensor) -> torch.Tensor:
     run.reset()
-    return torch.cat([run(part)[0].float().cpu() for part in ids.split(_STEP, dim=1)])
+    return torch.cat([run(part)[0].float().cpu() for part in torch.split(ids, _STEP, dim=1)])
 
 
 def _translations(
