@@ -239,11 +239,11 @@ def _translations(
     items = score.chrf.items
     study.keep(name, view, items)
     value = stats.bootstrap(items, statistic="chrf++", n_resamples=CURVE_RESAMPLES)
-    kept = stats.retention(
+    change = stats.difference(
         base.setdefault(view, items), items, statistic="chrf++", n_resamples=CURVE_RESAMPLES
-    )
+    )  # in points: a model that translates nothing has no share to keep
     return {
-        "scheme": name, "view": view, **value.columns("score"), **kept.scaled(100).columns("of_fp32"),
+        "scheme": name, "view": view, **value.columns("score"), **change.columns("change"),
         "bleu": score.bleu.score, "signature": score.chrf.signature, "failed": score.failure_shares["any"],
     }  # fmt: skip
 
