@@ -45,7 +45,7 @@ class Paper(_Strict):
     title: str
     authors: str
     year: int
-    arxiv: str
+    arxiv: str | None = None
     url: str
     conditions: str
     points: Points | None = None

@@ -8,6 +8,7 @@ import pandas as pd
 
 from overparam.report.inventory import Inventory, folder
 from overparam.report.record import Record
+from overparam.report.stats import Estimate
 
 COLUMNS = ["study", "model", "system", "size_percent", "speed", "kept_percent", "low", "high"]
 
@@ -19,7 +20,8 @@ def points(found: Inventory) -> pd.DataFrame:
         found: The records; a study that measures neither, or whose tables are gone, has no rows.
 
     Returns:
-        Columns: study, model, system; size_percent, its parameters in percent of the full model's; speed, in times the
+        Columns: study, model, system; size_percent, its parameters (of a quantized model: its bytes) in
+        percent of the full model's; speed, in times the
         full model's; kept_percent with low and high, its score in percent of the full model's.
     """
     rows = [
@@ -87,13 +89,41 @@ def _students(record: Record) -> pd.DataFrame:
     return costs.join(kept, how="inner").assign(system="distilled students").reset_index(drop=True)
 
 
+def _schemes(record: Record) -> pd.DataFrame:
+    costs = _table(record, "costs").set_index("scheme")
+    full = costs.loc["fp32"]
+    rows = []
+    for library in ("torchao", "openvino", "bitsandbytes"):
+        names = [
+            name
+            for name in costs.index
+            if name.startswith(f"{library}-") and f"kept_{name}" in record.metrics
+        ]
+        for name in ["fp32", *names] if names else []:
+            metric = record.metrics.get(f"kept_{name}")
+            kept = metric.estimate if metric and metric.estimate else Estimate(100.0, 100.0, 100.0, 1)
+            rows.append(
+                {
+                    "system": f"quantized, {library}",
+                    "size_percent": 100 * costs.loc[name, "disk_bytes"] / full["disk_bytes"],
+                    "speed": full["batch_seconds"] / costs.loc[name, "batch_seconds"],
+                    "kept_percent": kept.value,
+                    "low": kept.low,
+                    "high": kept.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 _READERS: dict[str, Callable[[Record], pd.DataFrame]] = {
     "trailing_layer_pruning": _layers,
     "moe_expert_pruning": _experts,
     "distillation_retention": _students,
+    "quantization_accuracy": _schemes,
 }
 _TABLES = {
     "trailing_layer_pruning": ("trained", "costs"),
     "moe_expert_pruning": ("quality", "recovery", "costs"),
     "distillation_retention": ("suite", "costs"),
+    "quantization_accuracy": ("costs",),
 }

@@ -110,7 +110,7 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
             )
             speed.errorbar(ordered["speed"], ordered["kept_percent"], yerr=errors, **look)
         size.invert_xaxis()
-        size.set(xlabel="parameters left (% of the full model)", ylabel="score kept (% of the full model)")
+        size.set(xlabel="parameters or bytes left (%)", ylabel="score kept (% of the full model)")
         speed.set(xlabel="speed (times the full model)")
         for axes in (size, speed):
             axes.axhline(100, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)

@@ -1,0 +1,46 @@
+"""Quantization: schemes of maintained libraries, simulated rounding at any number of bits, and training for it."""
+
+from overparam.compress.quantize.allocation import allocate_bits
+from overparam.compress.quantize.rounding import (
+    matrices,
+    outliers,
+    round_to_nearest,
+    round_weights,
+    rounded,
+    stored_bytes,
+)
+from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, reason_against
+from overparam.compress.quantize.systems import (
+    HiddenStates,
+    Quantized,
+    Steps,
+    batches,
+    embed,
+    load,
+    quantize,
+    states_of,
+    steps_of,
+)
+
+__all__ = [
+    "BASELINE",
+    "SCHEMES",
+    "HiddenStates",
+    "Quantized",
+    "Scheme",
+    "Steps",
+    "allocate_bits",
+    "batches",
+    "embed",
+    "load",
+    "matrices",
+    "outliers",
+    "quantize",
+    "reason_against",
+    "round_to_nearest",
+    "round_weights",
+    "rounded",
+    "states_of",
+    "steps_of",
+    "stored_bytes",
+]

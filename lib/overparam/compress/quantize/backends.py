@@ -1,0 +1,66 @@
+"""Models quantized within PyTorch: by torchao, by bitsandbytes, or cast and compiled."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.utils import logging
+
+from overparam.compress.quantize.schemes import SCHEMES, torchao_config
+
+
+def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return a quantized copy of a model.
+
+    A copy in torchao or bitsandbytes is loaded through transformers, so that its `save_pretrained` writes an ordinary
+    folder that `from_pretrained` reads.
+
+    Args:
+        model: It is not changed.
+        name: A scheme of "torch", "torchao" or "bitsandbytes".
+    """
+    if name == "fp32":
+        return model
+    if name == "bf16":
+        return copy.deepcopy(model).to(torch.bfloat16)
+    if name == "fp32-compiled":
+        compiled = copy.deepcopy(model)
+        compiled.forward = torch.compile(compiled.forward, dynamic=True)
+        return compiled
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+        model.save_pretrained(folder)
+        return load(folder, type(model), config=_config(name), device=model.device)
+
+
+def load(
+    folder: Path | str, kind: type[PreTrainedModel], *, config: Any = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a folder that a quantized model was saved to; with `config`, quantize one that was not.
+
+    Args:
+        folder: Of `save_pretrained`.
+        kind: Class of the model.
+        config: A quantization configuration of transformers.
+        device: Where to put it.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        found = kind.from_pretrained(
+            folder, quantization_config=config, local_files_only=True, device_map=str(device)
+        )
+        return cast(PreTrainedModel, found).eval()
+    finally:
+        logging.set_verbosity(level)
+
+
+def _config(name: str) -> Any:
+    if SCHEMES[name].library == "torchao":
+        return TorchAoConfig(torchao_config(name))
+    return BitsAndBytesConfig(load_in_8bit=name == "bitsandbytes-int8", load_in_4bit=name == "bitsandbytes-nf4",
+                              bnb_4bit_quant_type="nf4")  # fmt: skip

@@ -1,0 +1,159 @@
+"""One face for quantized models of all libraries: encoders give embeddings, decoders logits token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from overparam.compress.quantize import backends, openvino
+from overparam.compress.quantize.schemes import SCHEMES
+
+HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(token ids, attention mask), both [texts, tokens] -> hidden states [texts, tokens, hidden]."""
+
+
+class Steps(Protocol):
+    """A decoder that reads a text in steps and keeps what it has read."""
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Read further tokens, [1, tokens], and return their logits, [1, tokens, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model under one scheme.
+
+    Attributes:
+        scheme: Its name.
+        run: `HiddenStates` of an encoder, or `Steps` of a decoder.
+        model: What was quantized: a module, or an `openvino.Model`.
+    """
+
+    scheme: str
+    run: Any
+    model: Any
+
+    def save(self, folder: Path) -> None:
+        """Save the weights in the format of the scheme's library."""
+        if SCHEMES[self.scheme].library == "openvino":
+            openvino.save(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
+
+
+def quantize(
+    model: PreTrainedModel, name: str, *, decoder: bool = False, calibration: Sequence[openvino.Batch] = ()
+) -> Quantized:
+    """Quantize a copy of a model.
+
+    Args:
+        model: It is not changed.
+        name: A scheme that `schemes.reason_against` has nothing against.
+        decoder: Whether it has a language-modelling head and is to give logits.
+        calibration: Batches of real text, for schemes that round activations beforehand.
+    """
+    if SCHEMES[name].library == "openvino":
+        exported = openvino.export_decoder(model) if decoder else openvino.export_encoder(model)
+        changed = openvino.compressed(exported, name, calibration)
+        return _in_openvino(name, changed, decoder)
+    return _in_torch(name, backends.in_torch(model, name), decoder)
+
+
+def load(folder: Path | str, name: str, kind: type[PreTrainedModel], *, decoder: bool = False) -> Quantized:
+    """Load what `Quantized.save` wrote; `kind` is the class of the model in transformers."""
+    if SCHEMES[name].library == "openvino":
+        return _in_openvino(name, openvino.load(folder), decoder)
+    return _in_torch(name, backends.load(folder, kind), decoder)
+
+
+def embed(
+    run: HiddenStates,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int = 64,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32]:
+    """Return the mean of the last hidden states of each text, at unit length, float32 [texts, hidden].
+
+    Batches hold texts of similar length; results are in the order given.
+    """
+    found: dict[int, NDArray[np.float32]] = {}
+    for rows, (input_ids, attention_mask) in batches(
+        tokenizer, texts, batch_size=batch_size, max_length=max_length
+    ):
+        ids, mask = (torch.from_numpy(each).to(device) for each in (input_ids, attention_mask))
+        with torch.inference_mode():
+            states = run(ids, mask).float() * mask[..., None]
+            means = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)  # [texts, hidden]
+        values = torch.nn.functional.normalize(means, dim=-1).cpu().numpy()
+        found |= dict(zip(rows, values, strict=True))
+    return np.stack([found[row] for row in range(len(texts))])
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int, max_length: int
+) -> list[tuple[list[int], openvino.Batch]]:
+    """Return token ids and masks of texts, short ones first, with the places of the texts."""
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda row: len(ids[row]))
+    found = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        padded = tokenizer.pad(
+            {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="np"
+        )
+        found.append(
+            (rows, (padded["input_ids"].astype(np.int64), padded["attention_mask"].astype(np.int64)))
+        )
+    return found
+
+
+def states_of(model: PreTrainedModel) -> HiddenStates:
+    """The hidden states of a module of transformers."""
+
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+
+    return run
+
+
+def steps_of(model: PreTrainedModel) -> Steps:
+    """A decoder of transformers that reads in steps, with its keys and values beside it."""
+    return _Steps(model)
+
+
+class _Steps:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        self._cache = DynamicCache(config=self.model.config.get_text_config())
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            ids = input_ids.to(self.model.device)
+            found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        return cast(torch.Tensor, found.logits)
+
+
+def _in_torch(name: str, model: PreTrainedModel, decoder: bool) -> Quantized:
+    return Quantized(name, steps_of(model) if decoder else states_of(model), model)
+
+
+def _in_openvino(name: str, model: Any, decoder: bool) -> Quantized:
+    kind = openvino.Decoder if decoder else openvino.Encoder
+    return Quantized(name, kind(model, exact=SCHEMES[name].weights == 32), model)

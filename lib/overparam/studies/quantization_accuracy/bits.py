@@ -1,0 +1,210 @@
+"""Quality by bits, simulated; which parts suffer most; and bits that are spent where they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from overparam import models, progress
+from overparam.compress import quantize
+from overparam.compress.quantize import rounding
+from overparam.report import stats
+from overparam.studies.quantization_accuracy import quality
+from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+
+EMBEDDINGS = "embedding tables"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality by bits.
+
+    Attributes:
+        table: One row a number of bits, uniform, and one a mixed setting: bytes and what is kept, in percent.
+        mixed: What a mixed setting keeps less what uniform bits of at least its size keep, in points of percent, by
+            those bits.
+    """
+
+    table: pd.DataFrame
+    mixed: dict[int, stats.Estimate]
+
+
+def parts(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The matrices of a model by part: embedding tables, and attention and feed-forward of every block."""
+    layers = models.blocks(model.base_model).layers
+    path = next(name for name, module in model.named_modules() if module is layers)
+    found: dict[str, list[str]] = {}
+    for name in quantize.matrices(model):
+        inside = name.startswith(f"{path}.")
+        if inside:
+            number, rest = name.removeprefix(f"{path}.").split(".", 1)
+            # BERT's attention has its own "output.dense", its feed-forward "intermediate" and "output"
+            kind = "attention" if "attn" in rest or rest.startswith("attention") else "feed-forward"
+            part = f"block {int(number) + 1}, {kind}"
+        elif "embed" in name or name.startswith("wte"):
+            part = EMBEDDINGS
+        else:
+            part = "other"
+        found.setdefault(part, []).append(name)
+    return found
+
+
+def sensitivity(study: Study) -> pd.DataFrame:
+    """Round one part at a time, at every number of bits, and measure how far the model's outputs move.
+
+    `divergence` is, of an encoder, 1 − cosine to the embeddings of full precision; of a decoder, the divergence of
+    the next token in nats. `outlier` is the part's largest weight over its root mean square.
+    """
+    model, params = study.model, study.params
+    named = parts(model)
+    texts = study.train_texts[-params.probe_texts :]
+    base = _outputs(study, model, texts)
+    weights = quantize.matrices(model)
+    rows = []
+    jobs = [(part, bits) for part in named for bits in sorted(params.bits)]
+    for part, bits in progress.track(jobs, "one part at a time"):
+        with quantize.rounded(model, dict.fromkeys(named[part], bits), group_size=params.group_size):
+            moved = _divergence(base, _outputs(study, model, texts), study.decoder)
+        rows.append(
+            {
+                "part": part,
+                "bits": bits,
+                "parameters": sum(weights[name].numel() for name in named[part]),
+                "size_bits": sum(
+                    rounding.matrix_bits(weights[name], bits, params.group_size) for name in named[part]
+                ),
+                **stats.bootstrap(moved, n_resamples=CURVE_RESAMPLES).columns("divergence"),
+                "outlier": max(quantize.outliers(model, named[part]).values()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    study.recorder.table("sensitivity", table)
+    return table
+
+
+def allocated(table: pd.DataFrame, bits: int) -> dict[str, int]:
+    """Bits by part that take no more room than uniform `bits`, by the divergences of `sensitivity`."""
+
+    def by_part(column: str) -> dict[str, dict[int, float]]:
+        return {
+            str(part): {int(b): each for b, each in zip(rows["bits"], rows[column], strict=True)}
+            for part, rows in table.groupby("part", sort=False)
+        }
+
+    size = {part: {b: int(each) for b, each in found.items()} for part, found in by_part("size_bits").items()}
+    budget = sum(found[bits] for found in size.values())
+    return quantize.allocate_bits(by_part("divergence"), size, budget)
+
+
+def curve(study: Study, sensitive: pd.DataFrame) -> Curve:
+    """Measure quality at every number of bits, and of mixed settings of the same size."""
+    params, model = study.params, study.model
+    named = parts(model)
+    settings: dict[str, tuple[int, dict[str, int]]] = {}
+    for bits in params.bits:
+        settings[f"{bits} bits"] = (bits, dict.fromkeys(quantize.matrices(model), bits))
+    chosen = {bits: allocated(sensitive, bits) for bits in params.mixed_bits}
+    for bits, by_part in chosen.items():
+        settings[f"mixed, size of {bits} bits"] = (
+            bits, {name: its for part, its in by_part.items() for name in named[part]}
+        )  # fmt: skip
+    judge = _of_decoder if study.decoder else _of_encoder
+    by_label = {label: by_name for label, (_, by_name) in settings.items()}
+    kept, gains = judge(
+        study, by_label, [(f"mixed, size of {b} bits", f"{b} bits") for b in params.mixed_bits]
+    )
+    rows = [
+        {
+            "setting": label,
+            "bits": bits,
+            "mixed": label.startswith("mixed"),
+            "bytes": quantize.stored_bytes(model, by_name, group_size=params.group_size),
+            **kept[label].columns("kept"),
+        }
+        for label, (bits, by_name) in settings.items()
+    ]
+    table = pd.DataFrame(rows)
+    study.recorder.table("bits", table)
+    study.recorder.table(
+        "mixed_bits", pd.DataFrame([{"size_of": b, **by_part} for b, by_part in chosen.items()])
+    )
+    for label, each in kept.items():
+        study.recorder.metric(
+            f"simulated_{label.replace(', ', '_').replace(' ', '_')}", each, "% of full precision"
+        )
+    return Curve(table, dict(zip(params.mixed_bits, gains, strict=True)))
+
+
+Settings = Mapping[str, Mapping[str, int]]  # label -> bits by matrix
+Pairs = list[tuple[str, str]]
+
+
+def _of_encoder(
+    study: Study, settings: Settings, pairs: Pairs
+) -> tuple[dict[str, stats.Estimate], list[stats.Estimate]]:
+    names = ["simulated: none", *settings]
+    run = quantize.states_of(study.model)
+
+    def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
+        found = [study.embed(run, texts)]
+        for by_name in progress.track(settings.values(), "embedding the suite"):
+            with quantize.rounded(study.model, by_name, group_size=study.params.group_size):
+                found.append(study.embed(run, texts))
+        return np.stack(found, axis=1)
+
+    scores = quality.suite(study, embed, names)
+    base = scores[names[0]]
+    kept = {label: quality.retained(base, scores[label]) for label in settings}
+    whole = float(np.mean([each.score for each in base.values()]))
+    gains = [
+        stats.suite_difference(
+            {t: (scores[before][t].items, each.items, each.statistic) for t, each in scores[after].items()}
+        ).scaled(100 / whole)
+        for after, before in pairs
+    ]
+    return kept, gains
+
+
+def _of_decoder(
+    study: Study, settings: Settings, pairs: Pairs
+) -> tuple[dict[str, stats.Estimate], list[stats.Estimate]]:
+    texts = [text for several in quality.views(study).values() for text in several]
+    run = quantize.steps_of(study.model)
+    base = quality.nats(run, study.tokenizer, texts)
+    found = {}
+    for label, by_name in progress.track(settings.items(), "likelihood by bits"):
+        with quantize.rounded(study.model, by_name, group_size=study.params.group_size):
+            found[label] = quality.nats(run, study.tokenizer, texts)
+        study.keep(f"simulated: {label}", "likelihood: all texts", found[label])
+    kept = {label: quality.kept_of_perplexity(base, items) for label, items in found.items()}
+    gains = [quality.kept_of_perplexity(found[before], found[after]).shifted(-100) for after, before in pairs]
+    return kept, gains
+
+
+def _outputs(study: Study, model: PreTrainedModel, texts: list[str]) -> list[NDArray[np.float32]]:
+    """Embeddings of an encoder [hidden], or log-probabilities of a decoder's next tokens [tokens, vocabulary]."""
+    if not study.decoder:
+        return list(study.embed(quantize.states_of(model), texts))
+    found = []
+    for text in texts:
+        ids = study.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        with torch.inference_mode():
+            found.append(torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1).cpu().numpy())
+    return found
+
+
+def _divergence(
+    base: list[NDArray[np.float32]], found: list[NDArray[np.float32]], decoder: bool
+) -> NDArray[np.float64]:
+    """How far the outputs of each text moved, [texts]."""
+    if not decoder:
+        return np.array([1 - float(a @ b) for a, b in zip(base, found, strict=True)])
+    return np.array(
+        [float((np.exp(a) * (a - b)).sum(axis=-1).mean()) for a, b in zip(base, found, strict=True)]
+    )

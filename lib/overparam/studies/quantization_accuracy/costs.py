@@ -1,0 +1,147 @@
+"""What a scheme costs to run: bytes, resident memory, time of one text and of a batch, of a prompt and of a token."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from overparam import progress
+from overparam.compress import quantize
+from overparam.measure import disk, energy, memory, speed
+from overparam.report import stats
+from overparam.studies.quantization_accuracy.study import Study
+
+_HELD = "overparam.studies.quantization_accuracy.costs:held"
+
+
+def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
+    """Measure every scheme that runs here; they take turns while they are timed.
+
+    `single_seconds` and `batch_seconds` are, of an encoder, the time of one text and of a batch; of a decoder, that of
+    one more token and of a prompt. `resident_bytes` is what a fresh process holds more with the saved weights loaded.
+
+    Returns:
+        A row a scheme, and how many times as fast as fp32 eager it is where it is meant to be used: a batch of an
+        encoder, one token after the other of a decoder, with a bootstrap interval over rounds.
+    """
+    params, names = study.params, study.running
+    systems, seconds_to_make = {}, {}
+    for name in progress.track(names, "quantizing"):
+        started = time.perf_counter()
+        systems[name] = study.quantized(name)
+        seconds_to_make[name] = time.perf_counter() - started
+    single, batch = _calls(study, systems)
+    one, many = (speed.interleaved(calls, repeats=params.cost_repeats) for calls in (single, batch))
+    sizes: dict[str, int] = {}
+    kind = type(study.model)
+    resident = dict(
+        zip(names, memory.resident_memories(_HELD, _jobs(study, systems, sizes, kind)), strict=True)
+    )
+    rows = []
+    for name in progress.track(names, "measuring energy"):
+        with energy.energy() as used:
+            for _ in range(params.cost_repeats):
+                batch[name]()
+        rows.append(
+            {
+                "scheme": name,
+                "disk_bytes": sizes[name],
+                "resident_bytes": resident[name],
+                "single_seconds": one[name].median,
+                "single_seconds_low": one[name].low,
+                "single_seconds_high": one[name].high,
+                "batch_seconds": many[name].median,
+                "batch_seconds_low": many[name].low,
+                "batch_seconds_high": many[name].high,
+                "seconds_to_quantize": seconds_to_make[name],
+                "kwh_per_million_batches": used.kwh / params.cost_repeats * 1e6,
+                "energy_method": used.method,
+            }
+        )
+    table = pd.DataFrame(rows)
+    study.recorder.table("costs", table)
+    raw = [
+        {"scheme": name, "what": what, "seconds": seconds}
+        for what, timings in (("single", one), ("batch", many))
+        for name, timing in timings.items()
+        for seconds in timing.values
+    ]
+    study.recorder.table("latencies", pd.DataFrame(raw))
+    judged = one if study.decoder else many
+    base = np.array(judged[quantize.BASELINE].values)
+    faster = {
+        name: stats.retention(np.array(judged[name].values), base)
+        for name in names
+        if name != quantize.BASELINE
+    }
+    for name, found in faster.items():
+        study.recorder.metric(f"speed_up_{name}", found, "times the speed of fp32 eager")
+        study.recorder.metric(f"disk_share_{name}", 100 * sizes[name] / sizes[quantize.BASELINE], "% of fp32")
+    return table, faster
+
+
+def held(folder: str, scheme: str, module: str, kind: str, decoder: bool) -> Any:
+    """Load a saved model, ready to run, as a process that serves it would."""
+    import importlib
+
+    return quantize.load(folder, scheme, getattr(importlib.import_module(module), kind), decoder=decoder)
+
+
+def _jobs(
+    study: Study, systems: dict[str, quantize.Quantized], sizes: dict[str, int], kind: type
+) -> Iterator[dict[str, Any]]:
+    """Save one model after the other and ask for the memory that it takes; its bytes go to `sizes`."""
+    for name, system in progress.track(systems.items(), "measuring memory"):
+        with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+            system.save(Path(folder))
+            sizes[name] = disk.disk_bytes(Path(folder))
+            yield {
+                "folder": folder,
+                "scheme": name,
+                "module": kind.__module__,
+                "kind": kind.__name__,
+                "decoder": study.decoder,
+            }
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def _calls(study: Study, systems: dict[str, quantize.Quantized]) -> tuple[Calls, Calls]:
+    """What is timed: the small and the large call of every system."""
+    texts = study.train_texts[: study.params.cost_texts]
+    if not study.decoder:
+
+        def encoding(system: quantize.Quantized, some: list[str]) -> Callable[[], object]:
+            return lambda: study.embed(system.run, some)
+
+        return (
+            {name: encoding(system, texts[:1]) for name, system in systems.items()},
+            {name: encoding(system, texts) for name, system in systems.items()},
+        )
+    ids = study.tokenizer(" ".join(texts), return_tensors="pt")["input_ids"][
+        :, : 4 * study.params.cost_tokens
+    ]
+
+    def prompt(system: quantize.Quantized) -> Callable[[], object]:
+        def call() -> None:
+            system.run.reset()
+            system.run(ids)
+
+        return call
+
+    def token(system: quantize.Quantized) -> Callable[[], object]:
+        system.run.reset()
+        system.run(ids)
+        following = torch.tensor([[int(ids[0, -1])]])
+        return lambda: system.run(following)
+
+    # tokens first: a prompt forgets what was read
+    return {n: token(s) for n, s in systems.items()}, {n: prompt(s) for n, s in systems.items()}

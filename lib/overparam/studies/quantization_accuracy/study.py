@@ -1,0 +1,128 @@
+"""The start and the end of the quantization study, and what its steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import models
+from overparam.allocator import keep_freed_memory
+from overparam.compress import quantize
+from overparam.data import corpora, splits
+from overparam.evaluate import samples
+from overparam.report import record
+from overparam.studies.quantization_accuracy import Params
+
+CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
+
+
+@dataclass
+class Study:
+    """A started study: what every step needs, and the per-item scores collected so far."""
+
+    params: Params
+    recorder: record.Recorder
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: bool
+    items: list[pd.DataFrame] = field(default_factory=list)
+
+    @cached_property
+    def schemes(self) -> pd.DataFrame:
+        """Every scheme that was asked for, and why it is not run here where it is not."""
+        rows = [
+            {
+                "scheme": name,
+                "about": quantize.SCHEMES[name].about,
+                "weight_bits": quantize.SCHEMES[name].weights,
+                "activation_bits": quantize.SCHEMES[name].activations,
+                "not_run": quantize.reason_against(name, self.model, decoder=self.decoder) or "",
+            }
+            for name in (quantize.BASELINE, *self.params.schemes)
+        ]
+        table = pd.DataFrame(rows)
+        self.recorder.table("schemes", table)
+        return table
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the schemes that run here, full precision first."""
+        return list(self.schemes.loc[self.schemes["not_run"] == "", "scheme"])
+
+    @cached_property
+    def train_texts(self) -> list[str]:
+        """Texts of the training parts, verses and articles in turns: for calibration and probing."""
+        verses = samples.shuffled(
+            [verse.text for verse in splits.verses_in("web", "train")], self.params.seed
+        )
+        news = samples.shuffled(
+            [text for _, text in corpora.topic_rows("reuters-r52", "train")], self.params.seed
+        )
+        pairs = zip(verses, news, strict=False)
+        return [samples.cut(text, self.params.characters) for pair in pairs for text in pair if text]
+
+    def quantized(self, name: str) -> quantize.Quantized:
+        """Quantize the model, calibrated on texts of the training parts."""
+        calibration = []
+        if not self.decoder:
+            texts = self.train_texts[: self.params.calibration_texts]
+            calibration = [
+                batch
+                for _, batch in quantize.batches(
+                    self.tokenizer, texts, batch_size=8, max_length=self.params.max_length
+                )
+            ]
+        return quantize.quantize(self.model, name, decoder=self.decoder, calibration=calibration)
+
+    def embed(self, run: object, texts: list[str]) -> NDArray[np.float32]:
+        """Embeddings of texts by a quantized encoder, float32 [texts, hidden]."""
+        return quantize.embed(
+            run,  # type: ignore[arg-type]
+            self.tokenizer,
+            texts,
+            max_length=self.params.max_length,
+            device=self.model.device,
+        )
+
+    def keep(
+        self, system: str, task: str, items: NDArray[np.float64], columns: Mapping[str, object] = {}
+    ) -> None:
+        """Keep per-item scores for the record, an array of shape [n, k]."""
+        values = {f"value_{k}": column.astype(np.float32) for k, column in enumerate(items.T)}
+        self.items.append(
+            pd.DataFrame({"system": system, **columns, "task": task, "item": range(len(items))} | values)
+        )
+
+    def finish(self) -> record.Record:
+        """Write the per-item scores and the record; its last file is record.json."""
+        items = pd.concat(self.items, ignore_index=True)
+        for column in ("system", "task"):
+            items[column] = items[column].astype("category")
+        self.recorder.items("items", items)
+        self.recorder.finish()
+        return self.recorder.record
+
+
+def start(params: Params) -> Study:
+    """Load the model and open the record."""
+    model, tokenizer = models.load(params.model, device=models.working_device())
+    decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
+    if decoder:
+        model, tokenizer = models.load(params.model, device=models.working_device(), causal=True)
+    keep_freed_memory()
+    recorder = record.start(
+        "quantization_accuracy",
+        params.model_dump(mode="json"),
+        slug=params.slug(),
+        inputs=models.provenance(params.model) | corpora.provenance(),
+        seeds=sorted({params.seed, *params.train_seeds}),
+    )
+    study = Study(params, recorder, model, tokenizer, decoder)
+    recorder.metric("parameters", models.count_parameters(model).total)
+    return study

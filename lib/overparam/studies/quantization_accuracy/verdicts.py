@@ -1,0 +1,104 @@
+"""What was said of quantization, and the verdict of this run on it."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from overparam.compress import quantize
+from overparam.report import ledger, stats
+from overparam.report.claims import Claim
+from overparam.studies.quantization_accuracy.bits import Curve
+from overparam.studies.quantization_accuracy.quality import Quality
+from overparam.studies.quantization_accuracy.study import Study
+from overparam.studies.quantization_accuracy.training import Trained
+
+_EIGHT, _FOUR = 8, 4
+
+
+def verdicts(
+    study: Study,
+    quality: Quality,
+    curve: Curve,
+    trained: Trained | None,
+    table: pd.DataFrame,
+    faster: dict[str, stats.Estimate],
+) -> list[Claim]:
+    """Judge each claim by its rule, and put it into the record."""
+    params = study.params
+    found = []
+    what = "100 less the rise of the perplexity" if study.decoder else "the mean score of the embedding suite"
+    for name, kept in quality.kept.items():
+        if quantize.SCHEMES[name].weights == _EIGHT:
+            found.append(
+                ledger.judged(
+                    f"quantization-8-bits-{name}",
+                    measured=kept.shifted(-100),
+                    margin=params.modest_margin,
+                    words={"scheme": name},
+                    note=f"{params.model}: {what}.",
+                )
+            )
+    sizes = table.set_index("scheme")["disk_bytes"]
+    for name in sizes.index:
+        if quantize.SCHEMES[name].weights == _FOUR:
+            gone = 100 * (1 - sizes[name] / sizes[quantize.BASELINE])
+            found.append(
+                ledger.judged(
+                    f"quantization-4-bits-size-{name}",
+                    measured=stats.Estimate(gone - 75, gone - 75, gone - 75, 1),
+                    margin=0.0,
+                    words={"scheme": name},
+                    note="Bytes of the saved folder, which are exact.",
+                )
+            )
+    eights = {name: each for name, each in faster.items() if quantize.SCHEMES[name].weights == _EIGHT}
+    if eights:
+        best = max(eights, key=lambda name: eights[name].value)
+        found.append(
+            ledger.judged(
+                "quantization-speed",
+                measured=eights[best].shifted(-2),
+                margin=0.0,
+                note=f"The fastest of {len(eights)} schemes in 8 bits is {best}. "
+                + (
+                    "One token after the other."
+                    if study.decoder
+                    else f"Batches of {params.cost_texts} texts."
+                ),
+            )
+        )
+    for bits, gain in curve.mixed.items():
+        found.append(
+            ledger.judged(
+                f"quantization-mixed-{bits}",
+                measured=gain,
+                margin=0.0,
+                words={"bits": bits},
+                note="Bits by the divergence of each part, rounded alone; simulated rounding.",
+            )
+        )
+    if trained is not None:
+        for bits in params.qat_bits:
+            if bits == _EIGHT:
+                continue
+            closed = trained.gap_closed.get(bits)
+            found.append(
+                ledger.judged(
+                    f"quantization-aware-{bits}",
+                    measured=None if closed is None else closed.shifted(-0.5).scaled(100),
+                    margin=0.0,
+                    words={"bits": bits},
+                    note=(
+                        f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
+                        f"{trained.trained[bits].value:+.1f} %."
+                        + (
+                            ""
+                            if closed is not None
+                            else " Rounding costs no more than its interval: no gap to close."
+                        )
+                    ),
+                )
+            )
+    for claim in found:
+        study.recorder.claim(claim)
+    return found
