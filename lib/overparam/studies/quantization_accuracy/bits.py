@@ -66,6 +66,7 @@ def sensitivity(study: Study) -> pd.DataFrame:
     texts = study.train_texts[-params.probe_texts :]
     base = _outputs(study, model, texts)
     weights = quantize.matrices(model)
+    outliers = {part: max(quantize.outliers(model, names).values()) for part, names in named.items()}
     rows = []
     jobs = [(part, bits) for part in named for bits in sorted(params.bits)]
     for part, bits in progress.track(jobs, "one part at a time"):
@@ -80,7 +81,7 @@ def sensitivity(study: Study) -> pd.DataFrame:
                     rounding.matrix_bits(weights[name], bits, params.group_size) for name in named[part]
                 ),
                 **stats.bootstrap(moved, n_resamples=CURVE_RESAMPLES).columns("divergence"),
-                "outlier": max(quantize.outliers(model, named[part]).values()),
+                "outlier": outliers[part],
             }
         )
     table = pd.DataFrame(rows)
