@@ -5,8 +5,14 @@ import sys
 
 os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
 
-from tests.benchmarks import bench_distill, bench_experts, bench_runner, trailing_layer_pruning
+from tests.benchmarks import (
+    bench_distill,
+    bench_experts,
+    bench_quantize,
+    bench_runner,
+    trailing_layer_pruning,
+)
 
 if __name__ == "__main__":
-    every = (bench_distill, bench_experts, bench_runner, trailing_layer_pruning)
+    every = (bench_distill, bench_experts, bench_quantize, bench_runner, trailing_layer_pruning)
     sys.exit(max([benchmark.main() for benchmark in every]))

@@ -1,4 +1,5 @@
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -163,6 +164,7 @@ def test_schemes_that_cannot_run_say_why(encoder, decoder):
     [
         ("fp32", 0.0),
         ("bf16", 0.02),
+        ("fp32-compiled", 1e-5),
         ("torchao-int8", 0.02),
         ("torchao-int8-dynamic", 0.04),
         ("openvino-fp32", 1e-5),
@@ -180,7 +182,7 @@ def test_quantized_encoders_reload_with_the_same_outputs(encoder, tmp_path, name
     seen = mask.bool()
     assert (states - expected)[seen].abs().mean() <= furthest
     found.save(tmp_path / "model")
-    again = quantize.load(tmp_path / "model", name, type(model))
+    again = quantize.load(tmp_path / "model", type(model))
     torch.testing.assert_close(again.run(ids, mask).float(), states, rtol=0, atol=0)
 
 
@@ -203,9 +205,44 @@ def test_quantized_decoders_read_in_steps_and_reload(decoder, tmp_path, name, fu
     assert (logits - expected).abs().max() <= furthest
     torch.testing.assert_close(read(found.run), logits)
     found.save(tmp_path / "model")
-    torch.testing.assert_close(
-        read(quantize.load(tmp_path / "model", name, type(model), decoder=True).run), logits
-    )
+    torch.testing.assert_close(read(quantize.load(tmp_path / "model", type(model), decoder=True).run), logits)
+
+
+def test_saved_models_appear_whole_or_not_at_all(encoder, tmp_path, monkeypatch):
+    found = quantize.quantize(encoder[0], "openvino-int8-weights")
+
+    def full(model, folder):
+        (folder / "model.xml").write_text("half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            found.save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    found.save(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="exists already"):
+        found.save(tmp_path / "model")
+
+
+def test_unreadable_models_say_which_version_wrote_them(encoder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no quantization\.json"):
+        quantize.load(tmp_path, type(encoder[0]))
+    for name in ("torchao-int8", "openvino-int8-weights"):
+        folder = tmp_path / name
+        quantize.quantize(encoder[0], name).save(folder)
+        note = json.loads((folder / "quantization.json").read_text())
+        (folder / "quantization.json").write_text(json.dumps(note | {"version": "0.1"}))
+        for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+            file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ValueError, match=rf"cannot read .*, which {note['library']} 0\.1 wrote"):
+            quantize.load(folder, type(encoder[0]))
+
+
+def test_what_is_quantized_already_is_refused(encoder):
+    again = quantize.quantize(encoder[0], "torchao-int8").model
+    with pytest.raises(ValueError, match=r"is quantized already \(torchao\): start from its full precision"):
+        quantize.quantize(again, "openvino-int8-weights")
 
 
 def test_exported_decoders_take_several_texts():

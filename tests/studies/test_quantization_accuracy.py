@@ -90,7 +90,11 @@ def test_an_encoder_from_end_to_end(begin):
 def test_a_decoder_from_end_to_end(begin):
     study = begin(**DECODER)
     assert study.decoder
-    assert training.train(study) is None
+    trained = training.train(study)
+    by_way = trained.table.set_index(["bits", "way"])
+    assert by_way.loc[(32, training.FULL), ["kept", "flipped"]].tolist() == [100, 0]
+    assert by_way.loc[(2, training.AFTER), "perplexity"] > by_way.loc[(4, training.AFTER), "perplexity"]
+    assert set(trained.after) == {4, 2}
     found = quality.measure(study)
     table = found.table.set_index(["scheme", "view"])
     views = {"verses, en", "verses, fr", "news, en", "context of 128", "context of 320", "all texts"}
@@ -104,7 +108,7 @@ def test_a_decoder_from_end_to_end(begin):
     sensitive = bits.sensitivity(study)
     curve = bits.curve(study, sensitive)
     by_scheme, faster = costs.costs(study)
-    verdicts.verdicts(study, found, curve, None, by_scheme, faster)
+    verdicts.verdicts(study, found, curve, trained, by_scheme, faster)
     study.finish()
 
 
@@ -133,9 +137,13 @@ def test_parts_hold_every_matrix_once(begin):
 
 def test_the_gap_closed_is_a_ratio_of_differences():
     rng = np.random.default_rng(0)
-    full, plain, aware = ({"a": [(rng.random((400, 1)) < p).astype(float)]} for p in (0.9, 0.5, 0.8))
-    found = training.gap_closed(full, plain, aware)
-    mean = {name: side["a"][0].mean() for name, side in (("full", full), ("plain", plain), ("aware", aware))}
+    hits = {
+        name: (rng.random((400, 1)) < p).astype(float)
+        for name, p in (("full", 0.9), ("plain", 0.5), ("aware", 0.8))
+    }
+    none = np.zeros(400, dtype=int)
+    found = training.gap_closed(*({"a": [training.Outcome(each, none, none)]} for each in hits.values()))
+    mean = {name: each.mean() for name, each in hits.items()}
     assert found.value == pytest.approx((mean["aware"] - mean["plain"]) / (mean["full"] - mean["plain"]))
     assert found.low < found.value < found.high
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from overparam import progress
+
 RESAMPLES = 2000
 
 
@@ -57,7 +59,7 @@ def interleaved(
         for fn in fns.values():
             fn()
     values: dict[str, list[float]] = {name: [] for name in fns}
-    for _ in range(repeats):
+    for _ in progress.track(range(repeats), "taking turns"):
         for name, fn in fns.items():
             start = time.perf_counter()
             fn()

@@ -25,7 +25,9 @@ from overparam.report.provenance import machine, provenance
 from overparam.report.stats import Estimate
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
 SCHEMA = 1
 FILE_NAME = "record.json"
@@ -134,6 +136,7 @@ class Recorder:
         self.record = record
         self.directory = directory
         self._final = final
+        self._kept: list[pd.DataFrame] = []
         self._clock = time.monotonic()
 
     def metric(self, name: str, value: Estimate | float, unit: str = "") -> None:
@@ -152,6 +155,18 @@ class Recorder:
         """Record per-item scores as ``<name>.parquet``."""
         data = frame.to_parquet(index=False, compression="zstd", compression_level=19)
         self.record.items[name] = self.write_file(f"{name}.parquet", data)
+
+    def keep(self, values: NDArray[np.float64], **columns: object) -> None:
+        """Keep per-item scores, an array [items, k]; all that are kept become items.parquet at the end.
+
+        Args:
+            values: Scores, or what a statistic of them is made of.
+            columns: What the scores are of, such as a system and a task.
+        """
+        import pandas as pd
+
+        scores = {f"value_{k}": column.astype("float32") for k, column in enumerate(values.T)}
+        self._kept.append(pd.DataFrame({**columns, "item": range(len(values))} | scores))
 
     def artifact(self, name: str, data: bytes) -> None:
         """Record a file of any other kind; the same name again replaces it.
@@ -201,7 +216,13 @@ class Recorder:
         return FileRef(name, hashlib.sha256(data).hexdigest())
 
     def finish(self) -> Path:
-        """Write ``record.json`` as the last file, and return its path."""
+        """Write the scores that were kept, and ``record.json`` as the last file; return its path."""
+        if self._kept:
+            import pandas as pd
+
+            kept = pd.concat(self._kept, ignore_index=True)
+            names = [name for name, column in kept.items() if pd.api.types.is_string_dtype(column)]
+            self.items("items", kept.astype(dict.fromkeys(names, "category")))
         self.record.seconds = round(time.monotonic() - self._clock, 3)
         self.record.status = "complete"
         self.record.provenance |= machine()  # again: by now torch is loaded, and knows GPUs and threads

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from overparam.compress.experts.layout import TOP_K_FIELD, layers, layout_of
 from overparam.compress.experts.pruning import COUNTS_FIELD, TOP_KS_FIELD, describe, is_uniform, shrink
+from overparam.compress.folders import new_folder
 
 FORMAT = 1
 FORMAT_FIELD = "overparam_expert_format"
@@ -52,11 +51,7 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     found = layers(model)
     counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; save_pruned writes to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         file = temporary / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -72,10 +67,6 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
                 str(layer.index): {field: layer.n_experts, TOP_K_FIELD: layer.top_k} for layer in found
             }
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -167,9 +158,3 @@ def _release_file(model: PreTrainedModel) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

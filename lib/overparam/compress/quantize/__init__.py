@@ -9,13 +9,14 @@ from overparam.compress.quantize.rounding import (
     rounded,
     stored_bytes,
 )
-from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, reason_against
+from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, reason_against, refuse_quantized
 from overparam.compress.quantize.systems import (
     HiddenStates,
     Quantized,
     Steps,
     batches,
     embed,
+    export,
     load,
     quantize,
     states_of,
@@ -32,11 +33,13 @@ __all__ = [
     "allocate_bits",
     "batches",
     "embed",
+    "export",
     "load",
     "matrices",
     "outliers",
     "quantize",
     "reason_against",
+    "refuse_quantized",
     "round_to_nearest",
     "round_weights",
     "rounded",

@@ -11,6 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils import logging
 
+from overparam import models
 from overparam.compress.quantize.schemes import SCHEMES, torchao_config
 
 
@@ -29,12 +30,16 @@ def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
     if name == "bf16":
         return copy.deepcopy(model).to(torch.bfloat16)
     if name == "fp32-compiled":
-        compiled = copy.deepcopy(model)
-        compiled.forward = torch.compile(compiled.forward, dynamic=True)
-        return compiled
+        return compiled(models.sharing_copy(model))
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         model.save_pretrained(folder)
         return load(folder, type(model), config=_config(name), device=model.device)
+
+
+def compiled(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `torch.compile` make kernels for a model when it first runs, for batches of any size."""
+    model.forward = torch.compile(model.forward, dynamic=True)
+    return model
 
 
 def load(
@@ -54,6 +59,8 @@ def load(
         found = kind.from_pretrained(
             folder, quantization_config=config, local_files_only=True, device_map=str(device)
         )
+        for weight in found.parameters():
+            weight.data = weight.data.clone()  # in memory of its own, not mapped from the file
         return cast(PreTrainedModel, found).eval()
     finally:
         logging.set_verbosity(level)

@@ -61,8 +61,11 @@ class Decoder:
         self._request.reset_state()
         self._seen = 0
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Read further tokens of one text, [1, tokens], and return their logits, float32 [1, tokens, vocabulary]."""
+    def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:  # noqa: ARG002
+        """Read further tokens of one text, [1, tokens], and return their logits, float32 [1, tokens, vocabulary].
+
+        It computes all of them, whatever `last` is.
+        """
         tokens = input_ids.shape[1]
         total = self._seen + tokens
         self._request.infer(
@@ -178,8 +181,10 @@ def save(model: Any, folder: Path) -> None:
 
 
 def load(folder: Path | str) -> Any:
-    """Load a model that `save` wrote."""
-    return _libraries()[0].Core().read_model(Path(folder) / _NAME)
+    """Load a model that `save` wrote, into memory of its own."""
+    core = _libraries()[0].Core()
+    core.set_property({"ENABLE_MMAP": False})
+    return core.read_model(Path(folder) / _NAME)
 
 
 class _EncoderStep(nn.Module):

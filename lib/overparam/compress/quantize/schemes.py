@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,12 @@ def reason_against(name: str, model: PreTrainedModel, *, decoder: bool) -> str |
         return "the package bitsandbytes is not installed"
     if name == "torchao-fp8" and not (cuda and torch.cuda.get_device_capability() >= (8, 9)):
         return "float8 needs a CUDA device of compute capability 8.9 or more"
+    if name == "fp32-compiled" and decoder:
+        return "the keys and values of a decoder grow with every token, and torch.compile would compile for each length"
+    if name == "fp32-compiled" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    ):
+        return "torch.compile needs a C++ compiler, and there is none"
     if scheme.library == "openvino" and cuda:
         return "OpenVINO runs on the CPU, and the model is on a CUDA device"
     if name == "openvino-int8" and decoder:
@@ -103,6 +111,21 @@ def reason_against(name: str, model: PreTrainedModel, *, decoder: bool) -> str |
                     f"groups of {scheme.group_size} do not divide the {module.in_features} columns of {layer}"
                 )
     return None
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Raise a ValueError for a model whose weights are quantized already: a second rounding would be measured as one.
+
+    A model that was quantized and then stored in full precision, as a GGUF file that was read back, cannot be told.
+    """
+    already = getattr(model.config, "quantization_config", None)
+    if already is not None:
+        config = already if isinstance(already, dict) else already.to_dict()
+        method = str(getattr(config["quant_method"], "value", config["quant_method"]))
+        raise ValueError(
+            f"{model.config.name_or_path or type(model).__name__} is quantized already ({method}): "
+            "start from its full precision"
+        )
 
 
 def torchao_config(name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from overparam.compress.folders import new_folder
 from overparam.compress.quantize import backends, openvino
-from overparam.compress.quantize.schemes import SCHEMES
+from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
 
+_NOTE = "quantization.json"
 HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(token ids, attention mask), both [texts, tokens] -> hidden states [texts, tokens, hidden]."""
 
@@ -26,8 +30,11 @@ class Steps(Protocol):
     def reset(self) -> None:
         """Forget all tokens."""
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Read further tokens, [1, tokens], and return their logits, [1, tokens, vocabulary]."""
+    def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:
+        """Read further tokens, [1, tokens], and return their logits, [1, tokens, vocabulary].
+
+        With `last`, those of the last tokens are enough, which saves a decoder with a large vocabulary much work.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,31 @@ class Quantized:
     run: Any
     model: Any
 
-    def save(self, folder: Path) -> None:
-        """Save the weights in the format of the scheme's library."""
-        if SCHEMES[self.scheme].library == "openvino":
-            openvino.save(self.model, folder)
-        else:
-            self.model.save_pretrained(folder)
+    def save(self, path: Path | str) -> None:
+        """Save the weights in the format of the scheme's library; the folder appears whole or not at all.
+
+        Beside them `quantization.json` says which scheme it is and which version of the library wrote it.
+
+        Raises:
+            FileExistsError: If something is there.
+        """
+        library = SCHEMES[self.scheme].library
+        with new_folder(path) as folder:
+            if library == "openvino":
+                openvino.save(self.model, folder)
+            else:
+                self.model.save_pretrained(folder)
+            written = {"scheme": self.scheme, "library": library, "version": version(library)}
+            (folder / _NOTE).write_text(json.dumps(written) + "\n", encoding="utf-8")
 
 
 def quantize(
-    model: PreTrainedModel, name: str, *, decoder: bool = False, calibration: Sequence[openvino.Batch] = ()
+    model: PreTrainedModel,
+    name: str,
+    *,
+    decoder: bool = False,
+    calibration: Sequence[openvino.Batch] = (),
+    exported: Any = None,
 ) -> Quantized:
     """Quantize a copy of a model.
 
@@ -62,19 +84,50 @@ def quantize(
         name: A scheme that `schemes.reason_against` has nothing against.
         decoder: Whether it has a language-modelling head and is to give logits.
         calibration: Batches of real text, for schemes that round activations beforehand.
+        exported: What `export` made of the model; None: it is exported here.
+
+    Raises:
+        ValueError: The model is quantized already, or calibration is missing.
     """
+    refuse_quantized(model)
     if SCHEMES[name].library == "openvino":
-        exported = openvino.export_decoder(model) if decoder else openvino.export_encoder(model)
+        exported = exported or export(model, decoder=decoder)
         changed = openvino.compressed(exported, name, calibration)
         return _in_openvino(name, changed, decoder)
     return _in_torch(name, backends.in_torch(model, name), decoder)
 
 
-def load(folder: Path | str, name: str, kind: type[PreTrainedModel], *, decoder: bool = False) -> Quantized:
-    """Load what `Quantized.save` wrote; `kind` is the class of the model in transformers."""
-    if SCHEMES[name].library == "openvino":
-        return _in_openvino(name, openvino.load(folder), decoder)
-    return _in_torch(name, backends.load(folder, kind), decoder)
+def export(model: PreTrainedModel, *, decoder: bool) -> Any:
+    """Return the model as `openvino.Model`, from which every scheme of OpenVINO starts."""
+    return openvino.export_decoder(model) if decoder else openvino.export_encoder(model)
+
+
+def load(folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = False) -> Quantized:
+    """Load what `Quantized.save` wrote.
+
+    Args:
+        folder: Of the saved model.
+        kind: Class of the model in transformers.
+        decoder: Whether it is to give logits.
+
+    Raises:
+        FileNotFoundError: There is no saved model.
+        ValueError: The library cannot read it; says which version wrote it and which one is here.
+    """
+    note = Path(folder) / _NOTE
+    if not note.exists():
+        raise FileNotFoundError(f"{folder} has no {_NOTE}: it was not saved by overparam")
+    written = json.loads(note.read_text(encoding="utf-8"))
+    name, library = written["scheme"], written["library"]
+    try:
+        if library == "openvino":
+            return _in_openvino(name, openvino.load(folder), decoder)
+        model = backends.load(folder, kind)
+    except Exception as error:
+        raise ValueError(
+            f"{library} {version(library)} cannot read {folder}, which {library} {written['version']} wrote: {error}"
+        ) from error
+    return _in_torch(name, backends.compiled(model) if name == "fp32-compiled" else model, decoder)
 
 
 def embed(
@@ -143,10 +196,12 @@ class _Steps:
     def reset(self) -> None:
         self._cache = DynamicCache(config=self.model.config.get_text_config())
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:
         with torch.inference_mode():
             ids = input_ids.to(self.model.device)
-            found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+            found = self.model(
+                input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=last
+            )
         return cast(torch.Tensor, found.logits)
 
 

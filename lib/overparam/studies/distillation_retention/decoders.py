@@ -57,7 +57,7 @@ def compare(study: Study) -> pd.DataFrame | None:
     student, own = models.load(params.decoder_student, device=device, causal=True)
     learn, judge = (_pairs(study, tokenizer, split, n) for split, n in _sizes(study))
     before = token_kl(student, teacher, *judge, label="the student before")
-    study.keep("before", "decoder", before, {})
+    study.recorder.keep(before, system="before", task="decoder")
     recipe = causal.Recipe(
         steps=params.decoder_steps,
         learning_rate=params.decoder_learning_rate,
@@ -84,7 +84,7 @@ def compare(study: Study) -> pd.DataFrame | None:
                 label=way.name,
             )
         after = token_kl(model, teacher, *judge, label=f"after {way.name}")
-        study.keep(way.name, "decoder", after, {})
+        study.recorder.keep(after, system=way.name, task="decoder")
         row: dict[str, object] = {"way": way.name, "last_loss": losses[-1]}
         for name, column in (("forward_kl", 0), ("reverse_kl", 1)):
             sides = [items[:, [column, 2]] for items in (before, after)]

@@ -208,7 +208,7 @@ def score(study: Study, students: Students) -> Suite:
             several = found.setdefault(keys[each.view], {}).setdefault(each.task, [])
             system, share = keys[each.view]
             columns = {"share": share, "repeat": len(several)}
-            study.keep(system, f"suite: {each.task}", each.items, columns)
+            study.recorder.keep(each.items, system=system, **columns, task=f"suite: {each.task}")
             several.append(each)
     base = found[TEACHER, 1.0]
     kept = {key: _kept(base, scores) for key, scores in found.items()}

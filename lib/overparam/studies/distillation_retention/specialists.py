@@ -57,7 +57,7 @@ def compare(study: Study, taught: Taught, students: Students) -> Compared:
 
     def add(task: Topics, system: str, count: str, predicted: NDArray[np.int64]) -> None:
         found = items[task.name, system, count] = classification.correct(predicted, task.test_labels)
-        study.keep(system, f"few labels: {task.name}", found, {"per_class": count})
+        study.recorder.keep(found, system=system, per_class=count, task=f"few labels: {task.name}")
         accuracy = stats.bootstrap(found, n_resamples=CURVE_RESAMPLES).scaled(100)
         rows.append({"task": task.name, "system": system, "per_class": count, **accuracy.columns("accuracy")})
 

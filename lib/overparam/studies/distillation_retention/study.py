@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import cache, models
@@ -36,13 +34,12 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 @dataclass
 class Study:
-    """A started study: what every step needs, and the per-item scores collected so far."""
+    """A started study: what every step needs."""
 
     params: Params
     recorder: record.Recorder
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    items: list[pd.DataFrame] = field(default_factory=list)
 
     @cached_property
     def encoder(self) -> SentenceTransformer:
@@ -90,12 +87,6 @@ class Study:
         texts = [verse.text for verse in splits.verses_in("web", "train")]
         return list(map(str, samples.shuffled(texts, self.params.seed)[:count]))
 
-    def keep(self, system: str, task: str, items: NDArray[np.float64], columns: Mapping[str, object]) -> None:
-        """Keep per-item scores for the record, an array of shape [n, k]."""
-        values = {f"value_{k}": column.astype(np.float32) for k, column in enumerate(items.T)}
-        named = {"system": system, **columns, "task": task, "item": range(len(items))}
-        self.items.append(pd.DataFrame(named | values))
-
     def checkpoint(
         self, model: SentenceTransformer, recipe: Recipe, texts: Sequence[str], *data: object
     ) -> Path:
@@ -115,10 +106,6 @@ class Study:
 
     def finish(self) -> record.Record:
         """Write the per-item scores and the record; its last file is record.json."""
-        items = pd.concat(self.items, ignore_index=True)
-        for column in ("system", "task"):
-            items[column] = items[column].astype("category")
-        self.recorder.items("items", items)
         self.recorder.finish()
         return self.recorder.record
 

@@ -217,7 +217,7 @@ def _row(
 ) -> dict[str, object]:
     items = correct(task, several)
     for seed, each in zip(study.params.train_seeds, items, strict=False):
-        study.keep(system, task.name, each, {"share": share, "seed": seed})
+        study.recorder.keep(each, system=system, share=share, seed=seed, task=task.name)
     accuracy = stats.suite_score({task.name: (items, "mean")}, n_resamples=CURVE_RESAMPLES)
     if share:  # a student is compared with its own teacher
         teacher = teacher[: len(several)]

@@ -177,12 +177,12 @@ def _of_decoder(
 ) -> tuple[dict[str, stats.Estimate], list[stats.Estimate]]:
     texts = [text for several in quality.views(study).values() for text in several]
     run = quantize.steps_of(study.model)
-    base = quality.nats(run, study.tokenizer, texts)
+    base = quality.read(run, study.tokenizer, texts).items
     found = {}
     for label, by_name in progress.track(settings.items(), "likelihood by bits"):
         with quantize.rounded(study.model, by_name, group_size=study.params.group_size):
-            found[label] = quality.nats(run, study.tokenizer, texts)
-        study.keep(f"simulated: {label}", "likelihood: all texts", found[label])
+            found[label] = quality.read(run, study.tokenizer, texts).items
+        study.recorder.keep(found[label], system=f"simulated: {label}", task="likelihood: all texts")
     kept = {label: quality.kept_of_perplexity(base, items) for label, items in found.items()}
     gains = [quality.kept_of_perplexity(found[before], found[after]).shifted(-100) for after, before in pairs]
     return kept, gains

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from overparam.measure import disk, energy, memory, speed
 from overparam.report import stats
 from overparam.studies.quantization_accuracy.study import Study
 
+_ENERGY_CALLS = 3
 _HELD = "overparam.studies.quantization_accuracy.costs:held"
 
 
 def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     """Measure every scheme that runs here; they take turns while they are timed.
 
+    `seconds_to_start` is the time until the saved model is loaded, compiled and has read its first text.
     `single_seconds` and `batch_seconds` are, of an encoder, the time of one text and of a batch; of a decoder, that of
     one more token and of a prompt. `resident_bytes` is what a fresh process holds more with the saved weights loaded.
 
@@ -32,22 +34,17 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
         encoder, one token after the other of a decoder, with a bootstrap interval over rounds.
     """
     params, names = study.params, study.running
-    systems, seconds_to_make = {}, {}
-    for name in progress.track(names, "quantizing"):
-        started = time.perf_counter()
-        systems[name] = study.quantized(name)
-        seconds_to_make[name] = time.perf_counter() - started
+    systems = {name: study.quantized(name) for name in names}
     single, batch = _calls(study, systems)
     one, many = (speed.interleaved(calls, repeats=params.cost_repeats) for calls in (single, batch))
     sizes: dict[str, int] = {}
-    kind = type(study.model)
-    resident = dict(
-        zip(names, memory.resident_memories(_HELD, _jobs(study, systems, sizes, kind)), strict=True)
-    )
+    starts: dict[str, float] = {}
+    jobs = _saved(study, systems, sizes, starts)
+    resident = dict(zip(names, memory.resident_memories(_HELD, jobs), strict=True))
     rows = []
     for name in progress.track(names, "measuring energy"):
         with energy.energy() as used:
-            for _ in range(params.cost_repeats):
+            for _ in range(_ENERGY_CALLS):
                 batch[name]()
         rows.append(
             {
@@ -60,8 +57,11 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
                 "batch_seconds": many[name].median,
                 "batch_seconds_low": many[name].low,
                 "batch_seconds_high": many[name].high,
-                "seconds_to_quantize": seconds_to_make[name],
-                "kwh_per_million_batches": used.kwh / params.cost_repeats * 1e6,
+                **_speed_up(one, name).columns("single_speed_up"),
+                **_speed_up(many, name).columns("batch_speed_up"),
+                "seconds_to_quantize": study.seconds_to_quantize[name],
+                "seconds_to_start": starts[name],
+                "kwh_per_million_batches": used.kwh / _ENERGY_CALLS * 1e6,
                 "energy_method": used.method,
             }
         )
@@ -75,36 +75,48 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     ]
     study.recorder.table("latencies", pd.DataFrame(raw))
     judged = one if study.decoder else many
-    base = np.array(judged[quantize.BASELINE].values)
-    faster = {
-        name: stats.retention(np.array(judged[name].values), base)
-        for name in names
-        if name != quantize.BASELINE
-    }
+    faster = {name: _speed_up(judged, name) for name in names if name != quantize.BASELINE}
     for name, found in faster.items():
         study.recorder.metric(f"speed_up_{name}", found, "times the speed of fp32 eager")
         study.recorder.metric(f"disk_share_{name}", 100 * sizes[name] / sizes[quantize.BASELINE], "% of fp32")
     return table, faster
 
 
-def held(folder: str, scheme: str, module: str, kind: str, decoder: bool) -> Any:
-    """Load a saved model, ready to run, as a process that serves it would."""
+def _speed_up(timings: Mapping[str, speed.Timing], name: str) -> stats.Estimate:
+    """How many times as fast as full precision a scheme is, paired by round."""
+    return stats.retention(np.array(timings[name].values), np.array(timings[quantize.BASELINE].values))
+
+
+def held(folder: str, module: str, kind: str, decoder: bool) -> Any:
+    """Load a saved model and let it run once, as a process that serves it would."""
     import importlib
 
-    return quantize.load(folder, scheme, getattr(importlib.import_module(module), kind), decoder=decoder)
+    system = quantize.load(folder, getattr(importlib.import_module(module), kind), decoder=decoder)
+    ids = torch.ones((1, 8), dtype=torch.long)
+    with torch.inference_mode():
+        system.run(ids) if decoder else system.run(ids, ids)
+    return system
 
 
-def _jobs(
-    study: Study, systems: dict[str, quantize.Quantized], sizes: dict[str, int], kind: type
+def _saved(
+    study: Study, systems: dict[str, quantize.Quantized], sizes: dict[str, int], starts: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Save one model after the other and ask for the memory that it takes; its bytes go to `sizes`."""
+    """Save one model after the other and ask for the memory that it takes.
+
+    Its bytes go to `sizes`, the seconds until it is loaded and has read its first text to `starts`.
+    """
+    kind = type(study.model)
     for name, system in progress.track(systems.items(), "measuring memory"):
         with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-            system.save(Path(folder))
+            system.save(folder)
             sizes[name] = disk.disk_bytes(Path(folder))
+            started = time.perf_counter()
+            loaded = quantize.load(folder, kind, decoder=study.decoder)
+            _calls(study, {name: loaded})[0][name]()
+            starts[name] = time.perf_counter() - started
+            del loaded
             yield {
                 "folder": folder,
-                "scheme": name,
                 "module": kind.__module__,
                 "kind": kind.__name__,
                 "decoder": study.decoder,

@@ -17,6 +17,7 @@ from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import AFTER, FULL, TRAINED, Trained
 
 GREY = "#777777"
+_NOTHING = 1e-6  # moves of the outputs that are rounding errors of the arithmetic itself
 _LIBRARIES = ("torch", "torchao", "openvino", "bitsandbytes")
 
 
@@ -117,10 +118,10 @@ def plot_bits(study: Study, curve: Curve) -> Any:
 def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
     """Draw how far the outputs move when one part is rounded alone."""
     bits = min(study.params.mixed_bits)
-    data = table[table["bits"] == bits]
+    data = table[(table["bits"] == bits) & (table["divergence"] > _NOTHING)]
     names = list(data["part"])
     with figures.style():
-        height = max(0.7, 0.09 * len(names)) * figures.WIDTH
+        height = max(0.7, 0.055 * len(names)) * figures.WIDTH
         figure, (left, right) = plt.subplots(
             1, 2, sharey=True, figsize=(figures.WIDTH, height), width_ratios=[2, 1]
         )
@@ -141,7 +142,8 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
             f"Left: how far the outputs of {study.params.model} move when one part alone is rounded to {bits} bits "
             f"({'divergence of the next token' if study.decoder else '1 − cosine to the embedding in full precision'}, "
             f"mean over {study.params.probe_texts} texts, 95 % bootstrap interval). Right: the part's largest weight "
-            "over the root mean square of its weights. Blue: attention; orange: feed-forward; green: embedding tables."
+            "over the root mean square of its weights. Blue: attention; orange: feed-forward; green: embedding tables. "
+            "A part that the outputs do not depend on is left out."
         )
         return figures.publish(
             figure, "fig:quantization-sensitivity", data=data, caption=caption, recorder=study.recorder
@@ -150,14 +152,7 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
 
 def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
     """Draw how many times as fast as fp32 eager each scheme is, for small and large calls."""
-    base = costs.set_index("scheme").loc[quantize.BASELINE]
-    data = pd.DataFrame(
-        {
-            "scheme": costs["scheme"],
-            "single": base["single_seconds"] / costs["single_seconds"],
-            "batch": base["batch_seconds"] / costs["batch_seconds"],
-        }
-    )
+    data = costs[["scheme", *(name for name in map(str, costs.columns) if "speed_up" in name)]]
     small, large = (
         ("one more token", "prompt") if study.decoder else ("one text", f"{study.params.cost_texts} texts")
     )
@@ -166,45 +161,53 @@ def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
         places = np.arange(len(data))[::-1]
         axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         for column, label, colour, marker, shift in (
-            ("single", small, figures.OKABE_ITO[0], "o", 0.12),
-            ("batch", large, figures.OKABE_ITO[1], "s", -0.12),
+            ("single_speed_up", small, figures.OKABE_ITO[0], "o", 0.12),
+            ("batch_speed_up", large, figures.OKABE_ITO[1], "s", -0.12),
         ):
-            axes.plot(data[column], places + shift, color=colour, marker=marker, linestyle="", label=label)
+            errors = figures.error_bars(data, column)
+            axes.errorbar(
+                data[column],
+                places + shift,
+                xerr=errors,
+                color=colour,
+                marker=marker,
+                linestyle="",
+                label=label,
+            )
         axes.set_yticks(places, data["scheme"], fontsize=6)
         axes.set_xlabel("times the speed of fp32 eager")
         axes.set_xlim(left=0)
         figure.legend(loc="outside upper center", ncols=2, fontsize=6)
         caption = (
             f"Speed of {study.params.model} under each scheme over that of fp32 eager, for {small} and for "
-            f"{'a ' if study.decoder else ''}{large}; medians of "
-            f"{study.params.cost_repeats} rounds in which schemes take turns."
+            f"{'a ' if study.decoder else ''}{large}; "
+            f"{study.params.cost_repeats} rounds in which schemes take turns, 95 % bootstrap interval."
         )
         return figures.publish(
             figure, "fig:quantization-speed", data=data, caption=caption, recorder=study.recorder
         )
 
 
-def plot_training(study: Study, trained: Trained | None) -> Any:
-    """Draw accuracy by bits, rounded after training and trained with rounding, with the share of flipped answers."""
-    if trained is None:
-        return None
+def plot_training(study: Study, trained: Trained) -> Any:
+    """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and what flipped."""
     data = trained.table
+    measure = "perplexity" if study.decoder else "accuracy"
     tasks = list(dict.fromkeys(data["task"]))
     with figures.style():
         figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(figures.WIDTH, 1.2 * figures.WIDTH))
         for number, task in enumerate(tasks):
             full = data[(data["task"] == task) & (data["way"] == FULL)].iloc[0]
-            top.axhline(full["accuracy"], color=GREY, linestyle="--", linewidth=0.8, marker="")
+            top.axhline(full[measure], color=GREY, linestyle="--", linewidth=0.8, marker="")
             for way, colour, shift in (
                 (AFTER, figures.OKABE_ITO[1], -0.05),
                 (TRAINED, figures.OKABE_ITO[0], 0.05),
             ):
                 rows = data[(data["task"] == task) & (data["way"] == way)].sort_values("bits")
-                errors = figures.error_bars(rows, "accuracy")
+                errors = figures.error_bars(rows, measure)
                 marker, label = figures.MARKERS[number], f"{task}, {way}"
                 top.errorbar(
                     rows["bits"] + shift,
-                    rows["accuracy"],
+                    rows[measure],
                     yerr=errors,
                     color=colour,
                     marker=marker,
@@ -213,14 +216,16 @@ def plot_training(study: Study, trained: Trained | None) -> Any:
                 bottom.plot(rows["bits"] + shift, rows["flipped"], color=colour, marker=marker)
         bottom.set_xticks(sorted({bits for bits in data["bits"] if bits < 32}))
         bottom.set_xlabel("bits of the weights of linear layers")
-        top.set_ylabel("accuracy (%)")
-        bottom.set_ylabel("flipped answers (%)")
+        top.set_ylabel(measure if study.decoder else "accuracy (%)")
+        bottom.set_ylabel("other tokens (%)" if study.decoder else "flipped answers (%)")
         bottom.set_ylim(bottom=0)
         figure.legend(loc="outside upper center", ncols=1, fontsize=6)
+        taught = "with verses and articles" if study.decoder else f"on {', '.join(tasks)}"
+        answers = "likeliest next tokens" if study.decoder else "answers"
         caption = (
-            f"{study.params.model} fine-tuned on {', '.join(tasks)}: rounded after training, or trained with rounding "
-            f"for as many steps. Top: accuracy (dashed: full precision), 95 % bootstrap interval over texts and "
-            f"{len(study.params.train_seeds)} seed(s). Bottom: answers that differ from full "
+            f"{study.params.model} fine-tuned {taught}: rounded after training, or trained with rounding "
+            f"for as many steps. Top: {measure} (dashed: full precision), 95 % bootstrap interval over texts and "
+            f"{len(study.params.train_seeds)} seed(s). Bottom: {answers} that differ from full "
             "precision's, right or wrong."
         )
         return figures.publish(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -31,10 +32,12 @@ class Quality:
         table: One row a scheme, and, of a decoder, a view.
         kept: Percent of full precision's quality by scheme: of the mean score of an encoder's suite; of a decoder,
             100 less the rise of its perplexity over all texts in percent.
+        read: Of a decoder: nats and tokens of each text [texts, 2], by scheme and view.
     """
 
     table: pd.DataFrame
     kept: dict[str, stats.Estimate]
+    read: dict[tuple[str, str], NDArray[np.float64]] = field(default_factory=dict)
 
 
 def measure(study: Study) -> Quality:
@@ -90,7 +93,7 @@ def suite(study: Study, embed: embedding.Embed, names: list[str]) -> dict[str, S
     params = study.params
     for each in embedding.evaluate(embed, params.suite, max_items=params.suite_items, seed=params.seed):
         found[names[each.view]][each.task] = each
-        study.keep(names[each.view], f"suite: {each.task}", each.items)
+        study.recorder.keep(each.items, system=names[each.view], task=f"suite: {each.task}")
     return found
 
 
@@ -102,48 +105,80 @@ def retained(base: Scores, scores: Scores) -> stats.Estimate:
 
 def of_decoder(study: Study) -> Quality:
     """Measure likelihood, divergence, flipped tokens, long contexts and translation under every scheme."""
-    texts_of = views(study)
-    windows = _windows(study)
-    base: dict[str, NDArray[np.float64]] = {}
-    rows, kept = [], {}
-    reference = study.quantized(quantize.BASELINE)
-    for name in progress.track(study.running, "schemes"):
-        system = reference if name == quantize.BASELINE else study.quantized(name)
-        everything = []
-        for view, texts in texts_of.items():
-            items, kl, flipped = _likelihood(study, reference.run, system.run, texts)
-            study.keep(name, f"likelihood: {view}", np.column_stack([items, kl, flipped]))
-            everything.append(items)
+    names = study.running
+    runs: dict[str, quantize.Steps] = {
+        name: study.quantized(name).run for name in progress.track(names, "quantizing")
+    }
+    rows: list[dict[str, object]] = []
+    read: dict[tuple[str, str], NDArray[np.float64]] = {}
+    for view, texts in views(study).items():
+        found = _likelihoods(study, runs, progress.track(texts, f"reading {view}"))
+        for name, items in found.items():
+            study.recorder.keep(items, system=name, task=f"likelihood: {view}")
+            read[name, view] = items[:, :2]
             tokens = items[:, 1].sum()
-            moved = {"kl_to_fp32": float(kl.sum() / tokens), "flipped_tokens": float(flipped.sum() / tokens)}
-            rows.append(_row(name, view, base.setdefault(view, items), items) | moved)
-        for length, texts_ids in windows.items():
-            view = f"context of {length}"
-            items = np.array([_window(system.run, ids) for ids in texts_ids])
-            study.keep(name, f"likelihood: {view}", items)
-            rows.append(_row(name, view, base.setdefault(view, items), items))
-        joined = np.concatenate(everything)
-        base.setdefault("all texts", joined)
-        if name != quantize.BASELINE:
-            kept[name] = kept_of_perplexity(base["all texts"], joined)
-        rows.append(_row(name, "all texts", base["all texts"], joined))
-        if study.params.translated_items:
-            rows.append(_translations(study, name, system.run, base))
-        del system
-    return Quality(pd.DataFrame(rows), kept)
+            moved = {"kl_to_fp32": items[:, 2].sum() / tokens, "flipped_tokens": items[:, 3].sum() / tokens}
+            rows.append(_row(name, view, found[quantize.BASELINE][:, :2], items[:, :2]) | moved)
+    joined = {
+        name: np.concatenate([items for (each, _), items in read.items() if each == name]) for name in names
+    }
+    base = joined[quantize.BASELINE]
+    rows += [_row(name, "all texts", base, items) for name, items in joined.items()]
+    for length, windows in _windows(study).items():
+        view = context(length)
+        scored = {
+            name: np.array([_window(run, ids) for ids in windows])
+            for name, run in progress.track(runs.items(), f"reading {view}")
+        }
+        read |= {(name, view): items for name, items in scored.items()}
+        for name, items in scored.items():
+            study.recorder.keep(items, system=name, task=f"likelihood: {view}")
+            rows.append(_row(name, view, scored[quantize.BASELINE], items))
+    if study.params.translated_items:
+        rows += _translations(study, runs)
+    kept = {name: kept_of_perplexity(base, joined[name]) for name in names if name != quantize.BASELINE}
+    return Quality(pd.DataFrame(rows), kept, read)
 
 
-def nats(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> NDArray[np.float64]:
-    """Negative log-likelihood of each text, and its tokens, [texts, 2]."""
-    found = []
+def context(length: int) -> str:
+    """Name of the view of texts that come after so many tokens."""
+    return f"context of {length}"
+
+
+def rise(quality: Quality, scheme: str, view: str) -> NDArray[np.float64]:
+    """By how many nats a token each text of a view is less likely than in full precision, in percent, [texts, 1]."""
+    base, items = quality.read[quantize.BASELINE, view], quality.read[scheme, view]
+    return 100 * ((items[:, :1] - base[:, :1]) / base[:, 1:])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a decoder made of texts.
+
+    Attributes:
+        items: Negative log-likelihood in nats, and tokens, [texts, 2].
+        likeliest: Its likeliest next tokens, all texts in a row.
+        tokens: The next tokens that came.
+    """
+
+    items: NDArray[np.float64]
+    likeliest: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+
+def read(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Reading:
+    """Let a decoder read texts."""
+    items, likeliest, tokens = [], [], []
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        chosen = torch.log_softmax(_logits(run, ids[:, :-1]), dim=-1).gather(1, ids[0, 1:, None]).double()
-        found.append((-float(chosen.sum()), ids.shape[1] - 1))
-    return np.array(found, dtype=np.float64)
+        found = torch.log_softmax(_logits(run, ids[:, :-1]), dim=-1)  # [tokens, vocabulary]
+        items.append(_nats(found, ids))
+        likeliest.append(found.argmax(-1).numpy())
+        tokens.append(ids[0, 1:].numpy())
+    return Reading(np.array(items, dtype=np.float64), np.concatenate(likeliest), np.concatenate(tokens))
 
 
-def kept_of_perplexity(base: NDArray[np.float64], items: NDArray[np.float64]) -> stats.Estimate:
+def kept_of_perplexity(base: stats.Items, items: stats.Items) -> stats.Estimate:
     """100 less the rise of the perplexity in percent, paired by text."""
     rise = stats.retention(base, items, statistic="perplexity", n_resamples=CURVE_RESAMPLES)
     return stats.Estimate(100 * (2 - rise.value), 100 * (2 - rise.high), 100 * (2 - rise.low), rise.n)
@@ -186,20 +221,26 @@ def _windows(study: Study) -> dict[int, list[list[int]]]:
     return {length: [first + ids[end - length : end] for end in ends] for length in params.context_lengths}
 
 
-def _likelihood(
-    study: Study, reference: quantize.Steps, run: quantize.Steps, texts: list[str]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Per text: (nats, tokens), sum of the divergences from full precision in nats, and flipped likeliest tokens."""
-    items, divergences, flips = [], [], []
+def _likelihoods(
+    study: Study, runs: Mapping[str, quantize.Steps], texts: Iterable[str]
+) -> dict[str, NDArray[np.float64]]:
+    """By scheme and text: nats, tokens, divergences from full precision in nats, and other likeliest tokens."""
+    rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
     for text in texts:
         ids = torch.tensor([study.tokenizer(text)["input_ids"]])
-        expected = torch.log_softmax(_logits(reference, ids[:, :-1]), dim=-1)
-        found = expected if run is reference else torch.log_softmax(_logits(run, ids[:, :-1]), dim=-1)
-        chosen = found.gather(1, ids[0, 1:, None]).double()
-        items.append((-float(chosen.sum()), ids.shape[1] - 1))
-        divergences.append(float((expected.exp() * (expected - found)).sum()))
-        flips.append(int((expected.argmax(-1) != found.argmax(-1)).sum()))
-    return np.array(items, dtype=np.float64), np.array(divergences), np.array(flips, dtype=np.float64)
+        expected = torch.log_softmax(_logits(runs[quantize.BASELINE], ids[:, :-1]), dim=-1)
+        for name, run in runs.items():
+            same = name == quantize.BASELINE
+            found = expected if same else torch.log_softmax(_logits(run, ids[:, :-1]), dim=-1)
+            divergence = float((expected.exp() * (expected - found)).sum())
+            flipped = int((expected.argmax(-1) != found.argmax(-1)).sum())
+            rows[name].append((*_nats(found, ids), divergence, flipped))
+    return {name: np.array(several, dtype=np.float64) for name, several in rows.items()}
+
+
+def _nats(found: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
+    """Nats and number of the tokens after the first, from log-probabilities [tokens, vocabulary]."""
+    return -float(found.gather(1, ids[0, 1:, None]).double().sum()), ids.shape[1] - 1
 
 
 def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
@@ -208,7 +249,7 @@ def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
     everything = torch.tensor([ids])
     before = everything[:, : -SCORED - 1]
     for part in torch.split(before, _STEP, dim=1):
-        run(part)
+        run(part, last=1)
     logits = run(everything[:, -SCORED - 1 : -1])[0].float().cpu()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, everything[0, -SCORED:, None]).double()
     return -float(chosen.sum()), float(SCORED)
@@ -219,33 +260,35 @@ def _logits(run: quantize.Steps, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([run(part)[0].float().cpu() for part in torch.split(ids, _STEP, dim=1)])
 
 
-def _translations(
-    study: Study, name: str, run: quantize.Steps, base: dict[str, NDArray[np.float64]]
-) -> dict[str, object]:
+def _translations(study: Study, runs: Mapping[str, quantize.Steps]) -> list[dict[str, object]]:
     """Translate verses into French after three examples; corpus chrF++, paired with full precision."""
     params = study.params
     examples = parallel.verse_pairs("en", "fr", "train", n=_SHOTS, seed=params.seed)
     pairs = parallel.verse_pairs("en", "fr", "test", n=params.translated_items, seed=params.seed)
     prompter = prompts.few_shot(examples)
     asked = prompter([pair.source for pair in pairs], "en", "fr")
-    written = [_continued(study, run, prompt, prompter.stop or "\n") for prompt in asked]
-    score = translation.score(
-        [text for text, _ in written],
-        [pair.target for pair in pairs],
-        ended=[ended for _, ended in written],
-        target_language="fr",
-    )
     view = "translation into French, chrF++"
-    items = score.chrf.items
-    study.keep(name, view, items)
-    value = stats.bootstrap(items, statistic="chrf++", n_resamples=CURVE_RESAMPLES)
-    change = stats.difference(
-        base.setdefault(view, items), items, statistic="chrf++", n_resamples=CURVE_RESAMPLES
-    )  # in points: a model that translates nothing has no share to keep
-    return {
-        "scheme": name, "view": view, **value.columns("score"), **change.columns("change"),
-        "bleu": score.bleu.score, "signature": score.chrf.signature, "failed": score.failure_shares["any"],
-    }  # fmt: skip
+    rows: list[dict[str, object]] = []
+    base = None
+    for name, run in progress.track(runs.items(), "translating"):
+        written = [_continued(study, run, prompt, prompter.stop or "\n") for prompt in asked]
+        score = translation.score(
+            [text for text, _ in written],
+            [pair.target for pair in pairs],
+            ended=[ended for _, ended in written],
+            target_language="fr",
+        )
+        items = score.chrf.items
+        base = items if base is None else base  # full precision comes first
+        study.recorder.keep(items, system=name, task=view)
+        value = stats.bootstrap(items, statistic="chrf++", n_resamples=CURVE_RESAMPLES)
+        # in points: a model that translates nothing has no share to keep
+        change = stats.difference(base, items, statistic="chrf++", n_resamples=CURVE_RESAMPLES)
+        rows.append({
+            "scheme": name, "view": view, **value.columns("score"), **change.columns("change"),
+            "bleu": score.bleu.score, "signature": score.chrf.signature, "failed": score.failure_shares["any"],
+        })  # fmt: skip
+    return rows
 
 
 def _continued(study: Study, run: quantize.Steps, prompt: str, stop: str) -> tuple[str, bool]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.allocator import keep_freed_memory
 from overparam.compress import quantize
+from overparam.compress.quantize import openvino
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.report import record
@@ -24,14 +27,15 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 @dataclass
 class Study:
-    """A started study: what every step needs, and the per-item scores collected so far."""
+    """A started study: what every step needs."""
 
     params: Params
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: bool
-    items: list[pd.DataFrame] = field(default_factory=list)
+    systems: dict[str, quantize.Quantized] = field(default_factory=dict)
+    seconds_to_quantize: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def schemes(self) -> pd.DataFrame:
@@ -67,18 +71,30 @@ class Study:
         pairs = zip(verses, news, strict=False)
         return [samples.cut(text, self.params.characters) for pair in pairs for text in pair if text]
 
+    @cached_property
+    def exported(self) -> tuple[Any, float]:
+        """The model in OpenVINO, from which each of its schemes starts, and the seconds that its export took."""
+        started = time.perf_counter()
+        return quantize.export(self.model, decoder=self.decoder), time.perf_counter() - started
+
     def quantized(self, name: str) -> quantize.Quantized:
-        """Quantize the model, calibrated on texts of the training parts."""
-        calibration = []
-        if not self.decoder:
-            texts = self.train_texts[: self.params.calibration_texts]
-            calibration = [
-                batch
-                for _, batch in quantize.batches(
-                    self.tokenizer, texts, batch_size=8, max_length=self.params.max_length
-                )
-            ]
-        return quantize.quantize(self.model, name, decoder=self.decoder, calibration=calibration)
+        """The model under a scheme, made when first asked for; calibrated on texts of the training parts."""
+        if name not in self.systems:
+            exported, before = self.exported if quantize.SCHEMES[name].library == "openvino" else (None, 0.0)
+            started = time.perf_counter()
+            self.systems[name] = quantize.quantize(
+                self.model, name, decoder=self.decoder, calibration=self._calibration, exported=exported
+            )
+            self.seconds_to_quantize[name] = before + time.perf_counter() - started
+        return self.systems[name]
+
+    @cached_property
+    def _calibration(self) -> list[openvino.Batch]:
+        if self.decoder:
+            return []
+        texts = self.train_texts[: self.params.calibration_texts]
+        found = quantize.batches(self.tokenizer, texts, batch_size=8, max_length=self.params.max_length)
+        return [batch for _, batch in found]
 
     def embed(self, run: object, texts: list[str]) -> NDArray[np.float32]:
         """Embeddings of texts by a quantized encoder, float32 [texts, hidden]."""
@@ -90,31 +106,28 @@ class Study:
             device=self.model.device,
         )
 
-    def keep(
-        self, system: str, task: str, items: NDArray[np.float64], columns: Mapping[str, object] = {}
-    ) -> None:
-        """Keep per-item scores for the record, an array of shape [n, k]."""
-        values = {f"value_{k}": column.astype(np.float32) for k, column in enumerate(items.T)}
-        self.items.append(
-            pd.DataFrame({"system": system, **columns, "task": task, "item": range(len(items))} | values)
-        )
-
     def finish(self) -> record.Record:
         """Write the per-item scores and the record; its last file is record.json."""
-        items = pd.concat(self.items, ignore_index=True)
-        for column in ("system", "task"):
-            items[column] = items[column].astype("category")
-        self.recorder.items("items", items)
         self.recorder.finish()
         return self.recorder.record
 
 
 def start(params: Params) -> Study:
-    """Load the model and open the record."""
+    """Load the model and open the record.
+
+    Raises:
+        ValueError: The model is quantized already.
+        MemoryError: It does not fit beside its quantized copies.
+    """
+    copies = sum(max(16, quantize.SCHEMES[name].weights) / 32 for name in params.schemes)
+    models.check_memory(
+        params.model, torch.float32, times_weights=2 + copies, purpose="with its quantized copies"
+    )
     model, tokenizer = models.load(params.model, device=models.working_device())
     decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
     if decoder:
         model, tokenizer = models.load(params.model, device=models.working_device(), causal=True)
+    quantize.refuse_quantized(model)
     keep_freed_memory()
     recorder = record.start(
         "quantization_accuracy",

@@ -1,97 +1,118 @@
-"""Quantization-aware training of a classifier against rounding it afterwards, at the same number of steps."""
+"""Quantization-aware training against rounding afterwards, at equal steps: of a classifier or a decoder."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
 
-from overparam import progress
+from overparam import models, progress
+from overparam.compress import causal, quantize
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
 from overparam.compress.distill.training import Recipe
 from overparam.compress.quantize import qat
-from overparam.evaluate import classification
+from overparam.data.packing import Tree, pack
+from overparam.evaluate import classification, samples
 from overparam.evaluate.topics import Topics, topics
 from overparam.report import stats
+from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FULL, AFTER, TRAINED = "full precision", "rounded after training", "trained with rounding"
-Hits = NDArray[np.float64]  # whether each test text was classified rightly [texts, 1]
+_TASK = "next token"  # of a decoder
+_ROW = 128  # tokens of a row that a decoder is trained on
+Items = NDArray[np.float64]
+Way = tuple[int, str]  # bits, and FULL, AFTER or TRAINED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trained model does on the test texts.
+
+    Attributes:
+        items: Whether each text was classified rightly, [texts, 1]; of a decoder, nats and tokens, [texts, 2].
+        answers: Its classes, or likeliest next tokens.
+        truth: The right ones.
+    """
+
+    items: Items
+    answers: NDArray[np.int64]
+    truth: NDArray[np.int64]
+
+    @property
+    def gains(self) -> Items:
+        """What is better the larger it is, [texts, 1]: hits, or log-likelihood."""
+        return self.items if self.items.shape[1] == 1 else -self.items[:, :1]
+
+
+Several = dict[str, list[Outcome]]  # by task, one a seed
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Accuracy by bits.
+    """Quality by bits.
 
     Attributes:
         table: One row a task, number of bits and way.
         gap_closed: By bits, where plain rounding costs more than its interval, mean over tasks and seeds: how much of
             that loss training takes back; 1 is all of it.
-        after: Change of the accuracy by plain rounding, in percent of full precision, by bits.
+        after: Change of the accuracy by plain rounding, in percent of full precision, by bits; of a decoder, the rise
+            of its perplexity with a minus sign.
         trained: The same with quantization-aware training.
+        hidden: By bits: percent of the answers that flipped by plain rounding beyond the change of the accuracy.
     """
 
     table: pd.DataFrame
     gap_closed: dict[int, stats.Estimate]
     after: dict[int, stats.Estimate]
     trained: dict[int, stats.Estimate]
+    hidden: dict[int, stats.Estimate]
 
 
-def train(study: Study) -> Trained | None:
-    """Fine-tune the encoder on each task, then let it go on with and without rounding; None for a decoder.
+def train(study: Study) -> Trained:
+    """Fine-tune the model on each task, then let it go on with and without rounding.
 
     It goes on in full precision, to be rounded afterwards, or with its weights rounded at every step, for as many
-    steps.
+    steps. An encoder learns to classify topics, a decoder goes on with verses and articles: all weights of its blocks,
+    its embedding table left as it is.
     """
-    if study.decoder:
-        return None
     params = study.params
-    found: dict[tuple[str, int, str], list[NDArray[np.int64]]] = {}
-    data = {
-        name: topics(
-            name,
-            labelled=params.labelled,
-            test_items=params.test_items,
-            characters=params.characters,
-            seed=params.seed,
-        )
-        for name in params.topics
-    }
-    runs = [(task, seed) for task in data.values() for seed in params.train_seeds]
-    for task, seed in progress.track(runs, "fine-tuning"):
-        for key, predicted in _predictions(study, task, seed).items():
-            found.setdefault((task.name, *key), []).append(predicted)
-    rows = [
-        _row(study, data[name], bits, way, several, found[name, 32, FULL])
-        for (name, bits, way), several in found.items()
-    ]
-    table = pd.DataFrame(rows)
+    find = _of_decoder if study.decoder else _of_encoder
+    found: dict[tuple[str, int, str], list[Outcome]] = {}
+    for (task, *way), outcome in find(study):
+        found.setdefault((task, *way), []).append(outcome)  # type: ignore[arg-type]
+    table = pd.DataFrame(
+        [_row(study, key, several, found[key[0], 32, FULL]) for key, several in found.items()]
+    )
     study.recorder.table("training", table)
-    hits = {
-        key: [classification.correct(each, data[key[0]].test_labels) for each in several]
-        for key, several in found.items()
-    }
-    closed, after, trained = {}, {}, {}
+
+    def by_task(bits: int, way: str) -> Several:
+        return {task: found[task, bits, way] for task in dict.fromkeys(task for task, *_ in found)}
+
+    full = by_task(32, FULL)
+    closed, after, trained, hidden = {}, {}, {}, {}
     for bits in params.qat_bits:
-        full, plain, aware = (
-            {name: hits[name, number, way] for name in data}
-            for number, way in ((32, FULL), (bits, AFTER), (bits, TRAINED))
+        plain, aware = by_task(bits, AFTER), by_task(bits, TRAINED)
+        after[bits], trained[bits] = (_kept(full, side).shifted(-100) for side in (plain, aware))
+        hidden[bits] = stats.suite_score(
+            {name: (list(map(_hidden, full[name], plain[name])), "mean") for name in full}
+        ).scaled(100)
+        lost = stats.suite_difference(
+            {name: (_gains(full[name]), _gains(plain[name]), "mean") for name in full}
         )
-        after[bits], trained[bits] = (
-            stats.suite_retention({name: (full[name], side[name], "mean") for name in data})
-            .scaled(100)
-            .shifted(-100)
-            for side in (plain, aware)
-        )
-        lost = stats.suite_difference({name: (full[name], plain[name], "mean") for name in data})
         if lost.high < 0:
             closed[bits] = gap_closed(full, plain, aware)
             study.recorder.metric(f"gap_closed_{bits}_bits", closed[bits], "of the gap")
@@ -99,60 +120,110 @@ def train(study: Study) -> Trained | None:
         study.recorder.metric(
             f"retention_{bits}_bits_trained", trained[bits].shifted(100), "% of full precision"
         )
-    return Trained(table, closed, after, trained)
+    return Trained(table, closed, after, trained, hidden)
 
 
-def gap_closed(
-    full: dict[str, list[Hits]], plain: dict[str, list[Hits]], aware: dict[str, list[Hits]]
-) -> stats.Estimate:
+def gap_closed(full: Several, plain: Several, aware: Several) -> stats.Estimate:
     """(aware − plain) ÷ (full − plain), mean over tasks, with an interval paired by item.
 
-    Its numerator and denominator are differences of the same items, so that it is a retention of what each item
-    gains.
+    Of accuracies, or of log-likelihoods. Its numerator and denominator are differences of the same items, so that it
+    is a retention of what each item gains.
     """
+
+    def gained(side: list[Outcome], less: list[Outcome]) -> list[Items]:
+        return [a.gains - b.gains for a, b in zip(side, less, strict=True)]
+
     pairs = {
-        name: (
-            [a - b for a, b in zip(full[name], plain[name], strict=True)],
-            [a - b for a, b in zip(aware[name], plain[name], strict=True)],
-            "mean",
-        )
-        for name in full
+        name: (gained(full[name], plain[name]), gained(aware[name], plain[name]), "mean") for name in full
     }
     return stats.suite_retention(pairs)
 
 
-def _predictions(study: Study, task: Topics, seed: int) -> dict[tuple[int, str], NDArray[np.int64]]:
-    """Classes of the test texts by bits and way."""
+def _hidden(full: Outcome, other: Outcome) -> Items:
+    """Whether each answer flipped, less what it adds to the change of the accuracy, [answers, 1]."""
+    was, now = full.answers == full.truth, other.answers == full.truth
+    change = now.astype(float) - was
+    flipped = (full.answers != other.answers).astype(np.float64)
+    return np.asarray(flipped - np.sign(change.mean()) * change)[:, None]
+
+
+def _gains(several: list[Outcome]) -> list[Items]:
+    return [outcome.gains for outcome in several]
+
+
+def _kept(full: Several, found: Several) -> stats.Estimate:
+    """Percent of full precision's mean accuracy, or 100 less the rise of a decoder's perplexity in percent."""
+    if _TASK in full:
+        sides = ([outcome.items for outcome in side[_TASK]] for side in (full, found))
+        return quality.kept_of_perplexity(*sides)
+    pairs = {name: (_gains(full[name]), _gains(found[name]), "mean") for name in full}
+    return stats.suite_retention(pairs).scaled(100)
+
+
+Found = Iterator[tuple[tuple[str, int, str], Outcome]]  # (task, bits, way) of one seed after the other
+
+
+def _of_encoder(study: Study) -> Found:
+    """Train classifiers of topics in every way, and let them classify the test texts."""
     params = study.params
+    data = [
+        topics(
+            name,
+            labelled=params.labelled,
+            test_items=params.test_items,
+            characters=params.characters,
+            seed=params.seed,
+        )
+        for name in params.topics
+    ]
     width = study.model.config.hidden_size
-    encoder = encoders.as_encoder(study.model, study.tokenizer, width=width, max_length=params.max_length)
-    model = encoders.as_classifier(encoder, len(task.classes), seed=seed)
-    _fit(study, model, task, seed, params.train_steps, params.learning_rate, f"{task.name}: full precision")
+    runs = [(task, seed) for task in data for seed in params.train_seeds]
+    for task, seed in progress.track(runs, "fine-tuning"):
+        encoder = encoders.as_encoder(study.model, study.tokenizer, width=width, max_length=params.max_length)
+        fit = partial(_fit_classifier, study, task)
+        model = encoders.as_classifier(encoder, len(task.classes), seed=seed)
+        for way, whole in _ways(study, model, fit, seed, encoders.transformer, _with_transformer):
+            answers = np.asarray(encoders.outputs(whole, task.test_texts).argmax(axis=1))
+            items = classification.correct(answers, task.test_labels)
+            yield (task.name, *way), Outcome(items, answers, np.asarray(task.test_labels))
+
+
+def _of_decoder(study: Study) -> Found:
+    """Let the decoder go on with verses and articles in every way, and read held-out ones."""
+    texts = [text for view, some in quality.views(study).items() if view.endswith(", en") for text in some]
+    fit = partial(_fit_decoder, study)
+    for seed in progress.track(study.params.train_seeds, "fine-tuning"):
+        model = copy.deepcopy(study.model).requires_grad_(False)
+        _layers(model).requires_grad_(True)
+        for way, whole in _ways(study, model, fit, seed, _layers, _with_layers):
+            read = quality.read(quantize.steps_of(whole), study.tokenizer, texts)
+            yield (_TASK, *way), Outcome(read.items, read.likeliest, read.tokens)
+
+
+def _ways(
+    study: Study,
+    model: Any,
+    fit: Callable[[Any, int, float, int, str], None],
+    seed: int,
+    body: Callable[[Any], nn.Module],
+    with_body: Callable[[Any, nn.Module], Any],
+) -> Iterator[tuple[Way, Any]]:
+    """Train a model in every way; what is rounded is its `body`."""
+    params = study.params
+    steps, rate, size = params.qat_steps, params.qat_learning_rate, params.group_size
+    fit(model, params.train_steps, params.learning_rate, seed, "full precision")
     start = copy.deepcopy(model)
-    _fit(study, model, task, seed + 1, params.qat_steps, params.qat_learning_rate, f"{task.name}: going on")
-    found = {(32, FULL): _classes(model, task)}
+    fit(model, steps, rate, seed + 1, "going on")
+    yield (32, FULL), model
     for bits in params.qat_bits:
-        plain = _with(
-            model, qat.post_training(encoders.transformer(model), bits, group_size=params.group_size)
-        )
-        found[bits, AFTER] = _classes(plain, task)
-        aware = _with(start, qat.prepare(encoders.transformer(start), bits, group_size=params.group_size))
-        _fit(
-            study,
-            aware,
-            task,
-            seed + 1,
-            params.qat_steps,
-            params.qat_learning_rate,
-            f"{task.name}: {bits} bits",
-        )
-        whole = _with(aware, qat.convert(encoders.transformer(aware), bits, group_size=params.group_size))
-        found[bits, TRAINED] = _classes(whole, task)
-    return found
+        yield (bits, AFTER), with_body(model, qat.post_training(body(model), bits, group_size=size))
+        aware = with_body(start, qat.prepare(body(start), bits, group_size=size))
+        fit(aware, steps, rate, seed + 1, f"{bits} bits")
+        yield (bits, TRAINED), with_body(aware, qat.convert(body(aware), bits, group_size=size))
 
 
-def _fit(
-    study: Study, model: SentenceTransformer, task: Topics, seed: int, steps: int, rate: float, label: str
+def _fit_classifier(
+    study: Study, task: Topics, model: SentenceTransformer, steps: int, rate: float, seed: int, label: str
 ) -> None:
     recipe = Recipe(
         steps=steps,
@@ -161,45 +232,69 @@ def _fit(
         warmup=max(1, steps // 10),
         seed=seed,
     )
-    train_classifier(model, task.texts, task.labels, recipe, label=label)
+    train_classifier(model, task.texts, task.labels, recipe, label=f"{task.name}: {label}")
 
 
-def _with(model: SentenceTransformer, body: object) -> SentenceTransformer:
-    """A copy with another transformer inside."""
+def _fit_decoder(
+    study: Study, model: PreTrainedModel, steps: int, rate: float, seed: int, label: str
+) -> None:
+    recipe = causal.Recipe(
+        steps=steps, learning_rate=rate, warmup=max(1, steps // 10), decay=steps // 2, seed=seed
+    )
+    texts = itertools.cycle(samples.shuffled(study.train_texts, seed))
+    trees = (Tree((), [study.tokenizer(text)["input_ids"][:_ROW]]) for text in texts)
+    batches = pack(trees, rows=study.params.train_batch_size, length=_ROW)
+    causal.train(model, batches, recipe, label=label)
+
+
+def _with_transformer(model: SentenceTransformer, body: nn.Module) -> SentenceTransformer:
     changed = copy.deepcopy(model)
     changed[0].model = body
     return changed.eval()
 
 
-def _classes(model: SentenceTransformer, task: Topics) -> NDArray[np.int64]:
-    return np.asarray(encoders.outputs(model, task.test_texts).argmax(axis=1))
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return models.blocks(model.base_model).layers
+
+
+def _with_layers(model: PreTrainedModel, layers: nn.Module) -> PreTrainedModel:
+    changed = models.sharing_copy(model)
+    changed.base_model.set_submodule(models.blocks(model.base_model).path, layers)
+    return changed.eval()
 
 
 def _row(
-    study: Study,
-    task: Topics,
-    bits: int,
-    way: str,
-    several: list[NDArray[np.int64]],
-    full: list[NDArray[np.int64]],
+    study: Study, key: tuple[str, int, str], several: list[Outcome], full: list[Outcome]
 ) -> dict[str, object]:
-    hits = [classification.correct(each, task.test_labels) for each in several]
-    for seed, each in zip(study.params.train_seeds, hits, strict=True):
-        study.keep(f"{bits} bits, {way}", task.name, each, {"seed": seed})
-    base = [classification.correct(each, task.test_labels) for each in full]
+    task, bits, way = key
+    items = [outcome.items for outcome in several]
+    for seed, each in zip(study.params.train_seeds, items, strict=True):
+        study.recorder.keep(each, system=f"{bits} bits, {way}", seed=seed, task=task)
+    measure, statistic, scale = (
+        ("perplexity", "perplexity", 1) if study.decoder else ("accuracy", "mean", 100)
+    )
+    score, base = (
+        stats.bootstrap(
+            [each.items for each in side], statistic=statistic, n_resamples=CURVE_RESAMPLES
+        ).scaled(scale)
+        for side in (several, full)
+    )
     changed = [
-        classification.flips(before, after, task.test_labels)
+        classification.flips(before.answers, after.answers, after.truth)
         for before, after in zip(full, several, strict=True)
     ]
-    accuracy = stats.suite_score({task.name: (hits, "mean")}, n_resamples=CURVE_RESAMPLES)
+    flipped = [
+        1 - classification.agreement(before.answers, after.answers)
+        for before, after in zip(full, several, strict=True)
+    ]
     return {
-        "task": task.name,
+        "task": task,
         "bits": bits,
         "way": way,
-        **accuracy.scaled(100).columns("accuracy"),
-        **stats.retention(base, hits, n_resamples=CURVE_RESAMPLES).scaled(100).columns("kept"),
-        "flipped": 100
-        * float(np.mean([1 - classification.agreement(a, b) for a, b in zip(full, several, strict=True)])),
+        **score.columns(measure),
+        "change": score.value - base.value,
+        **_kept({task: full}, {task: several}).columns("kept"),
+        "flipped": 100 * float(np.mean(flipped)),
         "right_to_wrong": float(np.mean([each.right_to_wrong for each in changed])),
         "wrong_to_right": float(np.mean([each.wrong_to_right for each in changed])),
         "mcnemar_p_first_seed": changed[0].p_value,

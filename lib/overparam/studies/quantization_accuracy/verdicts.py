@@ -8,7 +8,7 @@ from overparam.compress import quantize
 from overparam.report import ledger, stats
 from overparam.report.claims import Claim
 from overparam.studies.quantization_accuracy.bits import Curve
-from overparam.studies.quantization_accuracy.quality import Quality
+from overparam.studies.quantization_accuracy.quality import Quality, context, rise
 from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import Trained
 
@@ -19,7 +19,7 @@ def verdicts(
     study: Study,
     quality: Quality,
     curve: Curve,
-    trained: Trained | None,
+    trained: Trained,
     table: pd.DataFrame,
     faster: dict[str, stats.Estimate],
 ) -> list[Claim]:
@@ -77,28 +77,80 @@ def verdicts(
                 note="Bits by the divergence of each part, rounded alone; simulated rounding.",
             )
         )
-    if trained is not None:
-        for bits in params.qat_bits:
-            if bits == _EIGHT:
-                continue
-            closed = trained.gap_closed.get(bits)
-            found.append(
-                ledger.judged(
-                    f"quantization-aware-{bits}",
-                    measured=None if closed is None else closed.shifted(-0.5).scaled(100),
-                    margin=0.0,
-                    words={"bits": bits},
-                    note=(
-                        f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
-                        f"{trained.trained[bits].value:+.1f} %."
-                        + (
-                            ""
-                            if closed is not None
-                            else " Rounding costs no more than its interval: no gap to close."
-                        )
-                    ),
-                )
+    for bits in params.qat_bits:
+        if bits == _EIGHT:
+            continue
+        closed = trained.gap_closed.get(bits)
+        found.append(
+            ledger.judged(
+                f"quantization-aware-{bits}",
+                measured=None if closed is None else closed.shifted(-0.5).scaled(100),
+                margin=0.0,
+                words={"bits": bits},
+                note=(
+                    f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
+                    f"{trained.trained[bits].value:+.1f} %."
+                    + (
+                        ""
+                        if closed is not None
+                        else " Rounding costs no more than its interval: no gap to close."
+                    )
+                ),
             )
+        )
+    found += _against(study, quality, trained, table)
     for claim in found:
         study.recorder.claim(claim)
+    return found
+
+
+def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFrame) -> list[Claim]:
+    """Judge what is said against quantization."""
+    found = [
+        ledger.judged(f"quantization-flips-{bits}", measured=hidden, margin=0.0, words={"bits": bits})
+        for bits, hidden in trained.hidden.items()
+    ]
+    eights = table[table["scheme"].map(lambda name: quantize.SCHEMES[name].weights == _EIGHT)]
+    if len(eights):
+        slowest = eights.sort_values("single_speed_up").iloc[0]
+        value, low, high = (1 - slowest[f"single_speed_up{end}"] for end in ("", "_high", "_low"))
+        found.append(
+            ledger.judged(
+                "quantization-slower",
+                measured=stats.Estimate(value, low, high, study.params.cost_repeats),
+                margin=0.0,
+                note=f"The slowest of {len(eights)} schemes in 8 bits is {slowest['scheme']}.",
+            )
+        )
+    if not study.decoder:
+        return found
+    views = dict.fromkeys(view for _, view in quality.read)
+    others = [view for view in views if view.startswith("verses") and view != "verses, en"]
+    short, long = (context(study.params.context_lengths[end]) for end in (0, -1))
+    for name in quality.kept:
+        if quantize.SCHEMES[name].weights != _FOUR:
+            continue
+        words = {"scheme": name}
+        if others and (quantize.BASELINE, "verses, en") in quality.read:
+            english = rise(quality, name, "verses, en")
+            pairs = {view: (english, rise(quality, name, view), "mean") for view in others}
+            found.append(
+                ledger.judged(
+                    f"quantization-languages-{name}",
+                    measured=stats.suite_difference(pairs),
+                    margin=0.0,
+                    words=words,
+                    note=f"{len(others)} languages, {len(english)} verses each.",
+                )
+            )
+        if long != short:
+            found.append(
+                ledger.judged(
+                    f"quantization-context-{name}",
+                    measured=stats.difference(rise(quality, name, short), rise(quality, name, long)),
+                    margin=0.0,
+                    words=words,
+                    note=f"{study.params.context_windows} windows, {short} and {long} tokens.",
+                )
+            )
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -44,7 +44,6 @@ class Study:
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    items: list[pd.DataFrame] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
@@ -109,27 +108,11 @@ class Study:
         ):
             keep = depths[score.view]
             found.setdefault(keep, {})[score.task] = score
-            columns = {
-                f"value_{k}": score.items[:, k].astype(np.float32) for k in range(score.items.shape[1])
-            }
-            self.items.append(
-                pd.DataFrame(
-                    {
-                        "system": system,
-                        "depth": keep,
-                        "task": score.task,
-                        "item": range(len(score.items)),
-                    }
-                    | columns
-                )
-            )
+            self.recorder.keep(score.items, system=system, depth=keep, task=score.task)
         return found
 
     def finish(self) -> record.Record:
         """Write the per-item scores and the record; its last file is record.json."""
-        items = pd.concat(self.items, ignore_index=True)
-        categories = {"system": "category", "task": "category", "depth": "int16", "item": "int32"}
-        self.recorder.items("items", items.astype(categories))
         self.recorder.finish()
         return self.recorder.record
 

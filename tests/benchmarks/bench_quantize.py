@@ -1,0 +1,103 @@
+"""What quantization costs and buys, by the study's own steps: all-MiniLM-L6-v2 encodes, Gemma 3 270M writes.
+
+Goals of speed and memory hold for CPUs with AMX or VNNI, whose kernels multiply 8-bit integers; elsewhere the figures
+are printed beside "not required".
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+from overparam.studies.quantization_accuracy import Params, costs, quality, training
+from overparam.studies.quantization_accuracy import study as steps
+
+ENCODER = {
+    "model": "all-MiniLM-L6-v2",
+    "schemes": ["bf16", "openvino-int8", "openvino-int8-weights"],
+    "labelled": 400,
+    "test_items": 400,
+    "topics": ["ReutersR8", "Newsgroups"],
+    "train_steps": 60,
+    "qat_steps": 40,
+    "qat_bits": [4, 3, 2],
+}
+DECODER = {
+    "model": "gemma-3-270m",
+    "schemes": ["bf16", "torchao-int8", "openvino-int8-weights", "openvino-int4-weights"],
+}
+
+
+def main() -> int:
+    """Measure, print a line a goal, and return 0 when all that are required are met."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OVERPARAM_JOB_DIR"] = folder
+        missed = _encoder() + _decoder()
+    del os.environ["OVERPARAM_JOB_DIR"]
+    return int(missed > 0)
+
+
+def _encoder() -> int:
+    study = steps.start(Params(**ENCODER))
+    kept = quality.measure(study).kept
+    table, _ = costs.costs(study)
+    by_scheme = table.set_index("scheme")
+    fastest = by_scheme.loc[["openvino-int8", "openvino-int8-weights"], "batch_seconds"].idxmin()
+    seconds, sizes = by_scheme["batch_seconds"], by_scheme["disk_bytes"]
+    missed = _print(
+        f"MiniLM, batches of 32: fp32 eager / {fastest}", seconds["fp32"] / seconds[fastest], 2.5, integers()
+    )
+    missed += _print(
+        f"MiniLM, batches of 32: bf16 eager / {fastest}", seconds["bf16"] / seconds[fastest], 1.15, integers()
+    )
+    for name in ("openvino-int8", "openvino-int8-weights"):
+        missed += _print(f"MiniLM, bytes of {name} / fp32", sizes[name] / sizes["fp32"], -0.27)
+        missed += _print(f"MiniLM, suite kept by {name}, %", kept[name].value, 99)
+        missed += _print(f"MiniLM, suite kept by {name}, lower end, %", kept[name].low, 98)
+    trained = training.train(study)
+    for bits in study.params.qat_bits:
+        if bits in trained.gap_closed:
+            missed += _print(
+                f"MiniLM, gap of {bits} bits that training closes", trained.gap_closed[bits].value, 0.5
+            )
+        else:
+            print(f"MiniLM, {bits} bits rounded after training: no gap larger than its interval", flush=True)
+    return missed
+
+
+def _decoder() -> int:
+    study = steps.start(Params(**DECODER))
+    table, _ = costs.costs(study)
+    by_scheme = table.set_index("scheme").drop(index="bf16")
+    seconds, resident = by_scheme["single_seconds"], by_scheme["resident_bytes"]
+    best = seconds.idxmin()
+    missed = _print(
+        f"Gemma, one token after the other: fp32 eager / {best}",
+        seconds["fp32"] / seconds[best],
+        2,
+        integers(),
+    )
+    return missed + _print(
+        f"Gemma, resident memory of {best} / fp32", resident[best] / resident["fp32"], -0.35, integers()
+    )
+
+
+def integers() -> bool:
+    """Whether this CPU multiplies 8-bit integers in one instruction (AMX, VNNI)."""
+    able: dict[str, Any] = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_int8", "avx512_vnni", "avx_vnni"))
+
+
+def _print(name: str, value: float, goal: float, required: bool = True) -> int:
+    """Print a line; a negative goal is the most that the value may be. Return 1 for a goal that is missed."""
+    met = value >= goal if goal > 0 else value <= -goal
+    said = "met" if met else "MISSED" if required else "not met, not required on this CPU"
+    print(f"{name:<66} {value:>7.3f}   goal {'≥' if goal > 0 else '≤'} {abs(goal):<6} {said}", flush=True)
+    return int(required and not met)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
