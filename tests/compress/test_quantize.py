@@ -155,6 +155,8 @@ def test_schemes_that_cannot_run_say_why(encoder, decoder):
     assert "compute capability 8.9" in reason("torchao-fp8", encoder[0])
     assert "groups of 128 do not divide" in reason("torchao-int4-g128", encoder[0])
     assert "weight compression" in reason("openvino-int8", decoder[0], decoder=True)
+    assert "finds none in a text encoder" in reason("openvino-int4-awq", encoder[0])
+    assert "compile for each length" in reason("fp32-compiled", decoder[0], decoder=True)
     assert reason("openvino-int8", encoder[0]) is None
     assert reason("torchao-int8", decoder[0], decoder=True) is None
 
@@ -188,7 +190,12 @@ def test_quantized_encoders_reload_with_the_same_outputs(encoder, tmp_path, name
 
 @pytest.mark.parametrize(
     ("name", "furthest"),
-    [("fp32", 1e-5), ("torchao-int8", 0.05), ("openvino-fp32", 1e-4), ("openvino-int8-weights", 0.05)],
+    [
+        ("fp32", 1e-5),
+        ("torchao-int8", 0.05),
+        ("openvino-fp32", 1e-4),
+        ("openvino-int8-weights", 0.05),
+    ],
 )
 def test_quantized_decoders_read_in_steps_and_reload(decoder, tmp_path, name, furthest):
     model, _ = decoder  # its window is 16 tokens, of which 40 are read
@@ -206,6 +213,35 @@ def test_quantized_decoders_read_in_steps_and_reload(decoder, tmp_path, name, fu
     torch.testing.assert_close(read(found.run), logits)
     found.save(tmp_path / "model")
     torch.testing.assert_close(read(quantize.load(tmp_path / "model", type(model), decoder=True).run), logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_decoder"),
+    [("openvino-int4-awq", True), ("openvino-int4-gptq", True), ("openvino-int4-gptq", False)],
+)
+def test_four_bits_are_chosen_by_calibration(encoder, tmp_path, name, is_decoder):
+    family = "llama" if is_decoder else "bert"
+    model = models.tiny_twin(
+        family, num_hidden_layers=2, causal=is_decoder, hidden_size=64, intermediate_size=96
+    )
+    texts = calibration(encoder[1])
+    ids, mask = (torch.from_numpy(each) for each in texts[1])
+
+    def outputs(found):
+        if is_decoder:
+            found.run.reset()
+        return found.run(ids[:1]) if is_decoder else found.run(ids, mask)
+
+    full, plain, chosen = (
+        quantize.quantize(model.eval(), each, decoder=is_decoder, calibration=texts)
+        for each in ("openvino-fp32", "openvino-int4-weights", name)
+    )
+    expected = outputs(chosen)
+    assert not torch.equal(expected, outputs(plain))
+    assert (expected - outputs(full)).abs().mean() < 0.5 * outputs(full).abs().mean()
+    chosen.save(tmp_path / "model")
+    again = quantize.load(tmp_path / "model", type(model), decoder=is_decoder)
+    torch.testing.assert_close(outputs(again), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_models_appear_whole_or_not_at_all(encoder, tmp_path, monkeypatch):

@@ -147,7 +147,8 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     Args:
         model: Of `export_encoder` or `export_decoder`; it is not changed.
         name: A scheme of "openvino".
-        calibration: Batches of real text; "openvino-int8" needs them, for the range of activations.
+        calibration: Batches of real text: "openvino-int8" needs them for the range of activations, AWQ and GPTQ for
+            what a weight's error does to the outputs.
 
     Raises:
         ValueError: No calibration where it is needed.
@@ -155,14 +156,12 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     if name == "openvino-fp32":
         return model
     nncf = _libraries()[1]
-    if name == "openvino-int8":
+    data = None
+    if SCHEMES[name].calibrated:
         if not calibration:
-            raise ValueError(
-                "openvino-int8 needs calibration texts: activations are rounded to the range seen there"
-            )
-        data = nncf.Dataset(
-            [dict(zip(("input_ids", "attention_mask"), batch, strict=True)) for batch in calibration]
-        )
+            raise ValueError(f"{name} needs calibration texts: it looks at the activations that they lead to")
+        data = nncf.Dataset([_inputs(model, *batch) for batch in calibration])
+    if name == "openvino-int8":
         return nncf.quantize(
             model.clone(), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
         )
@@ -170,8 +169,24 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     if name == "openvino-int8-weights":
         return nncf.compress_weights(model.clone(), mode=modes.INT8_ASYM)
     return nncf.compress_weights(
-        model.clone(), mode=modes.INT4_ASYM, group_size=SCHEMES[name].group_size, ratio=1.0
+        model.clone(),
+        mode=modes.INT4_ASYM,
+        group_size=SCHEMES[name].group_size,
+        ratio=1.0,
+        dataset=data,
+        subset_size=len(calibration) or 1,
+        awq=name == "openvino-int4-awq",
+        gptq=name == "openvino-int4-gptq",
     )
+
+
+def _inputs(model: Any, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> dict[str, Any]:
+    """What an exported model reads: of a decoder, whole texts that nothing stands before."""
+    found = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if any("beam_idx" in port.get_names() for port in model.inputs):
+        found["position_ids"] = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+        found["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
+    return found
 
 
 def save(model: Any, folder: Path) -> None:

@@ -24,6 +24,7 @@ class Scheme:
         activations: Bits of what goes into linear layers.
         about: What is done, in words.
         group_size: Neighbouring weights that share a scale; None: a row.
+        calibrated: Whether it needs texts that show what activations look like.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Scheme:
     activations: int
     about: str
     group_size: int | None = None
+    calibrated: bool = False
 
 
 SCHEMES = {
@@ -60,6 +62,7 @@ SCHEMES = {
             8,
             8,
             "OpenVINO, NNCF post-training quantization on calibration texts",
+            calibrated=True,
         ),
         Scheme(
             "openvino-int8-weights", "openvino", 8, 32, "OpenVINO, NNCF weight compression, embeddings too"
@@ -71,6 +74,18 @@ SCHEMES = {
             32,
             "OpenVINO, NNCF weight compression, embeddings in 8 bits",
             32,
+        ),
+        Scheme(
+            "openvino-int4-awq", "openvino", 4, 32, "the same, scales by AWQ on calibration texts", 32, True
+        ),
+        Scheme(
+            "openvino-int4-gptq",
+            "openvino",
+            4,
+            32,
+            "the same, rounded by GPTQ on calibration texts",
+            32,
+            True,
         ),
         Scheme("bitsandbytes-int8", "bitsandbytes", 8, 8, "LLM.int8()"),
         Scheme("bitsandbytes-nf4", "bitsandbytes", 4, 16, "4-bit NormalFloat in groups of 64", 64),
@@ -104,6 +119,8 @@ def reason_against(name: str, model: PreTrainedModel, *, decoder: bool) -> str |
         return "OpenVINO runs on the CPU, and the model is on a CUDA device"
     if name == "openvino-int8" and decoder:
         return "activations of a decoder differ between prompt and answer: OpenVINO's way for it is weight compression"
+    if name == "openvino-int4-awq" and not decoder:
+        return "NNCF's AWQ scales what goes into gated feed-forward layers, and finds none in a text encoder"
     if scheme.group_size and scheme.library != "bitsandbytes":
         for layer, module in model.named_modules():
             if isinstance(module, nn.Linear) and module.in_features % scheme.group_size:

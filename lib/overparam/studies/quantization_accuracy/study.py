@@ -90,8 +90,6 @@ class Study:
 
     @cached_property
     def _calibration(self) -> list[openvino.Batch]:
-        if self.decoder:
-            return []
         texts = self.train_texts[: self.params.calibration_texts]
         found = quantize.batches(self.tokenizer, texts, batch_size=8, max_length=self.params.max_length)
         return [batch for _, batch in found]
