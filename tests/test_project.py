@@ -102,6 +102,17 @@ def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
     assert {layer.n_experts for layer in experts.layers(reloaded)} == set(scope["half"]) == {4}
 
 
+def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to quantize.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example, scope)
+    assert scope["vectors"].shape == (1, 384)
+    assert sum(file.stat().st_size for file in (tmp_path / "in-8-bits").iterdir()) < 0.27 * 90.9e6
+    assert type(scope["again"].run) is type(scope["small"].run)
+
+
 def test_no_pickle_is_read():
     reads = re.compile(r"import pickle|from pickle|torch\.load\(|allow_pickle|read_pickle|joblib|dill|shelve")
     assert not [
