@@ -63,7 +63,7 @@ def of_encoder(study: Study) -> Quality:
     texts = study.train_texts[-study.params.probe_texts :]
     vectors = {name: study.embed(run, texts) for name, run in zip(names, systems, strict=True)}
     kept = {name: retained(base, scores[name]) for name in names if name != quantize.BASELINE}
-    adjusted = dict(zip(kept, stats.holm([_p_value(base, scores[name]) for name in kept]), strict=True))
+    judged = _judged(kept, study.params.margin)
     rows = [
         {
             "scheme": name,
@@ -73,9 +73,7 @@ def of_encoder(study: Study) -> Quality:
                 if name in kept
                 else stats.Estimate(100, 100, 100, 1).columns("kept")
             ),
-            "p_holm": adjusted.get(name, 1.0),
-            "within_margin": name not in kept
-            or stats.equivalent(kept[name].shifted(-100), study.params.margin) == "equivalent",
+            **judged[name],
             "cosine_to_fp32": float(np.mean(np.sum(vectors[name] * vectors[quantize.BASELINE], axis=1))),
             "other_neighbour": float(
                 np.mean(_neighbours(vectors[name]) != _neighbours(vectors[quantize.BASELINE]))
@@ -100,7 +98,7 @@ def suite(study: Study, embed: embedding.Embed, names: list[str]) -> dict[str, S
 def retained(base: Scores, scores: Scores) -> stats.Estimate:
     """What a system keeps of the suite's mean score, in percent, paired by item."""
     pairs = {task: (base[task].items, each.items, each.statistic) for task, each in scores.items()}
-    return stats.suite_retention(pairs, n_resamples=CURVE_RESAMPLES).scaled(100)
+    return stats.suite_retention(pairs).scaled(100)
 
 
 def of_decoder(study: Study) -> Quality:
@@ -123,7 +121,9 @@ def of_decoder(study: Study) -> Quality:
         name: np.concatenate([items for (each, _), items in read.items() if each == name]) for name in names
     }
     base = joined[quantize.BASELINE]
-    rows += [_row(name, "all texts", base, items) for name, items in joined.items()]
+    kept = {name: kept_of_perplexity(base, joined[name]) for name in names if name != quantize.BASELINE}
+    judged = _judged(kept, study.params.margin)
+    rows += [_row(name, "all texts", base, items) | judged[name] for name, items in joined.items()]
     for length, windows in _windows(study).items():
         view = context(length)
         scored = {
@@ -136,7 +136,6 @@ def of_decoder(study: Study) -> Quality:
             rows.append(_row(name, view, scored[quantize.BASELINE], items))
     if study.params.translated_items:
         rows += _translations(study, runs)
-    kept = {name: kept_of_perplexity(base, joined[name]) for name in names if name != quantize.BASELINE}
     return Quality(pd.DataFrame(rows), kept, read)
 
 
@@ -180,7 +179,7 @@ def read(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[st
 
 def kept_of_perplexity(base: stats.Items, items: stats.Items) -> stats.Estimate:
     """100 less the rise of the perplexity in percent, paired by text."""
-    rise = stats.retention(base, items, statistic="perplexity", n_resamples=CURVE_RESAMPLES)
+    rise = stats.retention(base, items, statistic="perplexity")
     return stats.Estimate(100 * (2 - rise.value), 100 * (2 - rise.high), 100 * (2 - rise.low), rise.n)
 
 
@@ -315,11 +314,21 @@ def _neighbours(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.asarray(cosines.argmax(axis=1))
 
 
-def _p_value(base: Scores, scores: Scores) -> float:
-    """Two-sided p-value of the change of the suite's mean, by a normal approximation to its paired bootstrap."""
+def _judged(kept: Mapping[str, stats.Estimate], margin: float) -> dict[str, dict[str, object]]:
+    """Whether each scheme changes the quality, and whether it stays within the margin for certain.
+
+    `p_holm`: two-sided p-value of the change, by a normal approximation to its bootstrap, corrected for the number of
+    schemes (Holm 1979). `within_margin`: the whole interval lies within the margin.
+    """
     from scipy.stats import norm
 
-    pairs = {task: (base[task].items, each.items, each.statistic) for task, each in scores.items()}
-    change = stats.suite_difference(pairs, n_resamples=CURVE_RESAMPLES)
-    spread = (change.high - change.low) / (2 * norm.ppf(0.975))
-    return 1.0 if spread == 0 else float(2 * norm.sf(abs(change.value) / spread))
+    def p_value(change: stats.Estimate) -> float:
+        spread = (change.high - change.low) / (2 * norm.ppf(0.975))
+        return 1.0 if spread == 0 else float(2 * norm.sf(abs(change.value) / spread))
+
+    changes = {name: each.shifted(-100) for name, each in kept.items()}
+    adjusted = stats.holm([p_value(change) for change in changes.values()])
+    found: dict[str, dict[str, object]] = {quantize.BASELINE: {"p_holm": 1.0, "within_margin": True}}
+    for (name, change), p in zip(changes.items(), adjusted, strict=True):
+        found[name] = {"p_holm": p, "within_margin": stats.equivalent(change, margin) == "equivalent"}
+    return found
