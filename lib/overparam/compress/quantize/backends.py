@@ -59,8 +59,6 @@ def load(
         found = kind.from_pretrained(
             folder, quantization_config=config, local_files_only=True, device_map=str(device)
         )
-        for weight in found.parameters():
-            weight.data = weight.data.clone()  # in memory of its own, not mapped from the file
         return cast(PreTrainedModel, found).eval()
     finally:
         logging.set_verbosity(level)

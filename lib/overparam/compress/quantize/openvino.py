@@ -38,7 +38,6 @@ class Encoder:
             model: `openvino.Model` of `export_encoder`, compressed or not.
             exact: Compute in float32 also where the machine would rather not.
         """
-        self.model = model
         self._run = _compiled(model, exact)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -52,7 +51,6 @@ class Decoder:
 
     def __init__(self, model: Any, *, exact: bool = False) -> None:
         """Compile a model for this machine; arguments as those of `Encoder`."""
-        self.model = model
         self._request = _compiled(model, exact).create_infer_request()
         self._seen = 0
 
@@ -196,10 +194,8 @@ def save(model: Any, folder: Path) -> None:
 
 
 def load(folder: Path | str) -> Any:
-    """Load a model that `save` wrote, into memory of its own."""
-    core = _libraries()[0].Core()
-    core.set_property({"ENABLE_MMAP": False})
-    return core.read_model(Path(folder) / _NAME)
+    """Load a model that `save` wrote."""
+    return _libraries()[0].Core().read_model(Path(folder) / _NAME)
 
 
 class _EncoderStep(nn.Module):

@@ -27,7 +27,8 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
 
     `seconds_to_start` is the time until the saved model is loaded, compiled and has read its first text.
     `single_seconds` and `batch_seconds` are, of an encoder, the time of one text and of a batch; of a decoder, that of
-    one more token and of a prompt. `resident_bytes` is what a fresh process holds more with the saved weights loaded.
+    one more token and of a prompt. `resident_bytes` is what a fresh process holds more when it has
+    loaded the saved weights and read a text; of files that are mapped, what was read of them.
 
     Returns:
         A row a scheme, and how many times as fast as fp32 eager it is where it is meant to be used: a batch of an
@@ -87,15 +88,23 @@ def _speed_up(timings: Mapping[str, speed.Timing], name: str) -> stats.Estimate:
     return stats.retention(np.array(timings[name].values), np.array(timings[quantize.BASELINE].values))
 
 
-def held(folder: str, module: str, kind: str, decoder: bool) -> Any:
-    """Load a saved model and let it run once, as a process that serves it would."""
+def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> Any:
+    """Load a saved model, let it read a text, and keep what runs, as a process that serves it would.
+
+    Args:
+        folder: Of the saved model.
+        module: Of the model's class in transformers.
+        kind: Name of that class.
+        ids: Token ids of the text.
+        decoder: Whether it gives logits.
+    """
     import importlib
 
-    system = quantize.load(folder, getattr(importlib.import_module(module), kind), decoder=decoder)
-    ids = torch.ones((1, 8), dtype=torch.long)
+    run = quantize.load(folder, getattr(importlib.import_module(module), kind), decoder=decoder).run
+    text = torch.tensor([ids])
     with torch.inference_mode():
-        system.run(ids) if decoder else system.run(ids, ids)
-    return system
+        run(text) if decoder else run(text, torch.ones_like(text))
+    return run
 
 
 def _saved(
@@ -106,6 +115,7 @@ def _saved(
     Its bytes go to `sizes`, the seconds until it is loaded and has read its first text to `starts`.
     """
     kind = type(study.model)
+    ids = study.tokenizer(study.train_texts[0])["input_ids"][: study.params.max_length]
     for name, system in progress.track(systems.items(), "measuring memory"):
         with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
             system.save(folder)
@@ -119,6 +129,7 @@ def _saved(
                 "folder": folder,
                 "module": kind.__module__,
                 "kind": kind.__name__,
+                "ids": ids,
                 "decoder": study.decoder,
             }
 
