@@ -91,7 +91,7 @@ def _students(record: Record) -> pd.DataFrame:
 
 def _schemes(record: Record) -> pd.DataFrame:
     costs = _table(record, "costs").set_index("scheme")
-    full = costs.loc["fp32"]
+    whole = costs.loc["fp32", "disk_bytes"]
     rows = []
     for library in ("torchao", "openvino", "bitsandbytes"):
         names = [
@@ -105,8 +105,8 @@ def _schemes(record: Record) -> pd.DataFrame:
             rows.append(
                 {
                     "system": f"quantized, {library}",
-                    "size_percent": 100 * costs.loc[name, "disk_bytes"] / full["disk_bytes"],
-                    "speed": full["batch_seconds"] / costs.loc[name, "batch_seconds"],
+                    "size_percent": 100 * costs.loc[name, "disk_bytes"] / whole,
+                    "speed": record.metrics[f"speed_up_{name}"].value if metric else 1.0,
                     "kept_percent": kept.value,
                     "low": kept.low,
                     "high": kept.high,
