@@ -116,12 +116,13 @@ def test_perplexity_after_a_context_is_that_of_the_whole_text(begin):
     study = begin(**DECODER)
     ids = list(range(4, 4 + 200))
     run = quantize.steps_of(study.model)
-    nats, count = quality._window(run, ids)
+    items = quality._window(run, ids)
     with torch.inference_mode():
         logits = study.model(input_ids=torch.tensor([ids])).logits[0, -quality.SCORED - 1 : -1]
-    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-quality.SCORED :]), reduction="sum")
-    assert count == quality.SCORED
-    assert nats == pytest.approx(float(losses), rel=1e-4)
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-quality.SCORED :]), reduction="none")
+    assert items.shape == (quality.SCORED, 2)
+    assert (items[:, 1] == 1).all()
+    np.testing.assert_allclose(items[:, 0], losses, rtol=1e-4)
 
 
 def test_parts_hold_every_matrix_once(begin):

@@ -259,7 +259,7 @@ def plot_views(study: Study, quality: Quality) -> Any:
         caption = (
             f"Perplexity of {study.params.model} under each scheme in percent of full precision: on the same verses in "
             "several languages, on news, and on the last tokens of running text after contexts of several lengths. "
-            "Paired 95 % bootstrap interval over texts."
+            "Paired 95 % bootstrap interval over texts, or over tokens after a context."
         )
         return figures.publish(
             figure, "fig:quantization-views", data=data, caption=caption, recorder=study.recorder

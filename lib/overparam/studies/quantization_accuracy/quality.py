@@ -32,7 +32,8 @@ class Quality:
         table: One row a scheme, and, of a decoder, a view.
         kept: Percent of full precision's quality by scheme: of the mean score of an encoder's suite; of a decoder,
             100 less the rise of its perplexity over all texts in percent.
-        read: Of a decoder: nats and tokens of each text [texts, 2], by scheme and view.
+        read: Of a decoder: nats and tokens of each text [texts, 2], by scheme and view; after a long context, of each
+            token.
     """
 
     table: pd.DataFrame
@@ -127,7 +128,7 @@ def of_decoder(study: Study) -> Quality:
     for length, windows in _windows(study).items():
         view = context(length)
         scored = {
-            name: np.array([_window(run, ids) for ids in windows])
+            name: np.concatenate([_window(run, ids) for ids in windows])
             for name, run in progress.track(runs.items(), f"reading {view}")
         }
         read |= {(name, view): items for name, items in scored.items()}
@@ -242,8 +243,8 @@ def _nats(found: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
     return -float(found.gather(1, ids[0, 1:, None]).double().sum()), ids.shape[1] - 1
 
 
-def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
-    """Nats and number of the last tokens of a window, after all that stands before them."""
+def _window(run: quantize.Steps, ids: list[int]) -> NDArray[np.float64]:
+    """Nats of each of the last tokens of a window, after all that stands before them, and ones, [tokens, 2]."""
     run.reset()
     everything = torch.tensor([ids])
     before = everything[:, : -SCORED - 1]
@@ -251,7 +252,7 @@ def _window(run: quantize.Steps, ids: list[int]) -> tuple[float, float]:
         run(part, last=1)
     logits = run(everything[:, -SCORED - 1 : -1])[0].float().cpu()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, everything[0, -SCORED:, None]).double()
-    return -float(chosen.sum()), float(SCORED)
+    return np.column_stack([-chosen.numpy(), np.ones(SCORED)])
 
 
 def _logits(run: quantize.Steps, ids: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from overparam.compress import quantize
 from overparam.report import ledger, stats
 from overparam.report.claims import Claim
 from overparam.studies.quantization_accuracy.bits import Curve
-from overparam.studies.quantization_accuracy.quality import Quality, context, rise
+from overparam.studies.quantization_accuracy.quality import SCORED, Quality, context, rise
 from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import Trained
 
@@ -150,7 +150,7 @@ def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFra
                     measured=stats.difference(rise(quality, name, short), rise(quality, name, long)),
                     margin=0.0,
                     words=words,
-                    note=f"{study.params.context_windows} windows, {short} and {long} tokens.",
+                    note=f"{SCORED * study.params.context_windows} tokens after a {short} and after a {long}.",
                 )
             )
     return found
