@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from overparam.compress import quantize
 from overparam.report import figures
@@ -60,10 +61,13 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
             f"−{study.params.modest_margin:g} %",
             float(data["disk_megabytes"].max()),
         )
+        near = (data["disk_megabytes"].diff() > 0.03 * data["disk_megabytes"].max()).cumsum()
+        beside = near.groupby(near).cumcount() - (near.groupby(near).transform("size") - 1) / 2
+        apart = data["disk_megabytes"] + 0.02 * data["disk_megabytes"].max() * beside
         for number, scheme in enumerate(data["scheme"]):
             row = data[data["scheme"] == scheme]
             axes.errorbar(
-                row["disk_megabytes"], row["kept"], yerr=figures.error_bars(row, "kept"), label=scheme, linestyle="",
+                apart[row.index], row["kept"], yerr=figures.error_bars(row, "kept"), label=scheme, linestyle="",
                 color=figures.OKABE_ITO[_LIBRARIES.index(quantize.SCHEMES[scheme].library)],
                 marker=figures.MARKERS[number % 8], fillstyle="full" if number < 8 else "none",
             )  # fmt: skip
@@ -73,7 +77,8 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
         axes.set_xlim(left=0)
         caption = (
             f"Quality that {study.params.model} keeps against the bytes of its saved weights: {_what(study)}. "
-            "Paired 95 % bootstrap interval. Dotted: schemes that no other beats in both (Pareto front). Dashed: the "
+            "Paired 95 % bootstrap interval. Schemes of nearly the same size are drawn side by side. "
+            "Dotted: schemes that no other beats in both (Pareto front). Dashed: the "
             "loss that 8 bits are said to stay within."
         )
         return figures.publish(
@@ -135,6 +140,9 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
             right.plot(data["outlier"][chosen], places[chosen], color=colour, marker="s", linestyle="")
         left.set_yticks(places, names, fontsize=5.5)
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        left.xaxis.set_major_formatter("{x:g}")
+        left.xaxis.set_minor_formatter(NullFormatter())
         left.set_xlabel("divergence (nats)" if study.decoder else "1 − cosine")
         right.set_xlabel("largest / rms")
         right.set_xlim(left=0)
