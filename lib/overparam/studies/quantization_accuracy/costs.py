@@ -25,10 +25,11 @@ _HELD = "overparam.studies.quantization_accuracy.costs:held"
 def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     """Measure every scheme that runs here; they take turns while they are timed.
 
-    `seconds_to_start` is the time until the saved model is loaded, compiled and has read its first text.
-    `single_seconds` and `batch_seconds` are, of an encoder, the time of one text and of a batch; of a decoder, that of
-    one more token and of a prompt. `resident_bytes` is what a fresh process holds more when it has
-    loaded the saved weights and read a text; of files that are mapped, what was read of them.
+    `seconds_to_start` is the time until the saved model is loaded, compiled and has read its first text;
+    `torch.compile` finds the kernels that it made for this model before. `single_seconds` and `batch_seconds` are,
+    of an encoder, the time of one text and of a batch; of a decoder, that of one more token and of a prompt.
+    `resident_bytes` is what a fresh process holds more when it has loaded the saved weights and read a text; of
+    files that are mapped, what was read of them.
 
     Returns:
         A row a scheme, and how many times as fast as fp32 eager it is where it is meant to be used: a batch of an
