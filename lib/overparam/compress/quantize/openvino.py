@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils import logging as transformers_logging
 
 from overparam.compress.quantize.schemes import SCHEMES
 
@@ -159,23 +161,24 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
         if not calibration:
             raise ValueError(f"{name} needs calibration texts: it looks at the activations that they lead to")
         data = nncf.Dataset([_inputs(model, *batch) for batch in calibration])
-    if name == "openvino-int8":
-        return nncf.quantize(
-            model.clone(), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+    with _quiet():
+        if name == "openvino-int8":
+            return nncf.quantize(
+                model.clone(), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+            )
+        modes = nncf.CompressWeightsMode
+        if name == "openvino-int8-weights":
+            return nncf.compress_weights(model.clone(), mode=modes.INT8_ASYM)
+        return nncf.compress_weights(
+            model.clone(),
+            mode=modes.INT4_ASYM,
+            group_size=SCHEMES[name].group_size,
+            ratio=1.0,
+            dataset=data,
+            subset_size=len(calibration) or 1,
+            awq=name == "openvino-int4-awq",
+            gptq=name == "openvino-int4-gptq",
         )
-    modes = nncf.CompressWeightsMode
-    if name == "openvino-int8-weights":
-        return nncf.compress_weights(model.clone(), mode=modes.INT8_ASYM)
-    return nncf.compress_weights(
-        model.clone(),
-        mode=modes.INT4_ASYM,
-        group_size=SCHEMES[name].group_size,
-        ratio=1.0,
-        dataset=data,
-        subset_size=len(calibration) or 1,
-        awq=name == "openvino-int4-awq",
-        gptq=name == "openvino-int4-gptq",
-    )
 
 
 def _inputs(model: Any, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> dict[str, Any]:
@@ -260,9 +263,21 @@ def _layer(key: torch.Tensor, value: torch.Tensor) -> DynamicLayer:
 
 def _converted(step: nn.Module, example: dict[str, Any]) -> Any:
     openvino = _libraries()[0]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of every branch that it takes once and for all
+    with _quiet(), torch.no_grad():
         return openvino.convert_model(step.eval(), example_input=example)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of tracing, one for each branch that is taken once and for all, and of progress bars."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _start_empty(model: Any, heads: int, width: int) -> None:

@@ -84,6 +84,29 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     return table, faster
 
 
+def readable(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """The costs in the units that people read, a row a scheme."""
+    small, large = names_of_calls(study)
+    return pd.DataFrame(
+        {
+            "saved (MB)": table["disk_bytes"] / 1e6,
+            "in memory (MB)": table["resident_bytes"] / 1e6,
+            f"{small} (ms)": table["single_seconds"] * 1e3,
+            f"{large} (ms)": table["batch_seconds"] * 1e3,
+            f"{small}, times fp32": table["single_speed_up"],
+            f"{large}, times fp32": table["batch_speed_up"],
+            "to quantize (s)": table["seconds_to_quantize"],
+            "to start (s)": table["seconds_to_start"],
+            f"{large} (kWh a million)": table["kwh_per_million_batches"],
+        }
+    ).set_axis(table["scheme"])
+
+
+def names_of_calls(study: Study) -> tuple[str, str]:
+    """What the small and the large call that are timed are."""
+    return ("one more token", "prompt") if study.decoder else ("one text", f"{study.params.cost_texts} texts")
+
+
 def _speed_up(timings: Mapping[str, speed.Timing], name: str) -> stats.Estimate:
     """How many times as fast as full precision a scheme is, paired by round."""
     return stats.retention(np.array(timings[name].values), np.array(timings[quantize.BASELINE].values))

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from overparam.compress import quantize
 from overparam.report import figures
 from overparam.studies.quantization_accuracy.bits import EMBEDDINGS, Curve
+from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import Quality
 from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import AFTER, FULL, TRAINED, Trained
@@ -161,9 +162,7 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
 def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
     """Draw how many times as fast as fp32 eager each scheme is, for small and large calls."""
     data = costs[["scheme", *(name for name in map(str, costs.columns) if "speed_up" in name)]]
-    small, large = (
-        ("one more token", "prompt") if study.decoder else ("one text", f"{study.params.cost_texts} texts")
-    )
+    small, large = names_of_calls(study)
     with figures.style():
         figure, axes = plt.subplots(figsize=(figures.WIDTH, 0.9 * figures.WIDTH))
         places = np.arange(len(data))[::-1]
