@@ -3,6 +3,10 @@
 Goals of speed and memory hold for CPUs with AMX or VNNI, whose kernels multiply 8-bit integers; elsewhere the figures
 are printed beside "not required".
 
+Gave on two cores with AVX2 alone: batches of MiniLM 1.1 times as fast as float32, 6.6 times as fast as bfloat16; Gemma
+4.5 times as fast a token, in 0.55 of the memory, since OpenVINO packs its weights anew beside those that it read;
+98.7 % of the suite kept where activations are rounded too [97.9 as the lower end], 100.3 % [99.9] where they are not.
+
 Tried: torchao's int8 with activations rounded while it runs (eager, AVX2 alone) takes 25 times as long as float32 for
 a batch and is in no goal. A decoder's logits of a whole prompt are two thirds of Gemma's work, so that texts that are
 only read ask for the last one (`last=1`), which PyTorch heeds and the exported model does not.
