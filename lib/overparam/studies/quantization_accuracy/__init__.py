@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from overparam.catalogue import check_model_name
-from overparam.evaluate import LOCAL_TASKS, TOPIC_TASKS
+from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
 from overparam.report import ledger
 
 Count = Annotated[int, Field(ge=1)]
@@ -88,7 +88,7 @@ class Params(BaseModel):
     )
 
     topics: tuple[str, ...] = Field(
-        ("ReutersR8",), description="classification that an encoder is trained for"
+        ("ReutersR8",), description="classification that an encoder is trained for; of the hub: glue/sst2, …"
     )
     labelled: Count = Field(600, description="labelled texts a task")
     test_items: Annotated[int, Field(ge=20)] = Field(400, description="test texts a task")
@@ -124,7 +124,7 @@ class Params(BaseModel):
         for name, given, allowed in (
             ("schemes", self.schemes, SCHEMES),
             ("suite", self.suite, LOCAL_TASKS),
-            ("topics", self.topics, TOPIC_TASKS),
+            ("topics", self.topics, (*TOPIC_TASKS, *GLUE_TASKS)),
             ("mixed_bits", self.mixed_bits, self.bits),
         ):
             if unknown := [each for each in given if each not in allowed]:
