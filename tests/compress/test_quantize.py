@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -112,28 +113,27 @@ def test_bits_go_where_rounding_harms_most():
     assert quantize.allocate_bits(harm, size, 1600) == {"a": 8, "b": 8}
 
 
-def test_allocation_equals_the_best_of_all_on_convex_curves():
-    import itertools
+def test_small_parts_do_not_use_up_the_room_of_a_large_one():
+    harm = {"large": {3: 10.0, 4: 1.0}} | {f"small {n}": {3: 0.2, 4: 0.1, 8: 0.0} for n in range(4)}
+    size = {part: {b: b * (1000 if part == "large" else 20) for b in harm[part]} for part in harm}
+    chosen = quantize.allocate_bits(harm, size, 4 * 1080)
+    assert chosen == {"large": 4} | {f"small {n}": 4 for n in range(4)}
 
-    rng = np.random.default_rng(0)
-    bits = (2, 3, 4, 5, 6)
-    harm = {
-        part: {b: float(scale * 4.0**-b) for b in bits}
-        for part, scale in zip("abcd", rng.random(4), strict=True)
-    }
-    size = {part: {b: 10 * b for b in bits} for part in harm}
-    chosen = quantize.allocate_bits(harm, size, 160)
-    best = min(
-        (
-            dict(zip(harm, each, strict=True))
-            for each in itertools.product(bits, repeat=4)
-            if 10 * sum(each) <= 160
-        ),
-        key=lambda found: sum(harm[part][b] for part, b in found.items()),
-    )
-    assert sum(harm[p][b] for p, b in chosen.items()) == pytest.approx(
-        sum(harm[p][b] for p, b in best.items())
-    )
+
+@pytest.mark.parametrize("seed", range(5))
+def test_allocation_equals_the_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    bits = (2, 3, 4, 6, 8)
+    harm = {part: {b: float(rng.random() * 4.0**-b) for b in bits} for part in "abcd"}
+    weights = dict(zip("abcd", rng.integers(1, 50, 4).tolist(), strict=True))
+    size = {part: {b: each * b for b in bits} for part, each in weights.items()}
+    budget = sum(size[part][4] for part in "abcd")
+    every = [dict(zip("abcd", each, strict=True)) for each in itertools.product(bits, repeat=4)]
+    able = [each for each in every if sum(size[p][b] for p, b in each.items()) <= budget]
+    best = min(sum(harm[p][b] for p, b in each.items()) for each in able)
+    chosen = quantize.allocate_bits(harm, size, budget)
+    assert chosen in able
+    assert sum(harm[p][b] for p, b in chosen.items()) == pytest.approx(best)
 
 
 def test_allocation_refuses():

@@ -42,6 +42,13 @@ def test_unknown_twin_names_the_nearest():
         models.tiny_twin("gema3")
 
 
+@pytest.mark.parametrize(
+    ("name", "decoder"), [("tiny-bert", False), ("all-MiniLM-L6-v2", False), ("tiny-gemma3", True)]
+)
+def test_decoders_are_known_by_their_configuration(name, decoder):
+    assert models.is_decoder(name) == decoder
+
+
 @pytest.mark.parametrize("name", ["gema-3-270m", "no-such-folder/a/b", "./nowhere"])
 def test_unknown_model_says_what_there_is(name):
     with pytest.raises(ValueError, match="gemma-3-270m"):

@@ -1,7 +1,15 @@
 """Loading and saving checkpoints, counting their parameters, and tiny twins of big architectures."""
 
 from overparam.models.counts import ParameterCounts, count_parameters
-from overparam.models.load import bf16_is_fast, load, provenance, random_twin, required_memory
+from overparam.models.load import (
+    bf16_is_fast,
+    is_decoder,
+    load,
+    provenance,
+    quiet,
+    random_twin,
+    required_memory,
+)
 from overparam.models.memory import check_memory, working_device, working_dtype
 from overparam.models.structure import Blocks, blocks, sharing_copy
 from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
@@ -15,8 +23,10 @@ __all__ = [
     "blocks",
     "check_memory",
     "count_parameters",
+    "is_decoder",
     "load",
     "provenance",
+    "quiet",
     "random_twin",
     "required_memory",
     "sharing_copy",

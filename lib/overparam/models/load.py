@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from overparam import packages, trained
 from overparam.catalogue import PACKAGED, TINY, TRAINED, check_model_name
@@ -94,6 +97,15 @@ def required_memory(name: str, *, dtype: torch.dtype | None = None) -> int:
     return sum(int(p.numel()) for p in model.parameters()) * (dtype or torch.float32).itemsize
 
 
+def is_decoder(name: str) -> bool:
+    """Return whether `name` is a decoder: by its configuration, where decoders alone give heads of keys and values."""
+    if name.startswith(TINY):
+        config = load(name)[0].config
+    else:
+        config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
+    return getattr(config.get_text_config(), "num_key_value_heads", None) is not None
+
+
 def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
     """Return a model of the same configuration with random weights: what the architecture gives untrained."""
     state = torch.get_rng_state()
@@ -105,6 +117,17 @@ def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
         return twin.eval()
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers reports of a model that is loaded or traced, errors apart."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def bf16_is_fast() -> bool:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from overparam import models
 from overparam.compress import contrastive
 
 if TYPE_CHECKING:
@@ -34,12 +34,8 @@ def as_encoder(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # or it reports the pooler that a reload adds, which is taken out here
-    try:
+    with models.quiet():  # or it reports the pooler that a reload adds, which is taken out here
         body = contrastive.as_sentence_transformer(model, tokenizer, pooling="mean", max_length=max_length)
-    finally:
-        logging.set_verbosity(level)
     body[0].model = copy.deepcopy(model)
     hidden = model.config.hidden_size
     head = [] if hidden == width else [_linear(hidden, width, bias=False, seed=seed)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 
 def allocate_bits(
@@ -10,8 +14,8 @@ def allocate_bits(
 ) -> dict[str, int]:
     """Choose bits for every part so that the harm is small and the size within the budget.
 
-    Greedy from the fewest bits up: the step that takes the most harm away for each bit of size comes next (the marginal
-    analysis of Fox 1966, optimal for convex curves at the sizes that it passes). Harm of parts is taken to add up.
+    Harm of parts is taken to add up, so that the choice is an integer programme, as in HAWQ-V3 (arXiv 2011.10680), and
+    is solved exactly. Going up greedily is not enough: small parts would use up the room that a large one needs.
 
     Args:
         harm: {part: {bits: harm of rounding that part alone}}, such as a mean divergence from the model as it is.
@@ -32,21 +36,18 @@ def allocate_bits(
         raise ValueError(
             "harm and size must have the same parts, at least 1, and the same bits for each of them"
         )
-    chosen = {part: min(harm[part]) for part in harm}
-    spent = sum(size[part][bits] for part, bits in chosen.items())
-    if spent > budget:
-        raise ValueError(f"the fewest bits take {spent}, more than the budget of {budget}")
-    while True:
-        steps = [
-            ((harm[part][now] - harm[part][more]) / (size[part][more] - size[part][now]), part, more)
-            for part, now in chosen.items()
-            for more in harm[part]
-            if more > now
-            and harm[part][more] < harm[part][now]
-            and spent + size[part][more] - size[part][now] <= budget
-        ]
-        if not steps:
-            return chosen
-        _, part, more = max(steps)
-        spent += size[part][more] - size[part][chosen[part]]
-        chosen[part] = more
+    least = sum(min(of.values()) for of in size.values())
+    if least > budget:
+        raise ValueError(f"the fewest bits take {least}, more than the budget of {budget}")
+    options = [(part, bits) for part in harm for bits in sorted(harm[part])]
+    sizes = [size[part][bits] for part, bits in options]
+    unit = math.gcd(*sizes)  # small whole numbers, which the solver compares without error
+    room = LinearConstraint(np.array([sizes]) // unit, ub=budget // unit)
+    one_each = LinearConstraint(np.array([[part == own for part, _ in options] for own in harm]), 1, 1)
+    found = milp(
+        [harm[part][bits] for part, bits in options],
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=[room, one_each],
+    )
+    return {part: bits for (part, bits), chosen in zip(options, found.x, strict=True) if chosen > 0.5}

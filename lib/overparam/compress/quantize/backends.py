@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
-from transformers.utils import logging
 
 from overparam import models
 from overparam.compress.quantize.schemes import SCHEMES, torchao_config
@@ -53,15 +52,11 @@ def load(
         config: A quantization configuration of transformers.
         device: Where to put it.
     """
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with models.quiet():
         found = kind.from_pretrained(
             folder, quantization_config=config, local_files_only=True, device_map=str(device)
         )
-        return cast(PreTrainedModel, found).eval()
-    finally:
-        logging.set_verbosity(level)
+    return cast(PreTrainedModel, found).eval()
 
 
 def _config(name: str) -> Any:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.utils import logging as transformers_logging
 
+from overparam import models
 from overparam.compress.quantize.schemes import SCHEMES
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -155,7 +155,7 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     """
     if name == "openvino-fp32":
         return model
-    nncf = _libraries()[1]
+    nncf = _nncf()
     data = None
     if SCHEMES[name].calibrated:
         if not calibration:
@@ -193,12 +193,12 @@ def _inputs(model: Any, input_ids: NDArray[np.int64], attention_mask: NDArray[np
 def save(model: Any, folder: Path) -> None:
     """Save a model as OpenVINO's model.xml and model.bin."""
     folder.mkdir(parents=True, exist_ok=True)
-    _libraries()[0].save_model(model, folder / _NAME, compress_to_fp16=False)
+    _library().save_model(model, folder / _NAME, compress_to_fp16=False)
 
 
 def load(folder: Path | str) -> Any:
     """Load a model that `save` wrote."""
-    return _libraries()[0].Core().read_model(Path(folder) / _NAME)
+    return _library().Core().read_model(Path(folder) / _NAME)
 
 
 class _EncoderStep(nn.Module):
@@ -262,7 +262,7 @@ def _layer(key: torch.Tensor, value: torch.Tensor) -> DynamicLayer:
 
 
 def _converted(step: nn.Module, example: dict[str, Any]) -> Any:
-    openvino = _libraries()[0]
+    openvino = _library()
     with _quiet(), torch.no_grad():
         return openvino.convert_model(step.eval(), example_input=example)
 
@@ -270,14 +270,9 @@ def _converted(step: nn.Module, example: dict[str, Any]) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of tracing, one for each branch that is taken once and for all, and of progress bars."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
+    with models.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _start_empty(model: Any, heads: int, width: int) -> None:
@@ -300,18 +295,24 @@ def _name(ports: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def _compiled(model: Any, exact: bool) -> Any:
-    openvino = _libraries()[0]
+    openvino = _library()
     settings = {"PERFORMANCE_HINT": "LATENCY"}
     if exact:  # by default a decoder's keys and values are kept in 8 bits
         settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
-def _libraries() -> tuple[Any, Any]:
-    """OpenVINO and NNCF, without their telemetry: nothing is sent anywhere."""
+def _library() -> Any:
+    """OpenVINO, without its telemetry: nothing is sent anywhere."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import nncf
     import openvino
 
+    return openvino
+
+
+def _nncf() -> Any:
+    _library()  # NNCF would load the telemetry too
+    import nncf
+
     nncf.set_log_level(logging.ERROR)
-    return openvino, nncf
+    return nncf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,23 @@ def load(folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = Fal
             f"{library} {version(library)} cannot read {folder}, which {library} {written['version']} wrote: {error}"
         ) from error
     return _in_torch(name, backends.compiled(model) if name == "fp32-compiled" else model, decoder)
+
+
+def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> Any:
+    """Load a saved model, let it read a text, and return what runs: what a process that serves it holds.
+
+    Args:
+        folder: Of `Quantized.save`.
+        module: Of the model's class in transformers.
+        kind: Name of that class.
+        ids: Token ids of the text.
+        decoder: Whether it gives logits.
+    """
+    run = load(folder, getattr(importlib.import_module(module), kind), decoder=decoder).run
+    text = torch.tensor([ids])
+    with torch.inference_mode():
+        run(text) if decoder else run(text, torch.ones_like(text))
+    return run
 
 
 def embed(

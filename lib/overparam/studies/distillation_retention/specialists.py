@@ -117,8 +117,7 @@ def _embedder(study: Study, name: str) -> Callable[[list[str]], NDArray[np.float
     if name == params.teacher:
         return lambda texts: encoders.outputs(study.encoder, texts)
     model, tokenizer = models.load(name, device=study.teacher.device)
-    decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
-    if decoder:
+    if models.is_decoder(name):
         depth.truncate(model, round(_MIDDLE * len(models.blocks(model).layers)))
 
     def embed(texts: list[str]) -> NDArray[np.float32]:

@@ -53,7 +53,7 @@ class Params(BaseModel):
     seed: int = Field(42, description="of data, draws and bootstrap")
     max_length: Annotated[int, Field(ge=8)] = Field(64, description="tokens of a text that is embedded")
     calibration_texts: Annotated[int, Field(ge=8)] = Field(
-        128, description="real texts that show NNCF what activations look like"
+        300, description="real texts that show NNCF what activations look like"
     )
 
     suite: tuple[str, ...] = Field(

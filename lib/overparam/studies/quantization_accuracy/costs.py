@@ -19,17 +19,16 @@ from overparam.report import stats
 from overparam.studies.quantization_accuracy.study import Study
 
 _ENERGY_CALLS = 3
-_HELD = "overparam.studies.quantization_accuracy.costs:held"
+_HELD = "overparam.compress.quantize.systems:held"
 
 
 def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     """Measure every scheme that runs here; they take turns while they are timed.
 
-    `seconds_to_start` is the time until the saved model is loaded, compiled and has read its first text;
-    `torch.compile` finds the kernels that it made for this model before. `single_seconds` and `batch_seconds` are,
-    of an encoder, the time of one text and of a batch; of a decoder, that of one more token and of a prompt.
-    `resident_bytes` is what a fresh process holds more when it has loaded the saved weights and read a text; of
-    files that are mapped, what was read of them.
+    `seconds_to_start` is the time until the saved model is loaded, compiled without what was compiled before, and has
+    read its first text. `single_seconds` and `batch_seconds` are, of an encoder, the time of one text and of a batch;
+    of a decoder, that of one more token and of a prompt. `resident_bytes` is what a fresh process holds more when it
+    has loaded the saved weights and read a text; of files that are mapped, what was read of them.
 
     Returns:
         A row a scheme, and how many times as fast as fp32 eager it is where it is meant to be used: a batch of an
@@ -112,25 +111,6 @@ def _speed_up(timings: Mapping[str, speed.Timing], name: str) -> stats.Estimate:
     return stats.retention(np.array(timings[name].values), np.array(timings[quantize.BASELINE].values))
 
 
-def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> Any:
-    """Load a saved model, let it read a text, and keep what runs, as a process that serves it would.
-
-    Args:
-        folder: Of the saved model.
-        module: Of the model's class in transformers.
-        kind: Name of that class.
-        ids: Token ids of the text.
-        decoder: Whether it gives logits.
-    """
-    import importlib
-
-    run = quantize.load(folder, getattr(importlib.import_module(module), kind), decoder=decoder).run
-    text = torch.tensor([ids])
-    with torch.inference_mode():
-        run(text) if decoder else run(text, torch.ones_like(text))
-    return run
-
-
 def _saved(
     study: Study, systems: dict[str, quantize.Quantized], sizes: dict[str, int], starts: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
@@ -145,8 +125,9 @@ def _saved(
             system.save(folder)
             sizes[name] = disk.disk_bytes(Path(folder))
             started = time.perf_counter()
-            loaded = quantize.load(folder, kind, decoder=study.decoder)
-            _calls(study, {name: loaded})[0][name]()
+            with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+                loaded = quantize.load(folder, kind, decoder=study.decoder)
+                _calls(study, {name: loaded})[0][name]()
             starts[name] = time.perf_counter() - started
             del loaded
             yield {

@@ -108,13 +108,18 @@ def plot_bits(study: Study, curve: Curve) -> Any:
         axes.set_xticks(sorted(set(data["bits"])))
         axes.set_xlabel("bits of a weight")
         axes.set_ylabel("quality kept (%)")
-        axes.set_ylim(bottom=max(0.0, float(data["kept_low"].min()) - 3))
+        bottom = max(0.0, float(data["kept_low"].min()) - 3)
+        axes.set_ylim(bottom, max(100.0, float(data["kept_high"].max())) + 3)
+        for row in data[data["kept"] < bottom].itertuples():
+            label = f"↓ {row.kept:.0f}".replace("-", "−")
+            place = (row.bits, bottom)
+            axes.annotate(label, place, xytext=(0, 3), textcoords="offset points", fontsize=6, ha="center")
         figures.legend_above(figure)
         caption = (
             f"Quality that {study.params.model} keeps by the bits of its weights, all matrices and embedding tables "
             f"rounded in groups of {study.params.group_size} (simulated: accuracy only): "
             f"{_what(study)}. Mixed bits go to the parts that rounding harms most, and take no more room. "
-            "Paired 95 % bootstrap interval."
+            "Paired 95 % bootstrap interval. Arrows: values below the axis."
         )
         return figures.publish(
             figure, "fig:quantization-bits", data=data, caption=caption, recorder=study.recorder
@@ -282,7 +287,14 @@ def _what(study: Study) -> str:
 def _margin(axes: Axes, at: float, label: str, right: float) -> None:
     axes.axhline(at, color=GREY, linestyle="--", linewidth=0.8, marker="")
     axes.annotate(
-        label, (right, at), xytext=(0, 2), textcoords="offset points", color=GREY, fontsize=6, ha="right"
+        label,
+        (right, at),
+        xytext=(0, -2),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=6,
+        ha="right",
+        va="top",
     )
 
 

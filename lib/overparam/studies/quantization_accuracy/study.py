@@ -80,10 +80,12 @@ class Study:
     def quantized(self, name: str) -> quantize.Quantized:
         """The model under a scheme, made when first asked for; calibrated on texts of the training parts."""
         if name not in self.systems:
-            exported, before = self.exported if quantize.SCHEMES[name].library == "openvino" else (None, 0.0)
+            scheme = quantize.SCHEMES[name]
+            exported, before = self.exported if scheme.library == "openvino" else (None, 0.0)
+            calibration = self._calibration if scheme.calibrated else ()
             started = time.perf_counter()
             self.systems[name] = quantize.quantize(
-                self.model, name, decoder=self.decoder, calibration=self._calibration, exported=exported
+                self.model, name, decoder=self.decoder, calibration=calibration, exported=exported
             )
             self.seconds_to_quantize[name] = before + time.perf_counter() - started
         return self.systems[name]
@@ -121,10 +123,8 @@ def start(params: Params) -> Study:
     models.check_memory(
         params.model, torch.float32, times_weights=2 + copies, purpose="with its quantized copies"
     )
-    model, tokenizer = models.load(params.model, device=models.working_device())
-    decoder = getattr(model.config.get_text_config(), "num_key_value_heads", None) is not None
-    if decoder:
-        model, tokenizer = models.load(params.model, device=models.working_device(), causal=True)
+    decoder = models.is_decoder(params.model)
+    model, tokenizer = models.load(params.model, device=models.working_device(), causal=decoder)
     quantize.refuse_quantized(model)
     keep_freed_memory()
     recorder = record.start(

@@ -8,6 +8,7 @@ from overparam.compress import quantize
 from overparam.report import ledger, stats
 from overparam.report.claims import Claim
 from overparam.studies.quantization_accuracy.bits import Curve
+from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import SCORED, Quality, context, rise
 from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import Trained
@@ -53,17 +54,13 @@ def verdicts(
     eights = {name: each for name, each in faster.items() if quantize.SCHEMES[name].weights == _EIGHT}
     if eights:
         best = max(eights, key=lambda name: eights[name].value)
+        call = 0 if study.decoder else 1
         found.append(
             ledger.judged(
                 "quantization-speed",
                 measured=eights[best].shifted(-2),
                 margin=0.0,
-                note=f"The fastest of {len(eights)} schemes in 8 bits is {best}. "
-                + (
-                    "One token after the other."
-                    if study.decoder
-                    else f"Batches of {params.cost_texts} texts."
-                ),
+                note=f"The fastest of {len(eights)} schemes in 8 bits is {best}, for {names_of_calls(study)[call]}.",
             )
         )
     for bits, gain in curve.mixed.items():
