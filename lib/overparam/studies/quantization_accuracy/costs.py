@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,34 +39,35 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     systems = {name: study.quantized(name) for name in names}
     single, batch = _calls(study, systems)
     one, many = (speed.interleaved(calls, repeats=params.cost_repeats) for calls in (single, batch))
+    used = {}
+    for name in progress.track(names, "measuring energy"):
+        with energy.energy() as used[name]:
+            for _ in range(_ENERGY_CALLS):
+                batch[name]()
     sizes: dict[str, int] = {}
     starts: dict[str, float] = {}
     jobs = _saved(study, systems, sizes, starts)
     resident = dict(zip(names, memory.resident_memories(_HELD, jobs), strict=True))
-    rows = []
-    for name in progress.track(names, "measuring energy"):
-        with energy.energy() as used:
-            for _ in range(_ENERGY_CALLS):
-                batch[name]()
-        rows.append(
-            {
-                "scheme": name,
-                "disk_bytes": sizes[name],
-                "resident_bytes": resident[name],
-                "single_seconds": one[name].median,
-                "single_seconds_low": one[name].low,
-                "single_seconds_high": one[name].high,
-                "batch_seconds": many[name].median,
-                "batch_seconds_low": many[name].low,
-                "batch_seconds_high": many[name].high,
-                **_speed_up(one, name).columns("single_speed_up"),
-                **_speed_up(many, name).columns("batch_speed_up"),
-                "seconds_to_quantize": study.seconds_to_quantize[name],
-                "seconds_to_start": starts[name],
-                "kwh_per_million_batches": used.kwh / _ENERGY_CALLS * 1e6,
-                "energy_method": used.method,
-            }
-        )
+    rows = [
+        {
+            "scheme": name,
+            "disk_bytes": sizes[name],
+            "resident_bytes": resident[name],
+            "single_seconds": one[name].median,
+            "single_seconds_low": one[name].low,
+            "single_seconds_high": one[name].high,
+            "batch_seconds": many[name].median,
+            "batch_seconds_low": many[name].low,
+            "batch_seconds_high": many[name].high,
+            **_speed_up(one, name).columns("single_speed_up"),
+            **_speed_up(many, name).columns("batch_speed_up"),
+            "seconds_to_quantize": study.seconds_to_quantize[name],
+            "seconds_to_start": starts[name],
+            "kwh_per_million_batches": used[name].kwh / _ENERGY_CALLS * 1e6,
+            "energy_method": used[name].method,
+        }
+        for name in names
+    ]
     table = pd.DataFrame(rows)
     study.recorder.table("costs", table)
     raw = [
@@ -124,8 +126,10 @@ def _saved(
         with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
             system.save(folder)
             sizes[name] = disk.disk_bytes(Path(folder))
+            torch.compiler.reset()
             started = time.perf_counter()
-            with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+            cold = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
+            with warnings.catch_warnings(action="ignore"), cold:  # it warns that one of its caches is off
                 loaded = quantize.load(folder, kind, decoder=study.decoder)
                 _calls(study, {name: loaded})[0][name]()
             starts[name] = time.perf_counter() - started
