@@ -64,7 +64,8 @@ def test_the_pareto_figure_starts_at_the_full_model():
     full = points[points["size_percent"] == 100]
     np.testing.assert_allclose(full["kept_percent"], 100)
     np.testing.assert_allclose(full["speed"], 1)
-    assert points["size_percent"].between(0, 101).all()  # another library's file of the same weights may be larger
+    # another library's file of the same weights may be larger
+    assert points["size_percent"].between(0, 101).all()
 
 
 def test_students_are_read_as_their_study_writes_them(tmp_path):
