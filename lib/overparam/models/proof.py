@@ -1,0 +1,99 @@
+"""Proofs: a small padded batch that exposes what depends on padding, position or length, and whether two results agree.
+
+An operation that is exact by design (truncating, saving, exporting, reading every depth at once) is compared with its
+plain counterpart on `probe`, once for each architecture in a process, before long work begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Largest relative difference that rounding alone explains, where both sides compute in this dtype.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id",
+                "unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id")  # fmt: skip
+
+
+class NotExactError(ValueError):
+    """An operation does not give what it must give on this model, which is therefore refused."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Texts of unequal lengths, padded on the right.
+
+    Attributes:
+        input_ids: Ordinary tokens, drawn at random with a fixed seed. int64 [texts, tokens]
+        attention_mask: 1 for tokens, 0 for padding. int64 [texts, tokens]
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def probe(model: PreTrainedModel, lengths: Sequence[int] = (24, 9, 16)) -> Probe:
+    """Draw a padded batch for `model`, on its device.
+
+    Args:
+        model: Its configuration gives the vocabulary and the special tokens, which are left out.
+        lengths: Tokens of each text. The longest should exceed a window of attention that is to be tested.
+    """
+    config = model.config.get_text_config()
+    special: set[int] = set()
+    for owner in (config, model.config):
+        for name in _SPECIAL_IDS:
+            ids = getattr(owner, name, None)
+            special |= set(ids if isinstance(ids, list | tuple) else [ids])
+    table = model.get_input_embeddings()
+    vocabulary = int(table.weight.shape[0]) if isinstance(table, nn.Embedding) else int(config.vocab_size)
+    ordinary = torch.tensor([token for token in range(min(vocabulary, config.vocab_size)) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.full((len(lengths), max(lengths)), _padding(model), dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        input_ids[row, :length] = ordinary[torch.randint(len(ordinary), (length,), generator=generator)]
+        attention_mask[row, :length] = 1
+    return Probe(input_ids.to(model.device), attention_mask.to(model.device))
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Return the largest difference, relative to the root mean square of `expected`; infinite where one is not finite.
+
+    Args:
+        found: Any shape.
+        expected: The same shape.
+        mask: Which entries count, of the leading dimensions, such as the attention mask [texts, tokens].
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    left, right = found.detach().double().cpu(), expected.detach().double().cpu()
+    if mask is not None:
+        chosen = mask.bool().cpu()
+        left, right = left[chosen], right[chosen]
+    if not (left.isfinite().all() and right.isfinite().all()):
+        return float("inf")
+    return float((left - right).abs().max() / right.square().mean().sqrt().clamp(min=1e-12))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the largest `difference` that rounding in `dtype` explains."""
+    return _TOLERANCES[dtype]
+
+
+def signature(model: PreTrainedModel) -> str:
+    """Return what a proof depends on: class, configuration, dtype, kind of attention. Not the weights."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return json.dumps([type(model).__qualname__, str(model.dtype), attention, config], sort_keys=True)
+
+
+def _padding(model: PreTrainedModel) -> int:
+    ids = model.config.get_text_config().pad_token_id
+    return int(ids) if isinstance(ids, int) and ids >= 0 else 0
