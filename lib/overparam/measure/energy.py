@@ -67,10 +67,18 @@ def energy() -> Iterator[Energy]:
         tracking_mode="process",
         log_level="error",
         allow_multiple_runs=True,
-        # named so that no configuration file of the user's can turn them on
+        # named so that no configuration file of the user's can turn them on, or change what is counted
         output_methods=[],
         emissions_endpoint=False,
         electricitymaps_api_token="",
+        measure_power_secs=15,
+        force_cpu_power=None,
+        force_ram_power=None,
+        force_mode_cpu_load=False,
+        rapl_include_dram=False,
+        rapl_prefer_psys=False,
+        pue=1.0,
+        wue=0.0,
     )
     used = Energy()
     tracker.start()

@@ -54,7 +54,16 @@ _SAVE_RC: dict[Any, Any] = {"pdf.fonttype": 42, "savefig.dpi": 300, "savefig.bbo
 @contextmanager
 def style() -> Iterator[None]:
     """Draw for print: 85 mm wide, 8-pt type, Okabe–Ito colours with markers that differ too."""
-    with mpl.rc_context(_RC):
+    with _known(_RC):
+        yield
+
+
+@contextmanager
+def _known(settings: dict[Any, Any]) -> Iterator[None]:
+    """Matplotlib's defaults and `settings`, whatever a personal matplotlibrc says; afterwards all is as before."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
         yield
 
 
@@ -131,7 +140,7 @@ def save(
     described = f"git {run.provenance['git']['sha']}, key {run.key}, study {run.study}"
     software = f"overparam with matplotlib {mpl.__version__}"
     pdf, png = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context(_SAVE_RC):
+    with _known(_RC | _SAVE_RC):
         fig.savefig(
             pdf,
             format="pdf",

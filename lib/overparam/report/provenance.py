@@ -27,6 +27,9 @@ PACKAGES = (
     *("matplotlib", "codecarbon", "papermill", "pydantic"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+# They choose instructions, and so the last bits of numbers.
+_INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+                 "OPENBLAS_CORETYPE", "OMP_WAIT_POLICY")  # fmt: skip
 _CHANNELS = tuple(f"OVERPARAM_{name}" for name in ("JOB_DIR", "JOB_KEY", "COMMAND", "PROGRESS", "PROFILE"))
 
 
@@ -41,7 +44,7 @@ def provenance() -> dict[str, Any]:
         "environment": {
             name: "(path)" if os.path.isabs(value) else value  # noqa: PTH117 - a plain string test
             for name, value in sorted(os.environ.items())
-            if name.startswith("OVERPARAM_") and name not in _CHANNELS
+            if (name.startswith("OVERPARAM_") and name not in _CHANNELS) or name in _INSTRUCTIONS
         },
     }
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from overparam import progress
 from overparam.report import files, record
 from overparam.runner import notebook as notebooks
-from overparam.runner import state
+from overparam.runner import settings, state
 from overparam.runner.plan import Job
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
             print(f"{time.strftime('%H:%M:%S')} cell {count}/{cells}", file=file)
 
     show(0)
-    with tempfile.TemporaryDirectory(prefix="overparam-", ignore_cleanup_errors=True) as folder:
+    with settings.socket_folder() as folder:
         try:
             papermill.execute_notebook(
                 str(job.notebook),
@@ -199,7 +199,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
-                kernel_manager_class=kernel_class(Path(folder), log, environment, family),
+                kernel_manager_class=kernel_class(folder, log, environment, family),
                 on_cell_execute=on_cell_start,
             )
         except papermill.PapermillExecutionError:

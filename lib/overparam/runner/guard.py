@@ -61,7 +61,15 @@ if __name__ == "__main__":
     # as ipykernel_launcher does: modules beside the runner's working directory must not hide others
     if sys.path[0] in ("", os.getcwd()):  # noqa: PTH109 - a plain string test
         del sys.path[0]
-    from ipykernel import kernelapp
+    import matplotlib
+    from ipykernel.kernelapp import IPKernelApp
 
+    class Kernel(IPKernelApp):
+        """A kernel without configuration files."""
+
+        def load_config_file(self, **_: Any) -> None:  # type: ignore[override]
+            """Read no file: neither a user's nor an administrator's taste is part of a run."""
+
+    matplotlib.rcdefaults()  # whatever a matplotlibrc in the working directory says
     install(Path(os.environ["OVERPARAM_JOB_DIR"]), Path(os.environ["OVERPARAM_PROGRESS"] + ".outside"))
-    kernelapp.launch_new_instance()
+    Kernel.launch_instance()

@@ -1,4 +1,4 @@
-"""The Jupyter kernel of one job: this interpreter, reached over files instead of ports, and surely ended."""
+"""The Jupyter kernel of one job: this interpreter, reached over files instead of ports, with guaranteed cleanup."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+
+from overparam.runner import settings
 
 MARK = "OVERPARAM_JOB_DIR"  # in the environment of the kernel and of all that it starts
 
@@ -71,7 +73,7 @@ def kernel_class(
     Args:
         folder: A short-lived folder with a short path.
         log: Gets what the kernel's process prints past Jupyter.
-        environment: Added to this process's own.
+        environment: Added to `settings.environment`.
         family: Learns of the kernel and its children.
     """
 
@@ -86,7 +88,7 @@ def kernel_class(
 
         async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
             with log.open("ab") as file:
-                env = {**os.environ, **environment}
+                env = {**settings.environment(folder), **environment}
                 await super().start_kernel(**{**kwargs, "env": env, "stdout": file, "stderr": file})
             if self.provisioner is not None and (pid := getattr(self.provisioner, "pid", None)):
                 family.born(pid)
