@@ -94,3 +94,17 @@ def test_settings_of_the_user_cannot_turn_the_network_on(tmp_path, monkeypatch):
     with energy() as used:
         burn(0.1)
     assert used.kwh > 0
+
+
+@pytest.mark.parametrize("place", ["home", "here"])
+def test_settings_of_the_user_change_nothing_that_is_counted(place, tmp_path, monkeypatch):
+    (tmp_path / ".codecarbon.config").write_text(
+        "[codecarbon]\nforce_cpu_power=100000\noutput_dir=/nowhere\nsave_to_file=true\npue=50\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path if place == "home" else tmp_path / "other"))
+    monkeypatch.chdir(tmp_path if place == "here" else tmp_path.parent)
+    with energy() as used:
+        burn(0.1)
+    assert used.kwh > 0
+    assert "100000" not in used.method
+    assert [path.name for path in tmp_path.iterdir()] == [".codecarbon.config"]

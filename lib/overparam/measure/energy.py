@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 _SHORTEST = 0.06  # seconds; codecarbon leaves out what is shorter than 0.05 s
 _MODES = {
@@ -62,24 +63,16 @@ def energy() -> Iterator[Energy]:
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").setLevel(logging.ERROR)
-    tracker = OfflineEmissionsTracker(
-        country_iso_code="FRA",  # only for emissions, which are not reported here
-        tracking_mode="process",
-        log_level="error",
-        allow_multiple_runs=True,
-        # named so that no configuration file of the user's can turn them on, or change what is counted
-        output_methods=[],
-        emissions_endpoint=False,
-        electricitymaps_api_token="",
-        measure_power_secs=15,
-        force_cpu_power=None,
-        force_ram_power=None,
-        force_mode_cpu_load=False,
-        rapl_include_dram=False,
-        rapl_prefer_psys=False,
-        pue=1.0,
-        wue=0.0,
-    )
+    with mock.patch("codecarbon.emissions_tracker.get_hierarchical_config", dict):  # no personal settings
+        tracker = OfflineEmissionsTracker(
+            country_iso_code="FRA",  # only for emissions, which are not reported here
+            tracking_mode="process",
+            log_level="error",
+            allow_multiple_runs=True,
+            output_methods=[],
+            emissions_endpoint=False,
+            electricitymaps_api_token="",
+        )
     used = Energy()
     tracker.start()
     start = time.perf_counter()

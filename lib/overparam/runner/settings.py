@@ -52,6 +52,7 @@ def environment(private: Path, own: Mapping[str, str] | None = None) -> dict[str
     places = {
         "IPYTHONDIR": private / "ipython",
         "JUPYTER_CONFIG_DIR": private / "jupyter",
+        "MTEB_CACHE": packages.cache_dir() / "mteb",
         "MPLCONFIGDIR": packages.cache_dir() / "matplotlib",  # its cache of fonts takes seconds to build
     }
     return {**_DEFAULTS, **kept, **_FIXED, **{name: str(path) for name, path in places.items()}}
