@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 # Largest relative difference that rounding alone explains, where both sides compute in this dtype.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id",
-                "unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id")  # fmt: skip
+                "unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id",
+                "audio_token_id")  # fmt: skip
 
 
 class NotExactError(ValueError):
@@ -49,10 +50,14 @@ def probe(model: PreTrainedModel, lengths: Sequence[int] = (24, 9, 16)) -> Probe
     for owner in (config, model.config):
         for name in _SPECIAL_IDS:
             ids = getattr(owner, name, None)
-            special |= set(ids if isinstance(ids, list | tuple) else [ids])
+            special.update(
+                token for token in (ids if isinstance(ids, list | tuple) else [ids]) if token is not None
+            )
     table = model.get_input_embeddings()
     vocabulary = int(table.weight.shape[0]) if isinstance(table, nn.Embedding) else int(config.vocab_size)
-    ordinary = torch.tensor([token for token in range(min(vocabulary, config.vocab_size)) if token not in special])
+    ordinary = torch.tensor(
+        [token for token in range(min(vocabulary, config.vocab_size)) if token not in special]
+    )
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.full((len(lengths), max(lengths)), _padding(model), dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -95,5 +100,5 @@ def signature(model: PreTrainedModel) -> str:
 
 
 def _padding(model: PreTrainedModel) -> int:
-    ids = model.config.get_text_config().pad_token_id
+    ids = getattr(model.config.get_text_config(), "pad_token_id", None)
     return int(ids) if isinstance(ids, int) and ids >= 0 else 0
