@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from overparam import catalogue, models
-from overparam.models import gguf
+from overparam.models import gguf, proof
 
 
 @pytest.mark.parametrize("name", models.TWINS)
@@ -35,6 +35,53 @@ def test_twins_are_the_same_for_the_same_seed_and_leave_the_caller_alone():
 
 def test_catalogue_names_every_twin():
     assert set(catalogue.TWIN_NAMES) == set(models.TWINS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "albert",
+        "bart",
+        "bloom",
+        "convbert",
+        "deepseek_v4",
+        "distilbert",
+        "falcon",
+        "gemma3n_text",
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gte",
+        "jamba",
+        "jina_embeddings_v3",
+        "llama4_text",
+        "nomic_bert",
+        "opt",
+        "recurrent_gemma",
+        "roberta-prelayernorm",
+        "t5",
+        "xlm",
+    ],
+)
+def test_any_text_architecture_has_a_tiny_model(name):
+    twin = models.tiny_twin(name)
+    assert twin.config.model_type == name
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 1e6
+    batch = proof.probe(twin)
+    more = {"decoder_input_ids": batch.input_ids} if name == "t5" else {}
+    with torch.no_grad():
+        hidden = twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)[0]
+    assert hidden.shape == (3, 24, 32)
+    assert hidden.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("clip", "made of several models"), ("vit", "reads pixel_values"), ("bros", "reads boxes")],
+)
+def test_what_is_no_text_model_has_no_tiny_configuration(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        models.tiny_config(name)
 
 
 def test_unknown_twin_names_the_nearest():

@@ -12,6 +12,7 @@ from overparam.models.load import (
 )
 from overparam.models.memory import check_memory, working_device, working_dtype
 from overparam.models.structure import Blocks, blocks, sharing_copy
+from overparam.models.tiny import tiny_config
 from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "random_twin",
     "required_memory",
     "sharing_copy",
+    "tiny_config",
     "tiny_tokenizer",
     "tiny_twin",
     "working_device",

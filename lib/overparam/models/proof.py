@@ -51,7 +51,9 @@ def probe(model: PreTrainedModel, lengths: Sequence[int] = (24, 9, 16)) -> Probe
     for owner in (config, model.config):
         for name in _SPECIAL_IDS:
             ids = getattr(owner, name, None)
-            special |= set(ids if isinstance(ids, list | tuple) else [ids])
+            special.update(
+                token for token in (ids if isinstance(ids, list | tuple) else [ids]) if token is not None
+            )
     table = model.get_input_embeddings()
     vocabulary = int(table.weight.shape[0]) if isinstance(table, nn.Embedding) else int(config.vocab_size)
     ordinary = torch.tensor(
@@ -99,5 +101,5 @@ def signature(model: PreTrainedModel) -> str:
 
 
 def _padding(model: PreTrainedModel) -> int:
-    ids = model.config.get_text_config().pad_token_id
+    ids = getattr(model.config.get_text_config(), "pad_token_id", None)
     return int(ids) if isinstance(ids, int) and ids >= 0 else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -11,9 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from overparam.models.tiny import VOCABULARY, tiny_config
 
 _SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _DECODER = {
@@ -83,42 +85,50 @@ def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrid
     """Build a randomly initialised model of a known architecture, small enough for a test.
 
     Norm weights and the biases of routers and experts are drawn too (transformers sets them to a constant), so
-    that a step that forgets one shows.
+    that a step that forgets one shows; of an architecture outside of `TWINS`, every constant parameter.
 
     Args:
-        model_type: One of `TWINS`.
+        model_type: One of `TWINS`, or any text architecture of transformers that `tiny_config` knows.
         seed: Seed of the weights.
         causal: With the language-modelling head (``AutoModelForCausalLM``).
         overrides: Fields of the configuration, such as ``num_hidden_layers=6``.
 
     Raises:
-        ValueError: If the architecture is unknown.
+        ValueError: If the architecture is unknown, or no tiny model of it can be built.
     """
-    if model_type not in TWINS:
-        near = difflib.get_close_matches(model_type, TWINS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no tiny twin of {model_type!r}{hint} (there are {', '.join(TWINS)})")
-    name, fields = TWINS[model_type]
-    tokens = dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))
-    if model_type in ("bert", "modernbert"):
-        tokens |= {"cls_token_id": 1, "sep_token_id": 2}
-    config = AutoConfig.for_model(name, vocab_size=256 + len(_SPECIALS), **tokens, **{**fields, **overrides})
+    config = (
+        _twin_config(model_type, overrides) if model_type in TWINS else tiny_config(model_type, **overrides)
+    )
     generator_state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(config).eval()
         with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "norm" in parameter_name.lower() and parameter.ndim == 1:
+            for name, parameter in model.named_parameters():
+                if "norm" in name.lower() and parameter.ndim == 1:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-                elif parameter_name.endswith(("router.bias", "proj_bias")):
+                elif name.endswith(("router.bias", "proj_bias")):
                     parameter.normal_(std=0.05)
-            for buffer_name, buffer in model.named_buffers():
-                if buffer_name.endswith("e_score_correction_bias"):
+                elif (
+                    model_type not in TWINS
+                    and parameter.numel() > 1
+                    and bool((parameter == parameter.flatten()[0]).all())
+                ):
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
                     buffer.normal_(std=0.05)
     finally:
         torch.set_rng_state(generator_state)
     return model
+
+
+def _twin_config(model_type: str, overrides: dict[str, Any]) -> PreTrainedConfig:
+    name, fields = TWINS[model_type]
+    tokens = dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))
+    if model_type in ("bert", "modernbert"):
+        tokens |= {"cls_token_id": 1, "sep_token_id": 2}
+    return AutoConfig.for_model(name, vocab_size=VOCABULARY, **tokens, **{**fields, **overrides})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
