@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
 from overparam import models
@@ -20,48 +19,6 @@ TEXTS = [
     "A Longer sentence, with a few more words in it than the others have; so many that it is cut.",
     "an eighth",
 ]
-
-
-def folder(path, name="bert", pooling="mean", *, dense=(), normalize=True, old=False, **settings):
-    """Build a tiny sentence-transformers folder; `old` in the layout of its version 2."""
-    plain = path / "plain"
-    models.tiny_twin(name).save_pretrained(plain)
-    models.tiny_tokenizer().save_pretrained(plain)
-    lower = settings.pop("do_lower_case", False)
-    transformer = Transformer(
-        str(plain), max_seq_length=settings.pop("max_seq_length", 24), do_lower_case=lower
-    )
-    include = settings.pop("include_prompt", True)
-    modules = [transformer, Pooling(32, pooling, include_prompt=include)]
-    torch.manual_seed(5)
-    width = modules[1].get_embedding_dimension()
-    for outputs, activation in dense:
-        modules.append(Dense(width, outputs, activation_function=activation))
-        width = outputs
-    modules += [Normalize()] if normalize else []
-    whole = SentenceTransformer(modules=modules, device="cpu", **settings)
-    target = path / "model"
-    whole.save(str(target), create_model_card=False)
-    if old:
-        _as_version_2(target)
-    return str(target)
-
-
-def _as_version_2(target):
-    types = json.loads((target / "modules.json").read_text())
-    for module in types:
-        module["type"] = "sentence_transformers.models." + module["type"].rpartition(".")[2]
-    (target / "modules.json").write_text(json.dumps(types))
-    config = json.loads((target / "1_Pooling/config.json").read_text())
-    modes = config.pop("pooling_mode")
-    modes = [modes] if isinstance(modes, str) else modes
-    names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "lasttoken": "lasttoken"}
-    config |= {f"pooling_mode_{name}": mode in modes for mode, name in names.items()}
-    config["word_embedding_dimension"] = config.pop("embedding_dimension")
-    (target / "1_Pooling/config.json").write_text(json.dumps(config))
-    (target / "sentence_bert_config.json").write_text(
-        json.dumps({"max_seq_length": 24, "do_lower_case": False})
-    )
 
 
 def published(name):
@@ -90,8 +47,8 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_embeddings_are_those_of_sentence_transformers(case, tmp_path):
-    name = folder(tmp_path, **FOLDERS[case])
+def test_embeddings_are_those_of_sentence_transformers(case, sentence_folder):
+    name = sentence_folder(**FOLDERS[case])
     expected = published(name)
     model, tokenizer = models.load(name)
     encoder = distill.as_encoder(model, tokenizer, max_length=512)
@@ -124,8 +81,8 @@ def test_a_plain_model_has_no_recipe(tmp_path):
     assert models.recipe(models.load(str(tmp_path))[0]) is None
 
 
-def test_texts_are_cut_where_the_folder_says(tmp_path):
-    name = folder(tmp_path, max_seq_length=8)
+def test_texts_are_cut_where_the_folder_says(sentence_folder):
+    name = sentence_folder(max_seq_length=8)
     model, tokenizer = models.load(name)
     assert models.recipe(model).length(512) == 8
     assert models.recipe(model).length(4) == 4
@@ -133,8 +90,8 @@ def test_texts_are_cut_where_the_folder_says(tmp_path):
     assert tokenizer.model_max_length == 8
 
 
-def test_old_folders_keep_the_transformer_in_one_of_its_own(tmp_path):
-    name = folder(tmp_path, pooling="cls", old=True)
+def test_old_folders_keep_the_transformer_in_one_of_its_own(tmp_path, sentence_folder):
+    name = sentence_folder(pooling="cls", old=True)
     expected = published(name)
     inner = tmp_path / "model" / "0_Transformer"
     inner.mkdir()
@@ -150,8 +107,8 @@ def test_old_folders_keep_the_transformer_in_one_of_its_own(tmp_path):
     assert set(models.provenance(name)) == {"0_Transformer/model.safetensors"}
 
 
-def test_weights_of_dense_layers_are_part_of_what_identifies_a_model(tmp_path):
-    name = folder(tmp_path, dense=[(24, TANH)])
+def test_weights_of_dense_layers_are_part_of_what_identifies_a_model(sentence_folder):
+    name = sentence_folder(dense=[(24, TANH)])
     assert set(models.provenance(name)) == {"model.safetensors", "2_Dense/model.safetensors"}
 
 
@@ -168,8 +125,8 @@ def test_weights_of_dense_layers_are_part_of_what_identifies_a_model(tmp_path):
         ({"config_sentence_transformers.json": lambda c: c | {"model_type": "SparseEncoder"}}, "SparseEncoder"),
     ],
 )  # fmt: skip
-def test_what_is_not_known_is_refused_by_name_and_nothing_else_is(change, message, tmp_path):
-    name = folder(tmp_path, dense=[(24, TANH)])
+def test_what_is_not_known_is_refused_by_name_and_nothing_else_is(change, message, tmp_path, sentence_folder):
+    name = sentence_folder(dense=[(24, TANH)])
     for file, edit in change.items():
         path = tmp_path / "model" / file
         path.write_text(json.dumps(edit(json.loads(path.read_text()))))
@@ -182,23 +139,23 @@ def test_what_is_not_known_is_refused_by_name_and_nothing_else_is(change, messag
             embeds()
 
 
-def test_a_dense_layer_without_safetensors_is_refused(tmp_path):
-    name = folder(tmp_path, dense=[(24, TANH)])
+def test_a_dense_layer_without_safetensors_is_refused(tmp_path, sentence_folder):
+    name = sentence_folder(dense=[(24, TANH)])
     (tmp_path / "model/2_Dense/model.safetensors").unlink()
     model, tokenizer = models.load(name)
     with pytest.raises(OSError, match=r"2_Dense/model\.safetensors"):
         distill.as_encoder(model, tokenizer, max_length=64)
 
 
-def test_another_width_than_the_recipes_is_refused(tmp_path):
-    model, tokenizer = models.load(folder(tmp_path, dense=[(24, TANH)]))
+def test_another_width_than_the_recipes_is_refused(sentence_folder):
+    model, tokenizer = models.load(sentence_folder(dense=[(24, TANH)]))
     distill.as_encoder(model, tokenizer, width=24, max_length=64)
     with pytest.raises(ValueError, match=r"have 24 dimensions, .* not 32"):
         distill.as_encoder(model, tokenizer, width=32, max_length=64)
 
 
-def test_a_truncated_model_leaves_its_dense_layers_out_and_says_so(tmp_path, capsys):
-    model, tokenizer = models.load(folder(tmp_path, pooling="cls", dense=[(24, TANH)]))
+def test_a_truncated_model_leaves_its_dense_layers_out_and_says_so(sentence_folder, capsys):
+    model, tokenizer = models.load(sentence_folder(pooling="cls", dense=[(24, TANH)]))
     assert models.recipe(model).dense
     cut = depth.truncated(model, 2)
     assert not models.recipe(cut).dense
@@ -208,8 +165,8 @@ def test_a_truncated_model_leaves_its_dense_layers_out_and_says_so(tmp_path, cap
     np.testing.assert_allclose(found, rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-5)
 
 
-def test_a_student_does_not_take_its_teachers_recipe(tmp_path):
-    teacher, tokenizer = models.load(folder(tmp_path, pooling="cls"))
+def test_a_student_does_not_take_its_teachers_recipe(sentence_folder):
+    teacher, tokenizer = models.load(sentence_folder(pooling="cls"))
     config = BertConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )

@@ -242,7 +242,7 @@ def follow(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         normalizer = tokenizer.backend_tokenizer.normalizer
         steps: list[Any] = [] if normalizer is None else [normalizer]
         if isinstance(normalizer, Normalizers):
-            steps = [*normalizer]  # type: ignore[misc] - it can be iterated
+            steps = [*iter(cast(Any, normalizer))]
         tokenizer.backend_tokenizer.normalizer = Normalizers([Lowercase(), *steps])
     known = limit if limit < _NO_LIMIT else None
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
