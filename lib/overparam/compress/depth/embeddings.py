@@ -15,7 +15,7 @@ from overparam import progress
 from overparam.compress.depth.tokens import batches
 from overparam.models import blocks
 
-POOLINGS = ("weighted_mean", "mean", "last")
+POOLINGS = ("weighted_mean", "mean", "last", "cls")
 
 
 def layer_embeddings(
@@ -40,7 +40,7 @@ def layer_embeddings(
         tokenizer: Its tokenizer.
         texts: Non-empty texts; those over `max_length` tokens are cut.
         pooling: ``weighted_mean`` weighs token i (from 1) by i, as L3Prune and sentence-transformers do; ``mean``;
-            ``last``.
+            ``last``; ``cls``, the first token that is pooled.
         instruction: Put before every text; attended to, but not pooled. Positions are still counted from the
             first token, as sentence-transformers does when a prompt is excluded.
         depths: Which depths to return, in increasing order; all by default. ``[L]`` is plain encoding.
@@ -127,6 +127,8 @@ def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tens
     elif pooling == "last":
         last = attention_mask.sum(1, keepdim=True) - 1
         mask = torch.zeros_like(mask).scatter_(1, last, 1.0)
+    elif pooling == "cls":
+        mask = torch.zeros_like(mask).scatter_(1, pooled_mask.argmax(1, keepdim=True), 1.0)
     return (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
 
 

@@ -14,32 +14,65 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import contrastive
+from overparam.models.recipe import POOLINGS, Dense, check, dense_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+_PROMPT = "default"  # name of the prompt that a recipe puts before every text
+
+
 def as_encoder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, width: int, max_length: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    width: int | None = None,
+    max_length: int,
+    seed: int = 0,
 ) -> SentenceTransformer:
-    """Wrap a text encoder: mean pooling, a projection where its width is not `width`, unit length.
+    """Wrap a text encoder as its recipe says: one without a recipe gets mean pooling and unit length.
+
+    A model from a sentence-transformers folder (`models.load`) keeps its pooling, dense layers, prompt and maximum
+    length, so that it gives the embeddings that its authors published (`models.recipe`).
 
     Args:
         model: A text encoder; it is copied.
         tokenizer: Its tokenizer.
-        width: Dimensions of the embeddings: the teacher's.
-        max_length: Tokens of a text.
+        width: Dimensions of the embeddings: the teacher's. A model without a recipe gets a projection where its own
+            width is another; by default there is none.
+        max_length: Tokens of a text, where its recipe has no lower maximum.
         seed: Of the projection.
+
+    Raises:
+        ValueError: If the recipe gives embeddings of another width, or has parts that are not known here.
     """
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize
+    from sentence_transformers.models import Normalize, Pooling
 
-    with models.quiet():  # or it reports the pooler that a reload adds, which is taken out here
+    recipe, hidden = models.recipe(model), int(model.config.get_text_config().hidden_size)
+    if recipe is None:
         body = contrastive.as_sentence_transformer(model, tokenizer, pooling="mean", max_length=max_length)
-    body[0].model = copy.deepcopy(model)
-    hidden = model.config.hidden_size
-    head = [] if hidden == width else [_linear(hidden, width, bias=False, seed=seed)]
-    return SentenceTransformer(modules=[*body, *head, Normalize()], device=str(model.device)).eval()
+        head = [] if width in (None, hidden) else [_linear(hidden, width, bias=False, seed=seed)]
+        return SentenceTransformer(modules=[*body, *head, Normalize()], device=str(model.device)).eval()
+    check(recipe)
+    if width not in (None, recipe.outputs(hidden)):
+        raise ValueError(
+            f"embeddings of {recipe.where} have {recipe.outputs(hidden)} dimensions, as its modules.json says, "
+            f"not {width}: leave width out"
+        )
+    (transformer, _) = contrastive.as_sentence_transformer(
+        model, tokenizer, max_length=recipe.length(max_length)
+    )
+    modes = tuple(POOLINGS[each] for each in recipe.pooling)
+    after = [_dense(recipe, step) if isinstance(step, Dense) else Normalize() for step in recipe.after]
+    return SentenceTransformer(
+        modules=[transformer, Pooling(hidden, modes, include_prompt=recipe.include_prompt), *after],
+        device=str(model.device),
+        prompts={_PROMPT: recipe.prompt} if recipe.prompt else None,
+        default_prompt_name=_PROMPT if recipe.prompt else None,
+        truncate_dim=recipe.width,
+    ).eval()
 
 
 def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) -> SentenceTransformer:
@@ -58,7 +91,7 @@ def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) 
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {classes}")
     body = [copy.deepcopy(encoder[0]), copy.deepcopy(encoder[1])]
-    hidden = transformer(encoder).config.hidden_size
+    hidden = encoder[1].get_embedding_dimension()
     modules = [*body, _linear(hidden, classes, bias=True, seed=seed)]
     return SentenceTransformer(modules=modules, device=str(encoder.device)).eval()
 
@@ -70,7 +103,7 @@ def outputs(model: SentenceTransformer, texts: Sequence[str], *, batch_size: int
 
 
 def pooled(model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Return the mean of the hidden states of each text, before any projection. float32 [texts, hidden]."""
+    """Return the pooled hidden states of each text, before any projection. float32 [texts, hidden]."""
     from sentence_transformers import SentenceTransformer
 
     return outputs(SentenceTransformer(modules=[model[0], model[1]], device=str(model.device)), texts)
@@ -99,10 +132,26 @@ def transformer(model: SentenceTransformer) -> PreTrainedModel:
     return found
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
-    from sentence_transformers.models import Dense
+def _dense(recipe: models.Recipe, dense: Dense) -> nn.Module:
+    """A dense layer of a recipe, with its weights."""
+    from sentence_transformers.models import Dense as Layer
 
-    made: Callable[..., nn.Module] = Dense
+    made: Callable[..., nn.Module] = Layer
+    layer = made(
+        dense.inputs,
+        dense.outputs,
+        bias=dense.bias,
+        activation_function=getattr(nn, dense.activation)(),
+        use_residual=dense.residual,
+    )
+    layer.load_state_dict(dense_weights(recipe, dense))
+    return layer
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
+    from sentence_transformers.models import Dense as Layer
+
+    made: Callable[..., nn.Module] = Layer
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)

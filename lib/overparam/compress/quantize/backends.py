@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from overparam import models
 from overparam.compress.quantize.schemes import SCHEMES, torchao_config
+from overparam.models.weights import read
 
 
 def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -53,10 +54,7 @@ def load(
         device: Where to put it.
     """
     with models.quiet():
-        found = kind.from_pretrained(
-            folder, quantization_config=config, local_files_only=True, device_map=str(device)
-        )
-    return cast(PreTrainedModel, found).eval()
+        return read(kind, folder, quantization_config=config, local_files_only=True, device_map=str(device))
 
 
 def _config(name: str) -> Any:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from overparam.compress.folders import new_folder
 from overparam.compress.quantize import backends, openvino
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
+from overparam.models import Embedder
 
 _NOTE = "quantization.json"
 HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -156,20 +157,32 @@ def embed(
     batch_size: int = 32,
     max_length: int = 64,
     device: torch.device | str = "cpu",
+    embedder: Embedder | None = None,
 ) -> NDArray[np.float32]:
-    """Return the mean of the last hidden states of each text, at unit length, float32 [texts, hidden].
+    """Return the embeddings of texts, float32 [texts, width].
 
     Batches hold texts of similar length; results are in the order given.
+
+    Args:
+        run: Gives hidden states.
+        tokenizer: Of the model.
+        texts: To embed.
+        batch_size: Texts of a batch.
+        max_length: Tokens of a text.
+        device: Where the model is.
+        embedder: Makes embeddings of hidden states, as the model's recipe says; by default their mean at unit length.
     """
+    embedder = (embedder or Embedder()).to(device)
+    skipped = embedder.skipped(tokenizer)
     found: dict[int, NDArray[np.float32]] = {}
     for rows, (input_ids, attention_mask) in batches(
-        tokenizer, texts, batch_size=batch_size, max_length=max_length
+        tokenizer, embedder.prompted(texts), batch_size=batch_size, max_length=max_length
     ):
         ids, mask = (torch.from_numpy(each).to(device) for each in (input_ids, attention_mask))
+        pooled = mask.clone()
+        pooled[:, :skipped] = 0
         with torch.inference_mode():
-            states = run(ids, mask).float() * mask[..., None]
-            means = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)  # [texts, hidden]
-        values = torch.nn.functional.normalize(means, dim=-1).cpu().numpy()
+            values = embedder(run(ids, mask), mask, pooled).cpu().numpy()
         found |= dict(zip(rows, values, strict=True))
     return np.stack([found[row] for row in range(len(texts))])
 

@@ -76,6 +76,9 @@ class Params(BaseModel):
     general_models: tuple[str, ...] = Field(
         ("all-MiniLM-L6-v2",), description="encoders that are used as they are, by a probe"
     )
+    kinds: dict[str, Literal["encoder", "decoder"]] = Field(
+        {}, description="of general_models, where their folders and configurations do not say it"
+    )
     decoder_teacher: str | None = Field(None, description="a decoder to distil by next token; null: none")
     decoder_student: str | None = Field(None, description="its student, with the same tokenizer")
     decoder_texts: Annotated[int, Field(ge=8)] = Field(512, description="texts that the decoder learns from")
@@ -110,6 +113,8 @@ class Params(BaseModel):
             raise ValueError("decoder_teacher and decoder_student are given together, or both are null")
         if self.task_share not in self.shares:
             raise ValueError(f"task_share must be among shares, {self.task_share} is not")
+        if unknown := sorted(set(self.kinds) - set(self.general_models)):
+            raise ValueError(f"kinds must be of general_models, {unknown[0]!r} is not among them")
         for name, given, allowed in (
             ("suite", self.suite, LOCAL_TASKS),
             ("topics", self.topics, (*TOPIC_TASKS, *GLUE_TASKS)),

@@ -101,7 +101,9 @@ def build(study: Study) -> Students:
                 )
                 controls[CUT] = _wrapped(study, cut, tokenizer, seed)
                 _learn(study, controls[CUT], targets, seed, f"student {CUT}")
-            distill.borrow_token_vectors(student, tokenizer, study.teacher, study.tokenizer)
+            distill.borrow_token_vectors(
+                student, tokenizer, study.teacher, study.tokenizer, pooling=study.pooling
+            )
             if first:
                 controls[BORROWED] = _wrapped(study, student, tokenizer, seed)
             encoder = _wrapped(study, student, tokenizer, seed)
@@ -190,8 +192,7 @@ def score(study: Study, students: Students) -> Suite:
     for name in params.ready_made:
         model, tokenizer = models.load(name, device=study.teacher.device)
         share = models.count_parameters(model).total / study.parameters
-        width = model.config.hidden_size
-        ready = encoders.as_encoder(model, tokenizer, width=width, max_length=params.max_length)
+        ready = encoders.as_encoder(model, tokenizer, max_length=params.max_length)
         named.append(((f"{name}, ready-made", round(share, 3)), ready))
 
     def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001

@@ -112,12 +112,18 @@ def _descriptions(task: Topics) -> list[str]:
 
 
 def _embedder(study: Study, name: str) -> Callable[[list[str]], NDArray[np.float32]]:
-    """Embeddings of a general encoder: of the last layer, or of a middle one of a decoder. float32 [texts, dim]."""
+    """Embeddings of a general encoder, float32 [texts, dim].
+
+    By its recipe where it has one; else the mean over tokens of the last layer, or of a middle one of a decoder.
+    """
     params = study.params
     if name == params.teacher:
         return lambda texts: encoders.outputs(study.encoder, texts)
     model, tokenizer = models.load(name, device=study.teacher.device)
-    if models.is_decoder(name):
+    if models.recipe(model):
+        encoder = encoders.as_encoder(model, tokenizer, max_length=params.max_length)
+        return lambda texts: encoders.outputs(encoder, texts)
+    if models.is_decoder(name, kind=params.kinds.get(name, "auto")):
         depth.truncate(model, round(_MIDDLE * len(models.blocks(model).layers)))
 
     def embed(texts: list[str]) -> NDArray[np.float32]:

@@ -17,13 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import cache, models
 from overparam.allocator import keep_freed_memory
-from overparam.compress import distill
+from overparam.compress import depth, distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.training import Log, Recipe
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.measure import energy
+from overparam.models.recipe import check
 from overparam.report import record
+from overparam.studies import recipes
 from overparam.studies.distillation_retention import Params
 
 if TYPE_CHECKING:
@@ -43,16 +45,33 @@ class Study:
 
     @cached_property
     def encoder(self) -> SentenceTransformer:
-        """The teacher with mean pooling and unit length."""
-        width = self.teacher.config.hidden_size
-        return encoders.as_encoder(
-            self.teacher, self.tokenizer, width=width, max_length=self.params.max_length
-        )
+        """The teacher as its recipe says; without one, with mean pooling and unit length."""
+        return encoders.as_encoder(self.teacher, self.tokenizer, max_length=self.params.max_length)
 
     @property
     def width(self) -> int:
         """Dimensions of the teacher's embeddings."""
-        return int(self.teacher.config.hidden_size)
+        hidden = int(self.teacher.config.get_text_config().hidden_size)
+        recipe = models.recipe(self.teacher)
+        return recipe.outputs(hidden) if recipe else hidden
+
+    @property
+    def pooling(self) -> str:
+        """The teacher's pooling, where single tokens can be pooled so; else the mean."""
+        recipe = models.recipe(self.teacher)
+        own = recipe.pooling if recipe else ("mean",)
+        return own[0] if len(own) == 1 and own[0] in depth.POOLINGS else "mean"
+
+    def record_recipes(self) -> None:
+        """Record how the teacher, ready-made students and general models make embeddings."""
+        table = None
+        for name in dict.fromkeys(
+            (self.params.teacher, *self.params.ready_made, *self.params.general_models)
+        ):
+            recipe = models.recipe(self.teacher) if name == self.params.teacher else models.recipe(name)
+            here = (recipe or models.Recipe()).describe()
+            length = recipe.length(self.params.max_length) if recipe else self.params.max_length
+            table = recipes.keep(self.recorder, name, recipe, here | {"tokens at most": str(length)}, table)
 
     @cached_property
     def parameters(self) -> int:
@@ -133,9 +152,13 @@ def start(params: Params) -> Study:
     """Check what can be checked at once, load the teacher, and open the record.
 
     Raises:
-        ValueError: If no student has one of the shares, or texts are longer than a student reads.
+        ValueError: If no student has one of the shares, texts are longer than a student reads, or the recipe of a
+            model has parts that are not known here.
     """
     teacher, tokenizer = models.load(params.teacher, device=models.working_device())
+    for name in (params.teacher, *params.ready_made, *params.general_models):
+        if recipe := models.recipe(name):
+            check(recipe)
     for share in params.shares:
         positions = distill.student_config(teacher, share).max_position_embeddings
         if params.max_length > positions:
@@ -157,4 +180,5 @@ def start(params: Params) -> Study:
     )
     study = Study(params, recorder, teacher, tokenizer)
     recorder.metric("teacher_parameters", study.parameters)
+    study.record_recipes()
     return study

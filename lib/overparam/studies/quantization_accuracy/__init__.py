@@ -6,7 +6,7 @@ This module is light: it holds the parameters. The steps are in `study`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -44,6 +44,9 @@ class Params(BaseModel):
 
     model: str = Field(
         "all-MiniLM-L6-v2", description="bundled name, hub id or folder; an encoder or a decoder"
+    )
+    kind: Literal["auto", "encoder", "decoder"] = Field(
+        "auto", description="which of both it is; auto: what its folder and its configuration say"
     )
     schemes: tuple[str, ...] = Field(
         tuple(name for name in SCHEMES if name != "fp32-compiled"),

@@ -191,7 +191,7 @@ def _of_decoder(
 def _outputs(study: Study, model: PreTrainedModel, texts: list[str]) -> list[NDArray[np.float32]]:
     """Embeddings of an encoder [hidden], or log-probabilities of a decoder's next tokens [tokens, vocabulary]."""
     if not study.decoder:
-        return list(study.embed(quantize.states_of(model), texts))
+        return list(study.directions(quantize.states_of(model), texts))
     found = []
     for text in texts:
         ids = study.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)

@@ -62,7 +62,7 @@ def of_encoder(study: Study) -> Quality:
     scores = suite(study, embed, names)
     base = scores[quantize.BASELINE]
     texts = study.train_texts[-study.params.probe_texts :]
-    vectors = {name: study.embed(run, texts) for name, run in zip(names, systems, strict=True)}
+    vectors = {name: study.directions(run, texts) for name, run in zip(names, systems, strict=True)}
     kept = {name: retained(base, scores[name]) for name in names if name != quantize.BASELINE}
     judged = _judged(kept, study.params.margin)
     rows = [

@@ -20,6 +20,7 @@ from overparam.compress.quantize import openvino
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.report import record
+from overparam.studies import recipes
 from overparam.studies.quantization_accuracy import Params
 
 CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
@@ -34,6 +35,7 @@ class Study:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: bool
+    embedder: models.Embedder
     systems: dict[str, quantize.Quantized] = field(default_factory=dict)
     seconds_to_quantize: dict[str, float] = field(default_factory=dict)
 
@@ -92,18 +94,31 @@ class Study:
 
     @cached_property
     def _calibration(self) -> list[openvino.Batch]:
-        texts = self.train_texts[: self.params.calibration_texts]
-        found = quantize.batches(self.tokenizer, texts, batch_size=8, max_length=self.params.max_length)
+        texts = self.embedder.prompted(self.train_texts[: self.params.calibration_texts])
+        found = quantize.batches(self.tokenizer, texts, batch_size=8, max_length=self.length)
         return [batch for _, batch in found]
 
+    @property
+    def length(self) -> int:
+        """Tokens of a text that is embedded."""
+        return self.embedder.recipe.length(self.params.max_length)
+
+    def directions(self, run: object, texts: list[str]) -> NDArray[np.float32]:
+        """The same as `embed` at unit length, whatever the model's recipe says of that."""
+        found = self.embed(run, texts)
+        if self.embedder.recipe.unit_length:
+            return found
+        return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True), dtype=np.float32)
+
     def embed(self, run: object, texts: list[str]) -> NDArray[np.float32]:
-        """Embeddings of texts by a quantized encoder, float32 [texts, hidden]."""
+        """Embeddings of texts by a quantized encoder, as its recipe says, float32 [texts, width]."""
         return quantize.embed(
             run,  # type: ignore[arg-type]
             self.tokenizer,
             texts,
-            max_length=self.params.max_length,
+            max_length=self.length,
             device=self.model.device,
+            embedder=self.embedder,
         )
 
     def finish(self) -> record.Record:
@@ -116,16 +131,18 @@ def start(params: Params) -> Study:
     """Load the model and open the record.
 
     Raises:
-        ValueError: The model is quantized already.
+        ValueError: The model is quantized already, or its recipe has parts that are not known here.
         MemoryError: It does not fit beside its quantized copies.
     """
     copies = sum(max(16, quantize.SCHEMES[name].weights) / 32 for name in params.schemes)
     models.check_memory(
         params.model, torch.float32, times_weights=2 + copies, purpose="with its quantized copies"
     )
-    decoder = models.is_decoder(params.model)
+    decoder = models.is_decoder(params.model, kind=params.kind)
     model, tokenizer = models.load(params.model, device=models.working_device(), causal=decoder)
     quantize.refuse_quantized(model)
+    recipe = None if decoder else models.recipe(model)
+    embedder = models.Embedder(recipe)
     keep_freed_memory()
     recorder = record.start(
         "quantization_accuracy",
@@ -134,6 +151,9 @@ def start(params: Params) -> Study:
         inputs=models.provenance(params.model) | corpora.provenance(),
         seeds=sorted({params.seed, *params.train_seeds}),
     )
-    study = Study(params, recorder, model, tokenizer, decoder)
+    study = Study(params, recorder, model, tokenizer, decoder, embedder)
+    if not decoder:
+        here = embedder.recipe.describe() | {"tokens at most": str(study.length)}
+        recipes.keep(recorder, params.model, recipe, here)
     recorder.metric("parameters", models.count_parameters(model).total)
     return study

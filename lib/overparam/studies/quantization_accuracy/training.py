@@ -176,10 +176,9 @@ def _of_encoder(study: Study) -> Found:
         )
         for name in params.topics
     ]
-    width = study.model.config.hidden_size
     runs = [(task, seed) for task in data for seed in params.train_seeds]
     for task, seed in progress.track(runs, "fine-tuning"):
-        encoder = encoders.as_encoder(study.model, study.tokenizer, width=width, max_length=params.max_length)
+        encoder = encoders.as_encoder(study.model, study.tokenizer, max_length=params.max_length)
         fit = partial(_fit_classifier, study, task)
         model = encoders.as_classifier(encoder, len(task.classes), seed=seed)
         for way, whole in _ways(study, model, fit, seed, encoders.transformer, _with_transformer):

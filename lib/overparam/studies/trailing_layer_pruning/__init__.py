@@ -28,7 +28,9 @@ class Params(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where it is fast"
     )
-    pooling: Literal["weighted_mean", "mean", "last"] = "weighted_mean"
+    pooling: Literal["own", "weighted_mean", "mean", "last", "cls"] = Field(
+        "own", description="own: what the model's folder says, else weighted_mean; any other replaces it"
+    )
     instructions: bool = Field(False, description="put each task's instruction before its texts")
     max_length: Count = Field(128, description="tokens of a text")
     batch_tokens: Count = Field(1024, description="tokens of an encoding batch, padding included")

@@ -17,7 +17,7 @@ from overparam.compress import depth
 from overparam.measure import disk, energy, memory, speed
 from overparam.report import stats
 from overparam.studies.trailing_layer_pruning.encoding import encode
-from overparam.studies.trailing_layer_pruning.study import Study, triplets
+from overparam.studies.trailing_layer_pruning.study import Study
 
 _RESAMPLES = 2000
 _STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"
@@ -33,11 +33,11 @@ def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Esti
         A row a depth, and the slope of relative encoding time over relative depth (1: proportional).
     """
     params = study.params
-    texts = [t.query for t in triplets(params, max(params.cost_texts, 4), seed=params.seed)][
+    texts = [t.query for t in study.triplets(max(params.cost_texts, 4), seed=params.seed)][
         : params.cost_texts
     ]
     tokens = sum(
-        len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=params.max_length)["input_ids"]
+        len(ids) for ids in study.tokenizer(texts, truncation=True, max_length=study.max_length)["input_ids"]
     )
     pruned = {keep: depth.truncated(study.model, keep) for keep in depths}
     batch = speed.interleaved(
@@ -128,10 +128,10 @@ def _memory_jobs(
                 "texts": texts,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "batch_tokens": study.params.batch_tokens,
-                "max_length": study.params.max_length,
+                "max_length": study.max_length,
             }
 
 
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
     params = study.params
-    return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, params.max_length)
+    return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, study.max_length)

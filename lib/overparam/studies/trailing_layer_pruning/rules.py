@@ -7,7 +7,7 @@ import pandas as pd
 
 from overparam.compress import depth
 from overparam.report import stats
-from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points, triplets
+from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points
 from overparam.studies.trailing_layer_pruning.training import (
     NEGLIGIBLE_SHARE,
     Trained,
@@ -61,13 +61,13 @@ def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
     """
     params = study.params
     keep = keep_at_most_pruned(study.layers, NEGLIGIBLE_SHARE)
-    sample = triplets(params, _TEXTS_OF_SIMILARITY, seed=params.seed)
+    sample = study.triplets(_TEXTS_OF_SIMILARITY, seed=params.seed)
     similarity = depth.layer_similarity(
         study.model,
         study.tokenizer,
         [triplet.query for triplet in sample],
         batch_tokens=params.batch_tokens,
-        max_length=params.max_length,
+        max_length=study.max_length,
     )
     study.recorder.table(
         "layer_similarity",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,13 @@ from overparam.compress import depth
 from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
 from overparam.report import record, stats
+from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
 
 _TRAINING_FACTOR = (
     1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
 )
+_SIDES = ("query", "positive", "negative")
 _EMBEDDING_VERSION = 1  # raised when `depth.layer_embeddings` returns other numbers
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 
@@ -37,18 +39,36 @@ class Study:
         recorder: Of the record that the run leaves.
         model: The unpruned model; no step changes it.
         tokenizer: Its tokenizer.
-        items: Per-item scores of every system that was evaluated.
+        pooling: See `depth.layer_embeddings`.
+        recipe: Of the model's folder, as far as it holds at every depth; None where the study does not follow one.
     """
 
     params: Params
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    pooling: str = "weighted_mean"
+    recipe: models.Recipe | None = None
 
     @property
     def layers(self) -> int:
         """Number of blocks of the unpruned model."""
         return len(models.blocks(self.model).layers)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text: the parameters', or the model's own maximum where that is less."""
+        return self.recipe.length(self.params.max_length) if self.recipe else self.params.max_length
+
+    def triplets(self, n: int, *, seed: int) -> list[pairs.Triplet]:
+        """Training triplets, with the model's own prompt before their texts."""
+        found = triplets(self.params, n, seed=seed)
+        if not self.recipe or not self.recipe.prompt:
+            return found
+        return [
+            replace(each, **{side: self.recipe.prompt + getattr(each, side) for side in _SIDES})
+            for each in found
+        ]
 
     def embedder(self, model: PreTrainedModel, depths: Sequence[int] | None = None) -> embedding.Embed:
         """Return a function that embeds texts at every depth of `model`, or at those given.
@@ -57,20 +77,25 @@ class Study:
         """
 
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
-            return depth.layer_embeddings(
+            own = self.recipe.prompt if self.recipe and not instruction else ""
+            found = depth.layer_embeddings(
                 model,
                 self.tokenizer,
-                texts,
-                pooling=self.params.pooling,
+                [own + text for text in texts],
+                pooling=self.pooling,
                 instruction=instruction,
                 depths=depths,
                 batch_tokens=self.params.batch_tokens,
-                max_length=self.params.max_length,
+                max_length=self.max_length,
             )
+            if self.recipe and self.recipe.unit_length:
+                found /= np.linalg.norm(found, axis=-1, keepdims=True)
+            return found[..., : self.recipe.width if self.recipe else None]
 
         if model is not self.model:
             return embed
-        settings = [self.params.pooling, self.params.batch_tokens, self.params.max_length, str(model.dtype)]
+        settings = [self.pooling, self.params.batch_tokens, self.max_length, str(model.dtype)]
+        settings += [str(self.recipe)] if self.recipe else []
         versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
         made_by = [models.provenance(self.params.model), str(model.device), depths, settings, versions]
 
@@ -121,7 +146,7 @@ def start(params: Params) -> Study:
     """Check what can be checked at once, load the model, and open the record.
 
     Raises:
-        ValueError: If a depth is not in 1…L.
+        ValueError: If a depth is not in 1…L, or the model's own pooling cannot be had at every depth.
         MemoryError: If the model cannot fit; says what it needs.
     """
     dtype, device = models.working_dtype(params.dtype), models.working_device()
@@ -130,6 +155,8 @@ def start(params: Params) -> Study:
         params.model, dtype, times_weights=2 * _TRAINING_FACTOR, purpose="with a copy in training"
     )
     model, tokenizer = models.load(params.model, dtype=dtype, device=device)
+    own = models.recipe(model)
+    pooling, recipe = how_to_embed(params, own)
     total = len(models.blocks(model).layers)
     for keep in params.extra_depths:
         if keep > total:
@@ -148,7 +175,35 @@ def start(params: Params) -> Study:
     recorder.metric("parameters_total", counts.total)
     recorder.metric("parameters_embedding", counts.embedding)
     recorder.metric("blocks", total)
-    return Study(params, recorder, model, tokenizer)
+    study = Study(params, recorder, model, tokenizer, pooling, recipe)
+    here = {"pooling": pooling, "dense": "none", "unit length": "no", "dimensions": "all", "prompt": "none"}
+    if own and recipe:
+        here = recipe.describe() | {"dense": "left out: trained for the last depth" if own.dense else "none"}
+    recipes.keep(recorder, params.model, own, here | {"tokens at most": str(study.max_length)})
+    return study
+
+
+def how_to_embed(params: Params, own: models.Recipe | None) -> tuple[str, models.Recipe | None]:
+    """Return the pooling, and the recipe as far as it can be followed at every depth, where it is asked for.
+
+    Raises:
+        ValueError: If what the model's folder says cannot be had at every depth; says what to set.
+    """
+    if params.pooling != "own":
+        return params.pooling, None
+    if own is None:
+        return "weighted_mean", None
+    advice = f"set pooling to one of {', '.join(depth.POOLINGS)}, which replaces what the folder says"
+    wrong = own.refused
+    if not wrong and (len(own.pooling) > 1 or own.pooling[0] not in depth.POOLINGS):
+        wrong = f"its pooling is {' and '.join(own.pooling)}"
+    if not wrong and own.prompt and not own.include_prompt:
+        wrong = "its prompt is not pooled"
+    if wrong:
+        raise ValueError(
+            f"{params.model} cannot be embedded at every depth as its folder says: {wrong}; {advice}"
+        )
+    return own.pooling[0], own.without_dense()
 
 
 def triplets(params: Params, n: int, *, seed: int) -> list[pairs.Triplet]:
@@ -164,13 +219,13 @@ def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
     loss = depth.initial_loss(
         study.model,
         study.tokenizer,
-        triplets(params, params.loss_triplets, seed=params.seed),
+        study.triplets(params.loss_triplets, seed=params.seed),
         batch_size=params.loss_batch_size,
         scale=params.loss_scale,
-        pooling=params.pooling,
+        pooling=study.pooling,
         seed=params.seed,
         batch_tokens=params.batch_tokens,
-        max_length=params.max_length,
+        max_length=study.max_length,
     )
     cuts = depth.l3prune(loss)
     frequencies = depth.pick_frequencies(loss)

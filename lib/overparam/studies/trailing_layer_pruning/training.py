@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from overparam import cache, models, packages, progress
 from overparam.compress import contrastive, depth
 from overparam.report import stats
-from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points, triplets
+from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 NEGLIGIBLE_SHARE = 0.30  # of the layers, said to go with negligible loss
 MODEST_SHARE = 0.80  # of the layers, said to go with a modest one
@@ -61,16 +65,16 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 warmup_steps=params.warmup_steps,
                 lora_dropout=params.lora_dropout,
                 scale=params.train_scale,
-                max_length=params.max_length,
+                max_length=study.max_length,
                 seed=seed,
                 bf16=models.bf16_is_fast() and params.dtype != "float32",
             )
             trained = contrastive.train(
                 depth.truncated(study.model, keep),
                 study.tokenizer,
-                triplets(params, params.train_steps * params.train_batch_size, seed=seed),
+                study.triplets(params.train_steps * params.train_batch_size, seed=seed),
                 recipe,
-                pooling=params.pooling,
+                pooling=study.pooling,
                 cache=cache.folder("adapters"),
                 identity=identity,
                 label=f"training {keep} of {study.layers} layers, seed {seed}",
@@ -85,11 +89,26 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             scores.setdefault(keep, []).append(found[keep])
             if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
                 folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
-                trained.encoder.save(str(folder))
+                _as_measured(study, trained.encoder).save(str(folder))
                 progress.note(f"saved the encoder with {keep} layers at {folder}")
             del trained, encoder  # or the next one is trained beside it
     study.recorder.table("training_loss", pd.DataFrame(losses))
     return _compare(study, scores, cost, zero)
+
+
+def _as_measured(study: Study, encoder: SentenceTransformer) -> SentenceTransformer:
+    """The encoder with the prompt and the unit length that its embeddings were measured with."""
+    from sentence_transformers.models import Normalize
+
+    if study.recipe and study.recipe.prompt:
+        encoder.prompts |= {"default": study.recipe.prompt}
+        encoder.default_prompt_name = "default"
+        encoder.set_pooling_include_prompt(True)
+    if study.recipe and study.recipe.unit_length:
+        encoder.append(Normalize())
+    if study.recipe and study.recipe.width:
+        encoder.truncate_dim = study.recipe.width
+    return encoder
 
 
 def _compare(

@@ -1,0 +1,442 @@
+"""What a sentence-transformers folder says of how its texts become embeddings, and the same in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam import progress
+from overparam.catalogue import TINY
+from overparam.models import source
+
+POOLINGS = {  # our names -> sentence-transformers'
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_length": "mean_sqrt_len_tokens",
+    "weighted_mean": "weightedmean",
+    "last": "lasttoken",
+}
+_OURS = {theirs: ours for ours, theirs in POOLINGS.items()}
+_OLD_POOLINGS = {  # in the order in which several are concatenated
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_TRANSFORMER_SETTINGS = (  # older models named the file after their architecture
+    "sentence_bert_config.json",
+    *(
+        f"sentence_{kind}_config.json"
+        for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
+)
+# settings of the transformer that change no number of a text's embedding, or that `models.load` sees to
+_HARMLESS = (
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "add_pooling_layer",
+    "padding_side",
+    "use_cache",
+    "device_map",
+)
+_ATTRIBUTE = "_sentence_recipe"
+_NO_LIMIT = 10**6  # what tokenizers say who know of none is far beyond
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear layer after the pooling.
+
+    Attributes:
+        path: Its folder.
+        inputs: Width of what it reads.
+        outputs: Width of what it gives.
+        bias: Whether it has one.
+        activation: Name of a class of ``torch.nn``.
+        residual: Whether its input is added to its output.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool = True
+    activation: str = "Tanh"
+    residual: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.inputs} to {self.outputs}, {self.activation}{', residual' if self.residual else ''}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a sentence-transformers model makes embeddings.
+
+    Attributes:
+        pooling: What is made of the hidden states of a text; several are concatenated. "cls" is the first token,
+            "last" the last, "weighted_mean" weighs token i by i, "mean_sqrt_length" divides the sum by √length.
+        include_prompt: Whether the tokens of a prompt are pooled too.
+        after: What follows the pooling, in order: `Dense` layers, and "unit length".
+        prompts: Texts that are put before others, by name.
+        prompt: The one that is put before every text unless another is named; empty for none.
+        max_length: Tokens of a text at most; None for what the tokenizer says.
+        lower: Whether texts are put in lower case.
+        width: First dimensions that are kept of an embedding; None for all.
+        refused: Why it cannot be followed, where it has parts that are not known here; empty otherwise.
+        where: Folder or hub id with the weights of the dense layers.
+    """
+
+    pooling: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
+    after: tuple[Dense | str, ...] = ("unit length",)
+    prompts: dict[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    max_length: int | None = None
+    lower: bool = False
+    width: int | None = None
+    refused: str = ""
+    where: Path | str = ""
+
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """Its linear layers."""
+        return tuple(each for each in self.after if isinstance(each, Dense))
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether embeddings have unit length."""
+        return "unit length" in self.after
+
+    def outputs(self, hidden: int) -> int:
+        """Width of its embeddings, where hidden states have width `hidden`."""
+        full = self.dense[-1].outputs if self.dense else hidden * len(self.pooling)
+        return full if self.width is None else min(self.width, full)
+
+    def without_dense(self) -> Recipe:
+        """The recipe without its dense layers, which were trained for hidden states of another depth or width."""
+        return replace(self, after=tuple(each for each in self.after if not isinstance(each, Dense)))
+
+    def length(self, wished: int) -> int:
+        """Tokens of a text: what is wished for, or the model's own maximum where that is less."""
+        return wished if self.max_length is None else min(wished, self.max_length)
+
+    def describe(self) -> dict[str, str]:
+        """Its parts in words, for a record."""
+        return {
+            "pooling": " and ".join(self.pooling),
+            "dense": "; ".join(map(str, self.dense)) or "none",
+            "unit length": "yes" if self.unit_length else "no",
+            "dimensions": "all" if self.width is None else f"first {self.width}",
+            "prompt": f"{self.prompt!r}{'' if self.include_prompt else ', not pooled'}"
+            if self.prompt
+            else "none",
+            "other prompts": ", ".join(
+                f"{k}: {v!r}" for k, v in self.prompts.items() if v and v != self.prompt
+            )
+            or "none",
+            "tokens at most": "the tokenizer's" if self.max_length is None else str(self.max_length),
+            "lower case": "yes" if self.lower else "as the tokenizer does",
+        }
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in self.describe().items())
+
+
+class Embedder(nn.Module):
+    """Makes embeddings of hidden states as a recipe says; without one, their mean at unit length.
+
+    Args:
+        recipe: Of the model.
+
+    Raises:
+        ValueError: If the recipe has parts that are not known here.
+        OSError: If weights of a dense layer are missing.
+    """
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe or Recipe()
+        check(self.recipe)
+        self.layers = nn.ModuleList(_DenseLayer(self.recipe, each) for each in self.recipe.dense).eval()
+
+    def forward(
+        self, states: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return embeddings, float32 [texts, width].
+
+        Args:
+            states: Hidden states, padded on the right. [texts, tokens, hidden]
+            mask: 1 for tokens, 0 for padding. [texts, tokens]
+            pooled: 1 for the tokens that are pooled; those of `mask` by default. [texts, tokens]
+        """
+        chosen = mask if pooled is None else pooled
+        found = torch.cat([_POOL[each](states.float(), chosen) for each in self.recipe.pooling], dim=-1)
+        layers = iter(self.layers)
+        for step in self.recipe.after:
+            found = next(layers)(found) if isinstance(step, Dense) else nn.functional.normalize(found, dim=-1)
+        return found[:, : self.recipe.width]
+
+    def prompted(self, texts: Sequence[str]) -> list[str]:
+        """Texts with the prompt before them, as the transformer reads them."""
+        return [self.recipe.prompt + text for text in texts]
+
+    def skipped(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return how many first tokens of a text are not pooled: those of a prompt that is left out."""
+        if self.recipe.include_prompt or not self.recipe.prompt:
+            return 0
+        ids = tokenizer(self.recipe.prompt)["input_ids"]
+        return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+def recipe(model: str | PreTrainedModel) -> Recipe | None:
+    """Return the recipe of a sentence-transformers model, or None for a model without one.
+
+    It is read from ``modules.json`` and what that names, in the layout of any version; none of its code is run.
+
+    Args:
+        model: A name as for `load`, or a model that `load` gave.
+    """
+    if not isinstance(model, str):
+        found, layers = getattr(model, _ATTRIBUTE, (None, None))
+        if found and found.dense and layers != model.config.get_text_config().num_hidden_layers:
+            progress.note(
+                "the dense layers of the model's recipe are left out: they were trained for its last layer"
+            )
+            return cast(Recipe, found.without_dense())
+        return cast("Recipe | None", found)
+    if model.startswith(TINY):
+        return None
+    where = source.root(model)
+    modules = source.read_json(where, "modules.json")
+    return None if modules is None else _read(where, sorted(modules, key=lambda each: each["idx"]))
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ValueError where a recipe has parts that are not known here."""
+    if recipe.refused:
+        raise ValueError(
+            f"{recipe.where} cannot be embedded with as its modules.json says: {recipe.refused}. Remove modules.json "
+            "to take it for a plain model, whose last hidden states are averaged."
+        )
+
+
+def follow(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer cut and write texts as the recipe says, and let the model know its recipe."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    own = int(tokenizer.model_max_length)
+    limit = recipe.max_length or (min(own, positions) if positions > 0 else own)
+    tokenizer.model_max_length = limit
+    if recipe.lower and tokenizer.is_fast:
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        steps: list[Any] = [] if normalizer is None else [normalizer]
+        if isinstance(normalizer, Normalizers):
+            steps = [*iter(cast(Any, normalizer))]
+        tokenizer.backend_tokenizer.normalizer = Normalizers([Lowercase(), *steps])
+    known = limit if limit < _NO_LIMIT else None
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    setattr(model, _ATTRIBUTE, (replace(recipe, max_length=known), layers))
+
+
+def dense_weights(recipe: Recipe, dense: Dense) -> dict[str, torch.Tensor]:
+    """Return the weights of a dense layer by name, from safetensors.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If they do not fit its configuration.
+    """
+    path = source.file(recipe.where, f"{dense.path}/model.safetensors")
+    if path is None:
+        raise OSError(
+            f"{recipe.where} has no {dense.path}/model.safetensors, the weights of its dense layer; "
+            "save it again with safe_serialization=True"
+        )
+    weights: dict[str, torch.Tensor] = load_file(path)
+    if weights["linear.weight"].shape != (dense.outputs, dense.inputs):
+        raise ValueError(
+            f"{path} is {list(weights['linear.weight'].shape)}, by its config.json {[dense.outputs, dense.inputs]}"
+        )
+    return weights
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, recipe: Recipe, dense: Dense) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dense.inputs, dense.outputs, bias=dense.bias)
+        self.residual = (
+            nn.Linear(dense.inputs, dense.outputs, bias=False)
+            if dense.residual and dense.inputs != dense.outputs
+            else None
+        )
+        self.load_state_dict(dense_weights(recipe, dense))
+        self.activation, self.adds = getattr(nn, dense.activation)(), dense.residual
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.activation(self.linear(inputs))
+        if self.adds:
+            found = found + (inputs if self.residual is None else self.residual(inputs))
+        return found
+
+
+def _first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states[torch.arange(len(states), device=states.device), mask.int().argmax(dim=1)]
+
+
+def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(mask.shape[1], device=mask.device) * mask
+    return states[torch.arange(len(states), device=states.device), places.argmax(dim=1)]
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def _mean_sqrt_length(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).sqrt()
+
+
+def _weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+
+
+def _max(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
+
+
+_POOL = {
+    "cls": _first,
+    "last": _last,
+    "mean": _mean,
+    "mean_sqrt_length": _mean_sqrt_length,
+    "weighted_mean": _weighted_mean,
+    "max": _max,
+}
+
+
+class _UnknownPartError(Exception):
+    """A part of a recipe that is not known here."""
+
+
+def _read(where: Path | str, modules: list[dict[str, Any]]) -> Recipe:
+    """Read all parts; what is not known is remembered, so that only who wants embeddings meets it."""
+    try:
+        names = [_class_of(module) for module in modules]
+        if names[:2] != ["Transformer", "Pooling"]:
+            raise _UnknownPartError(
+                f"its modules are {', '.join(names)}, not a Transformer and a Pooling first"
+            )
+        transformer = _transformer(where, modules[0].get("path", ""))
+        own = source.read_json(where, "config_sentence_transformers.json") or {}
+        if own.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+            raise _UnknownPartError(f"it is a {own['model_type']}, which gives no dense embedding")
+        pooling = source.read_json(where, f"{modules[1]['path']}/config.json") or {}
+        prompts = {name: text or "" for name, text in (own.get("prompts") or {}).items()}
+        default = own.get("default_prompt_name")
+        if default is not None and default not in prompts:
+            raise _UnknownPartError(f"its default prompt {default!r} is not among its prompts")
+        after = [_step(where, module, name) for module, name in zip(modules[2:], names[2:], strict=True)]
+        return Recipe(
+            pooling=_poolings(pooling),
+            include_prompt=bool(pooling.get("include_prompt", True)),
+            after=tuple(step for step in after if step),
+            prompts=prompts,
+            prompt=prompts[default] if default is not None else "",
+            max_length=transformer.get("max_seq_length"),
+            lower=bool(transformer.get("do_lower_case", False)),
+            width=own.get("truncate_dim"),
+            where=where,
+        )
+    except _UnknownPartError as error:
+        return Recipe(refused=str(error), where=where)
+
+
+def _class_of(module: dict[str, Any]) -> str:
+    package, _, name = str(module["type"]).rpartition(".")
+    return name if package.split(".")[0] == "sentence_transformers" else str(module["type"])
+
+
+def _transformer(where: Path | str, path: str) -> dict[str, Any]:
+    """Settings of the transformer module."""
+    prefix = f"{path}/" if path else ""
+    found: dict[str, Any] = {}
+    for name in _TRANSFORMER_SETTINGS if isinstance(where, Path) else _TRANSFORMER_SETTINGS[:1]:
+        found = source.read_json(where, prefix + name) or {}
+        if found:
+            break
+    if found.get("transformer_task", "feature-extraction") != "feature-extraction":
+        raise _UnknownPartError(f"its transformer does {found['transformer_task']}")
+    if found.get("module_output_name", "token_embeddings") != "token_embeddings":
+        raise _UnknownPartError(f"its transformer gives {found['module_output_name']}, not token_embeddings")
+    text = (found.get("modality_config") or {"text": {}}).get("text")
+    wanted = {"method": "forward", "method_output_name": "last_hidden_state"}
+    if text is None or {**wanted, **text} != wanted:
+        raise _UnknownPartError("its transformer does not pool the last hidden states of plain text")
+    for group in (
+        "model_args",
+        "model_kwargs",
+        "config_args",
+        "config_kwargs",
+        "tokenizer_args",
+        "processor_kwargs",
+    ):
+        given = dict(found.get(group) or {})
+        length = given.pop("model_max_length", None)
+        if length is not None:
+            found.setdefault("max_seq_length", length)
+        if others := sorted(set(given) - set(_HARMLESS)):
+            raise _UnknownPartError(f"{group} of its transformer sets {', '.join(others)}")
+    if found.get("processing_kwargs"):
+        raise _UnknownPartError("processing_kwargs of its transformer are set")
+    return found
+
+
+def _poolings(config: dict[str, Any]) -> tuple[str, ...]:
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in _OLD_POOLINGS.items() if config.get(key)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if unknown := [mode for mode in modes if mode not in _OURS]:
+        raise _UnknownPartError(f"its pooling {unknown[0]!r} is not known here")
+    return tuple(_OURS[mode] for mode in modes)
+
+
+def _step(where: Path | str, module: dict[str, Any], name: str) -> Dense | str:
+    """A module after the pooling; empty for one that does nothing outside of training."""
+    if name == "Normalize":
+        return "unit length"
+    if name == "Dropout":
+        return ""
+    if name != "Dense":
+        raise _UnknownPartError(f"its module {name} is not known here")
+    config = source.read_json(where, f"{module['path']}/config.json") or {}
+    if {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")} != {
+        "sentence_embedding"
+    }:
+        raise _UnknownPartError("its dense layer works on other things than sentence embeddings")
+    path, _, activation = str(
+        config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    ).rpartition(".")
+    if not path.startswith("torch.nn") or not isinstance(getattr(nn, activation, None), type):
+        raise _UnknownPartError(
+            f"the activation {config['activation_function']} of its dense layer is not one of torch.nn"
+        )
+    return Dense(
+        path=str(module["path"]),
+        inputs=int(config["in_features"]),
+        outputs=int(config["out_features"]),
+        bias=bool(config.get("bias", True)),
+        activation=activation,
+        residual=bool(config.get("use_residual", False)),
+    )

@@ -1,0 +1,281 @@
+"""Weights from disk: each one that a model computes with comes from its checkpoint, or the model is refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from overparam.models.proof import probe
+
+_SHOWN = 4  # names in an error
+_GROUPS = 8  # parts of a model that are tried one by one
+_MOST = 0.5  # of the weights: a checkpoint that lacks more of them is another model's
+_INSIDE = re.compile(r"^(?P<list>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
+
+
+def read(kind: Any, source: Path | str, **arguments: Any) -> PreTrainedModel:
+    """Load a model with `from_pretrained`, and refuse it unless the checkpoint holds all that it computes with.
+
+    transformers fills what a checkpoint lacks with random numbers and warns. Here a missing weight is set to NaN for a
+    small forward pass: one that reaches the hidden states or the logits is in use. Weights that nothing is computed
+    from (a pooler, where hidden states are wanted) may be missing; they are drawn with a fixed seed, so that two loads
+    are alike. Weights that the model has no place for may be left over (a head), but not those of its blocks.
+
+    Args:
+        kind: A class of transformers, such as ``AutoModel``.
+        source: A folder or hub id.
+        arguments: Of `from_pretrained`.
+
+    Raises:
+        ValueError: If weights that the model uses are missing or of another shape, or weights of its blocks are left
+            over; names them, and says what to do.
+        OSError: If files are missing.
+    """
+    with _seeded(), _without_report():
+        model, report = kind.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    model = cast(PreTrainedModel, model).eval()
+    shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"]}
+    missing = sorted({*report["missing_keys"], *shapes})
+    if missing and (used := _used(model, missing)):
+        raise ValueError(_lacking(model, source, used, shapes))
+    if left := _left_over(model, source, sorted(report["unexpected_keys"])):
+        raise ValueError(left)
+    return model
+
+
+def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
+    """Which of the missing weights the hidden states or the logits are computed from."""
+    state = model.state_dict(keep_vars=True)
+    sizes = {name: state[name].numel() for name in missing if name in state}
+    if sum(sizes.values()) > _MOST * sum(tensor.numel() for tensor in state.values()):
+        return missing
+    called = _called(model)
+    if called is None:  # nothing can be tried: all count
+        return missing
+    sparse = {name for name in missing if _one_of_several(name, called)}
+    groups: dict[str, list[str]] = {}
+    for name in missing:
+        if name in state and name not in sparse:
+            groups.setdefault(_group(name), []).append(name)
+    lost = [name for name in missing if name not in state]  # of a quantizer's, which cannot be tried
+    if not _finite_without(model, [state[name] for names in groups.values() for name in names]):
+        several = len(groups) > _GROUPS
+        for names in groups.values():
+            if several or not _finite_without(model, [state[name] for name in names]):
+                lost += names
+    return sorted({*sparse, *lost})
+
+
+def _called(model: PreTrainedModel) -> set[str] | None:
+    """Names of the modules that a forward pass runs through; None where the model takes more than tokens."""
+    names: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        return names if _outputs(model) is not None else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
+    """Logits or hidden states of a small padded batch; None where the model cannot read tokens alone."""
+    try:
+        batch = probe(model)
+        with torch.inference_mode():
+            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    except Exception:
+        return None
+    output = found.get("logits")
+    output = found.get("last_hidden_state") if output is None else output
+    return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()]
+
+
+def _finite_without(model: PreTrainedModel, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether the outputs stay finite when these weights are NaN: then nothing is computed from them."""
+    chosen = [tensor for tensor in tensors if tensor.is_floating_point()]
+    kept = [tensor.detach().clone() for tensor in chosen]
+    try:
+        with torch.no_grad():
+            for tensor in chosen:
+                tensor.fill_(torch.nan)
+        found = _outputs(model)
+        return found is not None and bool(found.isfinite().all())
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(chosen, kept, strict=True):
+                tensor.copy_(value)
+
+
+def _one_of_several(name: str, called: set[str]) -> bool:
+    """Whether a weight belongs to an element of a list that was not called while others were: to an idle expert."""
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if part.isdigit() and ".".join(parts[: at + 1]) not in called:
+            others = re.compile(re.escape(".".join(parts[:at])) + r"\.\d+$")
+            return any(others.match(each) for each in called)
+    return False
+
+
+def _group(name: str) -> str:
+    """The block of a weight, or else its module."""
+    inside = _INSIDE.match(name)
+    return f"{inside['list']}.{inside['index']}" if inside else name.rpartition(".")[0]
+
+
+def _lacking(
+    model: PreTrainedModel,
+    source: Path | str,
+    used: list[str],
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    """The error about weights that are missing or of another shape."""
+    cls, total = type(model).__name__, len(model.state_dict())
+    wrong = [name for name in used if name in shapes]
+    if wrong:
+        parts = [
+            f"{name} is {list(shapes[name][0])}, by its config.json {list(shapes[name][1])}"
+            for name in wrong[:_SHOWN]
+        ]
+        gone = len(used) - len(wrong)
+        also = f", and {gone} are missing" if gone else ""
+        return (
+            f"{source} has {len(wrong)} weights of other shapes than {cls} needs{also}: {'; '.join(parts)}"
+            f"{_more(len(wrong))}. Correct its config.json, or save the whole model again."
+        )
+    head = model.get_output_embeddings()
+    own = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    state = model.state_dict(keep_vars=True)
+    outside = [name for name in used if not name.startswith(f"{model.base_model_prefix}.")]
+    if len(used) > _MOST * total:
+        advice = "It is another architecture's checkpoint, or its weights have other names."
+    elif own and len(outside) == len(used) and any(id(state[name]) in own for name in used if name in state):
+        advice = (
+            "It was saved without its language-modelling head: load it with causal=False (as an encoder), "
+            "or save the whole model."
+        )
+    elif beyond := _blocks_beyond(model, used):
+        advice = f"{beyond} Correct its config.json, or save the whole model again."
+    else:
+        advice = "Save the whole model again, or correct its config.json."
+    return (
+        f"{source} lacks {len(used)} of the {total} weights that {cls} computes with: "
+        f"{', '.join(used[:_SHOWN])}{_more(len(used))}. {advice}"
+    )
+
+
+def _blocks_beyond(model: PreTrainedModel, used: list[str]) -> str:
+    """Says so where whole blocks at the end are missing."""
+    found = [_INSIDE.match(name) for name in used]
+    lists = {match["list"] for match in found if match}
+    if None in found or len(lists) != 1:
+        return ""
+    stored = min(int(match["index"]) for match in found if match)
+    size = len(cast(nn.ModuleList, model.get_submodule(lists.pop())))
+    indices = {int(match["index"]) for match in found if match}
+    if indices != set(range(stored, size)):
+        return ""
+    return f"Its config.json says {size} blocks, it holds {stored}."
+
+
+def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]) -> str:
+    """The error about weights of the model's blocks that it has no place for; empty where there are none."""
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    prefix = f"{model.base_model_prefix}."
+    heads = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    beyond, inside = [], []
+    for key in unexpected:
+        for name in (key, key.removeprefix(prefix), prefix + key):
+            match = _INSIDE.match(name)
+            size = lists.get(match["list"]) if match else None
+            if match and size is not None:
+                index = int(match["index"])
+                if index >= size + heads:  # blocks that predict further tokens come after the stack
+                    beyond.append(key)
+                elif index < size:
+                    inside.append(key)
+                break
+    if beyond:
+        wrong = beyond
+        advice = (
+            "Its config.json says fewer blocks than it holds: correct it, or load the whole model and cut it "
+            "with depth.truncate."
+        )
+    else:
+        if getattr(
+            model.config, "quantization_config", None
+        ):  # scales and packed weights are the quantizer's
+            return ""
+        wrong = [key for key in inside if _holds_numbers(source, key)]
+        advice = (
+            "It would be computed without them: this is another architecture, or its config.json is wrong."
+        )
+    if not wrong:
+        return ""
+    return (
+        f"{source} holds {len(wrong)} weights of blocks that {type(model).__name__} has no place for: "
+        f"{', '.join(wrong[:_SHOWN])}{_more(len(wrong))}. {advice}"
+    )
+
+
+def _holds_numbers(source: Path | str, key: str) -> bool:
+    """Whether a stored tensor can change what is computed: no mask, no table of frequencies, not all zero."""
+    if key.endswith("inv_freq"):
+        return False
+    for file in _files(source):
+        with safe_open(file, framework="pt") as stored:
+            if key in stored.keys():  # noqa: SIM118 - it is no dictionary
+                tensor = stored.get_tensor(key)
+                return bool(tensor.is_floating_point() and tensor.ndim and tensor.count_nonzero())
+    return True
+
+
+def _files(source: Path | str) -> list[Path]:
+    if isinstance(source, str) and not Path(source).is_dir():
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if found:
+                source = Path(found).parent
+                break
+    return sorted(Path(source).glob("*.safetensors"))
+
+
+def _more(count: int) -> str:
+    return f" and {count - _SHOWN} more" if count > _SHOWN else ""
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draw what is drawn on loading with a fixed seed, and leave the caller's generator alone."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(0)
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' own report of missing and unexpected weights, which are judged here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    drop = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731 - a filter is a function
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
