@@ -1,4 +1,4 @@
-"""Where a transformer keeps its blocks and its final norm."""
+"""Where a transformer keeps its blocks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-# (path of the block list, path of the norm that follows the last block), looked up in this order.
-_LAYOUTS: tuple[tuple[str, str | None], ...] = (
-    ("layers", "norm"),  # llama, mistral, qwen2, qwen3, phi3, gemma3
-    ("layers", "final_norm"),  # modernbert
-    ("encoder.layer", None),  # bert, mpnet: each block ends in its own norm
-)
+_LISTS = ("layers", "layer", "h", "blocks", "block")  # what the list of blocks is called
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers")
+_REASONS = {  # model type -> why it has no stack of blocks
+    "albert": "all its layers are one layer with shared weights, so that a cut removes none",
+    "flaubert": "the parts of a layer lie in separate lists",
+    "funnel": "its blocks pool tokens, so that depths differ in length",
+    "hrm_text": "its two stacks take turns several times",
+    "xlm": "the parts of a layer lie in separate lists",
+}
 
 
 @dataclass(frozen=True)
@@ -23,37 +26,43 @@ class Blocks:
     Attributes:
         layers: The blocks, first to last.
         path: Dotted path of `layers` inside the model.
-        norm: The norm after the last block, or None where each block ends in its own.
+        counts: Fields of the configuration that hold the number of blocks.
     """
 
     layers: nn.ModuleList
     path: str
-    norm: nn.Module | None
+    counts: tuple[str, ...]
 
 
 def blocks(model: PreTrainedModel) -> Blocks:
-    """Find the blocks and the final norm of a text encoder or of a decoder without its head.
+    """Find the blocks of a text encoder or of a decoder without its head.
 
     Raises:
-        ValueError: If the model has none of the known layouts.
+        ValueError: If the model has a head, has other models inside of it, or has no single stack of blocks.
     """
-    for path, norm_path in _LAYOUTS:
-        layers = _get(model, path)
-        norm = _get(model, norm_path) if norm_path else None
-        if isinstance(layers, nn.ModuleList) and (norm is not None or norm_path is None):
-            return Blocks(layers, path, norm)
+    if hasattr(model, "get_base_model"):  # adapters of peft around it
+        model = model.get_base_model()
+    _check_is_text_model(model)
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and path.rpartition(".")[2] in _LISTS
+        and next(module.parameters(), None) is not None
+    }
+    outer = {path: found[path] for path in found if not any(path.startswith(f"{other}.") for other in found)}
+    counted = {path: counts for path, layers in outer.items() if (counts := _counts(model, len(layers)))}
+    if len(outer) > 1:
+        outer = {path: outer[path] for path in counted}
+    if len(outer) == 1:
+        path, layers = next(iter(outer.items()))
+        return Blocks(layers, path, counted.get(path, ()))
     children = ", ".join(name for name, _ in model.named_children())
+    reason = _REASONS.get(model.config.model_type, f"its parts are: {children}")
     raise ValueError(
-        f"{type(model).__name__} has no stack of blocks at {', '.join(path for path, _ in _LAYOUTS)}; "
-        f"its parts are: {children}. Load it with AutoModel, without a task head."
+        f"{type(model).__name__} has no single stack of blocks: {reason}. Use a text encoder or decoder that has one, "
+        "loaded with AutoModel, without a task head"
     )
-
-
-def _get(module: nn.Module, path: str) -> nn.Module | None:
-    current: nn.Module | None = module
-    for name in path.split("."):
-        current = getattr(current, name, None)
-    return current
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -64,3 +73,30 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def _counts(model: PreTrainedModel, number: int) -> tuple[str, ...]:
+    """Fields of the configuration, under the names they are stored by, that say this number of blocks."""
+    names = dict.fromkeys(model.config.attribute_map.get(name, name) for name in _COUNTS)
+    return tuple(name for name in names if getattr(model.config, name, None) == number)
+
+
+def _check_is_text_model(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} is no model of transformers: load it with AutoModel, without a task head")
+    if model.base_model is not model:
+        raise ValueError(
+            f"{name} has a task head: load it with AutoModel, without a task head, or give model.base_model"
+        )
+    text = model.config.get_text_config()
+    if text is not model.config:
+        inside = [
+            path for path, part in model.named_modules() if isinstance(part, PreTrainedModel) and part.config is text
+        ]
+        where = f"give model.{inside[0]}" if inside else "load its text model alone"
+        raise ValueError(f"{name} is made of several models: for its text model, {where}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} has an encoder and a decoder: give a model that is one of them, such as T5EncoderModel"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +10,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import progress
+from overparam.compress.depth.proof import apply_tail, reading
+from overparam.compress.depth.states import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.models import blocks
 
@@ -32,8 +32,10 @@ def layer_embeddings(
     """Embed `texts` at every depth of `model`, from the embedding layer to the last block, in one pass.
 
     Row `k` is what the model truncated to its first `k` blocks gives for the same batch: where the architecture
-    norms the last block's output, that norm is applied at every depth. Each depth is pooled as soon as it is
-    computed, so that memory does not grow with the number of layers.
+    norms or projects the last block's output, every depth is treated so. Each depth is pooled as soon as it is
+    computed, so that memory does not grow with the number of layers. That this holds is proved on a small batch, once
+    for each architecture in a process (`proof.reading`); where padding would change a model's numbers, only texts of
+    the same length share a batch.
 
     Args:
         model: A text encoder or a decoder without its head (`models.load`).
@@ -52,25 +54,30 @@ def layer_embeddings(
 
     Raises:
         ValueError: If a text is empty, the pooling or a depth is unknown, or a number is not finite.
+        NotExactError: If the depths of this architecture cannot be read from one pass.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-    prepared = batches(
-        tokenizer, texts, instruction=instruction, batch_tokens=batch_tokens, max_length=max_length
-    )
-    stack = blocks(model)
-    total = len(stack.layers)
+    total = len(blocks(model).layers)
     wanted = list(range(total + 1)) if depths is None else list(depths)
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] > total:
         raise ValueError(f"depths must be increasing numbers in 0..{total}, got {wanted}")
-    width = model.config.get_text_config().hidden_size
-    out = np.empty((len(texts), len(wanted), width), np.float32)
+    found = reading(model)
+    prepared = batches(
+        tokenizer,
+        texts,
+        instruction=instruction,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        padded=found.padding_is_neutral,
+    )
+    out = np.empty(0, np.float32)
     weights = torch.empty(0)
     pooled: list[torch.Tensor] = []  # of the current batch, by depth
 
     def pool(_: int, hidden: torch.Tensor) -> None:
-        normed = hidden if stack.norm is None else stack.norm(hidden)  # [texts, tokens, hidden]
-        pooled.append(torch.bmm(weights, normed.to(weights.dtype)).squeeze(1))
+        states = apply_tail(model, found, hidden)  # [texts, tokens, hidden]
+        pooled.append(torch.bmm(weights, states.to(weights.dtype)).squeeze(1))
 
     with torch.inference_mode(), each_depth(model, pool, wanted):
         for batch in progress.track(prepared, "embedding every depth"):
@@ -81,42 +88,16 @@ def layer_embeddings(
                 attention_mask=batch.attention_mask.to(model.device),
                 **no_cache(model),
             )
-            out[batch.rows] = torch.stack(pooled, dim=1).float().cpu().numpy()
+            rows = torch.stack(pooled, dim=1).float().cpu().numpy()  # [texts, depths, hidden]
+            if not out.size:
+                out = np.empty((len(texts), *rows.shape[1:]), np.float32)
+            out[batch.rows] = rows
     if not np.isfinite(out).all():
         depth = wanted[int(np.argwhere(~np.isfinite(out))[:, 1].min())]
         raise ValueError(
             f"embeddings are not finite from depth {depth} on; load the model in float32 or bfloat16"
         )
     return out
-
-
-@contextmanager
-def each_depth(
-    model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None], depths: Sequence[int] | None = None
-) -> Iterator[None]:
-    """Call ``visit(depth, hidden_states)`` for each depth during every forward pass.
-
-    States are those before the final norm; depth 0 is the embedding layer.
-    """
-    layers = blocks(model).layers
-
-    def before_first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        visit(0, args[0] if args else kwargs["hidden_states"])
-
-    def after(depth: int) -> Callable[[Any, Any, Any], None]:
-        return lambda _, __, output: visit(depth, output[0] if isinstance(output, tuple) else output)
-
-    handles = []
-    for depth in range(len(layers) + 1) if depths is None else depths:
-        if depth == 0:
-            handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
-        else:
-            handles.append(layers[depth - 1].register_forward_hook(after(depth)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor) -> torch.Tensor:
@@ -130,10 +111,3 @@ def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tens
     elif pooling == "cls":
         mask = torch.zeros_like(mask).scatter_(1, pooled_mask.argmax(1, keepdim=True), 1.0)
     return (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
-
-
-def no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Arguments that keep a decoder from storing keys and values that nobody reads."""
-    return (
-        {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
-    )

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import progress
-from overparam.compress.depth.embeddings import each_depth, no_cache
+from overparam.compress.depth.proof import reading
+from overparam.compress.depth.states import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.compress.depth.truncation import kept_indices
 
@@ -39,7 +40,12 @@ def layer_similarity(
     batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> LayerSimilarity:
-    """Measure both scores in one streaming pass over `texts`, on the residual stream before the final norm."""
+    """Measure both scores in one streaming pass over `texts`, on the residual stream before the final norm.
+
+    Raises:
+        NotExactError: If the depths of this architecture cannot be read from one pass.
+    """
+    padded = reading(model).padding_is_neutral
     states: list[torch.Tensor] = []  # last token by depth, of the current batch
     previous = torch.empty(0)
     mask = torch.empty(0)
@@ -49,6 +55,7 @@ def layer_similarity(
 
     def visit(depth: int, hidden: torch.Tensor) -> None:
         nonlocal previous
+        hidden = hidden.flatten(2)  # several streams of a token count as one
         if depth:
             cosine = torch.nn.functional.cosine_similarity(previous.float(), hidden.float(), dim=-1)
             if len(cosine_sums) < depth:
@@ -60,7 +67,8 @@ def layer_similarity(
 
     with torch.inference_mode(), each_depth(model, visit):
         for batch in progress.track(
-            batches(tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length), "comparing layers"
+            batches(tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length, padded=padded),
+            "comparing layers"
         ):
             states.clear()
             mask = batch.attention_mask.to(model.device)

@@ -34,11 +34,12 @@ def batches(
     instruction: str | None = None,
     batch_tokens: int = 1024,
     max_length: int = 512,
+    padded: bool = True,
 ) -> list[Batch]:
     """Tokenize `texts` and group them, longest first, so that no batch holds more than `batch_tokens` tokens.
 
-    Padding is on the right whatever the tokenizer's own side: with causal attention and positions counted from
-    the first token, it cannot change the numbers.
+    Padding is on the right whatever the tokenizer's own side: with an attention mask and positions counted from the
+    first token, it does not change the numbers of most architectures.
 
     Args:
         tokenizer: A fast tokenizer (character offsets tell the instruction's tokens).
@@ -46,6 +47,7 @@ def batches(
         instruction: Put before every text; attended to, not pooled.
         batch_tokens: Tokens of a batch, padding included; a longer text makes a batch of its own.
         max_length: Tokens of a text, special tokens and the instruction included.
+        padded: Texts of unequal length may share a batch. False for architectures whose numbers padding changes.
 
     Raises:
         ValueError: If there are no texts, one is empty, or the instruction fills the window.
@@ -69,7 +71,7 @@ def batches(
     if keep is not None and not all(any(row) for row in keep):
         raise ValueError(f"the instruction alone fills the window of {max_length} tokens")
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # stable: equal lengths keep their order
-    return [_pad(tokenizer, rows, ids, keep) for rows in _groups(order, ids, batch_tokens)]
+    return [_pad(tokenizer, rows, ids, keep) for rows in _groups(order, ids, batch_tokens, padded)]
 
 
 def _after(offsets: list[tuple[int, int]], prefix: int) -> list[bool]:
@@ -81,11 +83,13 @@ def _after(offsets: list[tuple[int, int]], prefix: int) -> list[bool]:
     return kept
 
 
-def _groups(order: Sequence[int], ids: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+def _groups(
+    order: Sequence[int], ids: list[list[int]], batch_tokens: int, padded: bool
+) -> Iterator[list[int]]:
     group: list[int] = []
     for row in order:
         width = len(ids[group[0]]) if group else len(ids[row])
-        if group and width * (len(group) + 1) > batch_tokens:
+        if group and (width * (len(group) + 1) > batch_tokens or not (padded or len(ids[row]) == width)):
             yield group
             group = []
         group.append(row)

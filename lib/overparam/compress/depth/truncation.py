@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from overparam.models import blocks, sharing_copy
+from overparam.compress.depth.positions import adopt, shortened
+from overparam.compress.depth.rebuilding import PLACES, check_rebuilt, rebuilt
+from overparam.compress.depth.states import no_cache
+from overparam.models import blocks, proof, sharing_copy
+from overparam.models.proof import NotExactError
+
+_proved: set[tuple[str, tuple[int, ...]]] = set()  # (signature, layers that stay)
 
 
 def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
     """Keep the first `keep_layers` blocks of `model`, or the blocks whose indices are given.
 
-    Changes `model` in place and keeps its configuration consistent (number of layers, per-layer lists such as
-    ``layer_types``), so that ``save_pretrained`` and ``AutoModel.from_pretrained`` give the same model again.
+    Changes `model` in place and keeps its configuration consistent (number of layers, lists with an entry for each
+    layer such as ``layer_types``, counts such as ``first_k_dense_replace``), so that `save`, or ``save_pretrained``
+    and ``AutoModel.from_pretrained``, give the same model again. Before anything is changed, a model built from the new
+    configuration is compared with the layers that stay, once for each architecture and choice in a process.
 
     Args:
         model: A text encoder or a decoder without its head.
@@ -27,30 +36,14 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
     Raises:
         TypeError: If `keep_layers` is a fraction or another kind of value.
         ValueError: If it is out of range, or indices repeat or decrease.
+        NotExactError: If no configuration of the architecture describes the layers that stay; the model is unchanged.
     """
-    stack = blocks(model)
-    kept = kept_indices(keep_layers, len(stack.layers))
-    config = model.config.get_text_config()
-    if getattr(config, "global_attn_every_n_layers", None) and kept != list(range(len(kept))):
-        raise ValueError(
-            f"{type(model).__name__} ties attention kinds to positions: keep leading layers only"
-        )
-    parent = model.get_submodule(stack.path.rpartition(".")[0]) if "." in stack.path else model
-    setattr(parent, stack.path.rpartition(".")[2], nn.ModuleList(stack.layers[index] for index in kept))
-    for position, layer in enumerate(blocks(model).layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # type: ignore[assignment]  # caches are indexed by it
-    total = len(stack.layers)
-    for name, value in list(vars(config).items()):
-        if (
-            isinstance(value, list)
-            and len(value) == total
-            and name.startswith(("layer", "mlp_layer", "no_rope"))
-        ):
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-    return model
+    total = len(blocks(model).layers)
+    kept = kept_indices(keep_layers, total)
+    if len(kept) == total:
+        return model
+    _check(model, kept)
+    return cut(model, kept)
 
 
 def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
@@ -59,6 +52,19 @@ def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTr
     For encoding and saving; train a copy of it. Arguments and errors are those of `truncate`.
     """
     return truncate(sharing_copy(model), keep_layers)
+
+
+def cut(model: PreTrainedModel, kept: Sequence[int], *, renumber: bool = True) -> PreTrainedModel:
+    """Leave the layers `kept` in `model`, in place, without a proof that it can be saved."""
+    stack = blocks(model)
+    config = shortened(model.config, stack.counts, kept, len(stack.layers))
+    leading = list(kept) == list(range(len(kept)))
+    layers = nn.ModuleList(stack.layers[index] for index in kept)
+    if renumber and not leading:
+        _renumber(layers, blocks(rebuilt(model, config)).layers)
+    model.set_submodule(stack.path, layers)
+    adopt(model.config, config)
+    return model
 
 
 def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:
@@ -75,3 +81,52 @@ def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
         raise ValueError(f"kept layers must be increasing indices in 0..{total - 1}, got {kept}")
     return kept
+
+
+def _renumber(layers: nn.ModuleList, reference: nn.ModuleList) -> None:
+    """Tell every layer its new place, as the model built from the configuration does; caches are indexed by it."""
+    for layer, other in zip(layers, reference, strict=True):
+        theirs = dict(other.named_modules())
+        for path, module in layer.named_modules():
+            for name in PLACES & vars(module).keys():
+                setattr(module, name, getattr(theirs.get(path), name, getattr(module, name)))
+
+
+def _check(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Refuse a cut that cannot be saved, or whose layers compute otherwise in their new places."""
+    name = (proof.signature(model), tuple(kept))
+    if name in _proved:
+        return
+    stack = blocks(model)
+    if not stack.counts:
+        raise NotExactError(
+            f"{type(model).__name__} has {len(stack.layers)} layers, but no field of its configuration says so"
+        )
+    config = shortened(model.config, stack.counts, kept, len(stack.layers))
+    check_rebuilt(model, rebuilt(model, config), kept)
+    if list(kept) != list(range(len(kept))):
+        _check_places(model, kept)
+    _proved.add(name)
+
+
+def _check_places(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Run the layers that stay under their new and under their old numbers, which should only matter to a cache."""
+    batch = proof.probe(model)
+    states = []
+    for renumber in (True, False):
+        small = cut(sharing_copy(model), kept, renumber=renumber).eval()
+        try:
+            with torch.inference_mode():
+                output = small(batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
+        except Exception as error:
+            if renumber:
+                raise NotExactError(
+                    f"{type(model).__name__} does not run with layers {list(kept)} alone: {error}"
+                ) from error
+            continue  # old numbers lie outside of the new model's lists
+        states.append(output[0])
+    if len(states) == 2 and proof.difference(*states, batch.attention_mask) > proof.tolerance(model.dtype):
+        raise NotExactError(
+            f"{type(model).__name__}: its layers compute with their own position, so that layers {list(kept)} are "
+            "others once they have moved; keep leading layers"
+        )

@@ -1,0 +1,100 @@
+"""Configurations that speak of positions of layers, rewritten for the layers that stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from overparam.models.proof import NotExactError
+
+# Fields that count leading layers of one kind: what is left of them is how many of these layers stay.
+_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
+_TRAILING = ("num_kv_shared_layers",)  # the same, counted from the end
+_NOT_LAYERS = ("token", "lang", "architectures", "label", "keys")  # lists that are never one entry a layer
+
+
+def shortened(
+    config: PreTrainedConfig, counts: Sequence[str], kept: Sequence[int], total: int
+) -> PreTrainedConfig:
+    """Return what is read again from a saved configuration of the layers `kept` of `total`.
+
+    Lists with an entry for each layer keep the entries of the layers that stay, lists of layer indices are renumbered,
+    counts of leading or trailing layers of one kind are counted anew, and repeating patterns are spelled out. Whether
+    this describes the layers that stay is to be proved on the model that is built from it.
+
+    Args:
+        config: Of a text model.
+        counts: The fields that hold the number of layers.
+        kept: Increasing indices from 0.
+        total: How many layers there are.
+
+    Raises:
+        NotExactError: If the architecture refuses such a configuration.
+    """
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    fields |= {name: _rewritten(name, value, kept, total) for name, value in fields.items()}
+    fields |= _spelled_out(config, kept, total)
+    fields |= dict.fromkeys(counts, len(kept))
+    try:
+        found = type(config).from_dict(fields)
+        again = type(config).from_dict(json.loads(found.to_json_string(use_diff=True)))
+    except Exception as error:
+        raise NotExactError(
+            f"the configuration of {config.model_type!r} cannot describe layers {list(kept)} of {total} alone: {error}"
+        ) from error
+    again._attn_implementation = config._attn_implementation
+    return again
+
+
+def adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Give `config`, which all modules of a model hold, the values of `new`."""
+    for name, value in vars(new).items():
+        if (not name.startswith("_") or name == "_heterogeneity_spec") and vars(config).get(name) != value:
+            vars(config)[name] = value
+
+
+def _rewritten(name: str, value: Any, kept: Sequence[int], total: int) -> Any:
+    if name == "per_layer_config" and isinstance(value, dict):  # overrides of single layers, by index
+        ours = {int(layer): fields for layer, fields in value.items()}
+        return {str(position): ours[layer] for position, layer in enumerate(kept) if layer in ours}
+    if isinstance(value, int) and not isinstance(value, bool):
+        if name in _LEADING:
+            return sum(index < value for index in kept)
+        if name in _TRAILING:
+            return sum(index >= total - value for index in kept)
+        if name == "moe_layer_end_index":
+            return sum(index <= value for index in kept) - 1
+    if not isinstance(value, list) or any(word in name for word in _NOT_LAYERS):
+        return value
+    if _are_indices(name, value, total):
+        return [position for position, index in enumerate(kept) if index in value]
+    return [value[index] for index in kept] if len(value) == total else value
+
+
+def _are_indices(name: str, value: list[Any], total: int) -> bool:
+    """Whether a list names layers by increasing indices, as ``mlp_only_layers`` does."""
+    return (
+        any(word in name for word in ("layer", "idx", "indices", "ids"))
+        and all(isinstance(index, int) and not isinstance(index, bool) for index in value)
+        and value == sorted(set(value))
+        and (not value or (value[0] >= 0 and value[-1] < total))
+    )
+
+
+def _spelled_out(config: PreTrainedConfig, kept: Sequence[int], total: int) -> dict[str, Any]:
+    """Patterns that repeat every few layers, as a list of the layers that they mean."""
+    if list(kept) == list(range(len(kept))):
+        return {}
+    found: dict[str, Any] = {}
+    if hasattr(config, "block_types"):  # recurrent_gemma
+        pattern = config.block_types
+        found["block_types"] = [pattern[index % len(pattern)] for index in kept]
+    step = getattr(config, "decoder_sparse_step", None)
+    if isinstance(step, int) and isinstance(getattr(config, "mlp_only_layers", None), list):
+        dense = [index for index in range(total) if index in config.mlp_only_layers or (index + 1) % step]
+        found["mlp_only_layers"] = [position for position, index in enumerate(kept) if index in dense]
+        found["decoder_sparse_step"] = 1
+    return found

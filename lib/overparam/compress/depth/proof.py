@@ -1,0 +1,167 @@
+"""The proof that one pass gives every depth: on a small batch, once for each architecture in a process."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overparam.compress.depth.states import each_depth, first, no_cache
+from overparam.compress.depth.truncation import cut
+from overparam.models import blocks, proof, sharing_copy
+from overparam.models.proof import NotExactError, Probe
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How every depth of a model is read from one pass.
+
+    Attributes:
+        tail: Paths of the modules that follow the last block, in their order: a final norm, a projection, or nothing.
+        padding_is_neutral: Whether a text has the same states alone and padded. Where not, texts are batched by length.
+    """
+
+    tail: tuple[str, ...]
+    padding_is_neutral: bool
+
+
+_readings: dict[str, Reading] = {}  # by signature
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Reading]] = weakref.WeakKeyDictionary()
+
+
+def reading(model: PreTrainedModel) -> Reading:
+    """Find out how the depths of `model` are read, and prove it on a padded batch of unequal lengths.
+
+    What follows the last block is traced; then the last depth must equal the model's own output, the first and a
+    middle depth the output of the truncated model, and a padded text is compared with the same text alone. The proof
+    runs once for each `proof.signature` in a process.
+
+    Raises:
+        ValueError: If the model has no stack of blocks.
+        NotExactError: If one pass does not give what the truncated models give.
+    """
+    layers = blocks(model).layers
+    state = (id(layers), len(layers), model.dtype, model.config._attn_implementation, model.training)
+    known = _known.get(model)
+    if known is not None and known[0] == state:
+        return known[1]
+    name = proof.signature(model)
+    if name not in _readings:
+        _readings[name] = _prove(model)
+    _known[model] = (state, _readings[name])
+    return _readings[name]
+
+
+def apply_tail(model: PreTrainedModel, found: Reading, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply what follows the last block to the states of any depth."""
+    for path in found.tail:
+        hidden = first(model.get_submodule(path)(hidden))
+    return hidden
+
+
+def _prove(model: PreTrainedModel) -> Reading:
+    name, dtype = type(model).__name__, model.dtype
+    total = len(blocks(model).layers)
+    batch = proof.probe(model)
+    states: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        with each_depth(model, states.__setitem__):
+            output, tail = _traced(model, batch)
+        if len(states) != total + 1:
+            raise NotExactError(f"{name} does not run each of its {total} blocks once: its depths cannot be read")
+        found = Reading(tail, padding_is_neutral=True)
+        limit = proof.tolerance(dtype)
+        for depth in sorted({1, (total + 1) // 2, total}):
+            row = apply_tail(model, found, states[depth])
+            expected = output if depth == total else _forward(cut(sharing_copy(model), range(depth)), batch)
+            error = proof.difference(row, expected, batch.attention_mask)
+            if error > limit:
+                what = "its own output" if depth == total else f"the model truncated to {depth} blocks"
+                raise NotExactError(
+                    f"{name}: depth {depth} of {total} read from one pass differs from {what} by {error:.1g} of its "
+                    "size; embed with truncated models instead"
+                )
+        return Reading(tail, _padding_is_neutral(model, batch, output))
+
+
+def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Run `model`; return its last hidden states, and the modules that lead to them from the last block's output."""
+    stack = blocks(model)
+    parents = [stack.path[: at.start()] for at in re.finditer(r"\.", stack.path)]  # the modules around the blocks
+    beside = [
+        f"{parent}.{name}".lstrip(".")
+        for parent in ("", *parents)
+        for name, _ in model.get_submodule(parent).named_children()
+    ]
+    calls: list[tuple[str, Any, Any]] = []  # (path, what it was given first, what it returned first)
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append((path, args[0] if args else next(iter(kwargs.values()), None), first(output)))
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True)
+        for path in beside
+        if path not in parents and path != stack.path
+    ]
+    last = stack.layers[-1]
+    handles.append(last.register_forward_hook(lambda _, __, out: calls.append(("", None, first(out)))))
+    try:
+        output = _forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    after = max(at for at, (path, _, _) in enumerate(calls) if not path)
+    current, tail = calls[after][2], []
+    for path, given, returned in calls[after + 1 :]:
+        if _same(current, output):
+            break
+        if given is current:
+            tail.append(path)
+            current = returned
+    if not _same(current, output):
+        raise NotExactError(
+            f"{type(model).__name__}: what follows its last block is more than a chain of modules "
+            f"({', '.join(tail) or 'none'}), so that other depths cannot be read as the last one is"
+        )
+    return output, tuple(tail)
+
+
+def _same(found: Any, output: torch.Tensor) -> bool:
+    return found is output or (isinstance(found, torch.Tensor) and torch.equal(found, output))
+
+
+def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or hidden.shape[:2] != batch.input_ids.shape:
+        raise NotExactError(f"{type(model).__name__} does not return a hidden state for each token")
+    return hidden
+
+
+def _padding_is_neutral(model: PreTrainedModel, batch: Probe, output: torch.Tensor) -> bool:
+    """Whether the padded texts of the batch have the states that each has alone, up to rounding.
+
+    In half precision the typical token decides, since rounding may send single tokens to another expert.
+    """
+    errors = []
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        if length == batch.input_ids.shape[1]:
+            continue
+        part = Probe(batch.input_ids[row : row + 1, :length], batch.attention_mask[row : row + 1, :length])
+        alone = _forward(model, part)[0].double()
+        padded = output[row, :length].double()
+        errors.append((padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12))
+    typical = torch.cat(errors)
+    worst = typical.median() if model.dtype in _LOW_PRECISION else typical.max()
+    return bool(worst <= proof.tolerance(model.dtype))

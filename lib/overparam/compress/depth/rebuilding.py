@@ -1,0 +1,160 @@
+"""Whether a configuration builds exactly the layers that a truncated model has, seen before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from overparam.models import blocks, proof
+from overparam.models.proof import NotExactError
+
+# attributes by which a layer knows its own place
+PLACES = frozenset(
+    ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "block_id", "block_index")
+)
+
+
+class Difference(NamedTuple):
+    """What a layer, or a part around the layers, has in the model and in the one built from a configuration."""
+
+    layer: int | None  # index in the whole model; None for what is around the layers
+    name: str
+    ours: object
+    theirs: object
+
+
+def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model of the same class from `config`, without memory for its parameters.
+
+    Raises:
+        NotExactError: If the class cannot be built from it.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            return type(model)(copy.deepcopy(config))
+    except Exception as error:
+        raise NotExactError(f"{type(model).__name__} cannot be built from its configuration: {error}") from error
+
+
+def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Compare the layers `kept` of `model`, and what is around them, with a model built from the shortened configuration.
+
+    Names, shapes and classes of all parts are compared, plain attributes of the layers (a kind of attention, a window,
+    a scale) and their buffers that are not saved. What differs before a cut as well, such as an attribute that
+    somebody has set by hand, is no fault of the cut.
+
+    Raises:
+        NotExactError: If there is a difference; names the first.
+    """
+    found = differences(model, built, kept)
+    if found:
+        every = range(len(blocks(model).layers))
+        known = {
+            (item.layer, item.name) for item in differences(model, rebuilt(model, model.config), every)
+        }
+        found = [item for item in found if (item.layer, item.name) not in known]
+    if found:
+        layer, name, ours, theirs = found[0]
+        where = "around the layers" if layer is None else f"layer {layer}"
+        raise NotExactError(
+            f"{type(model).__name__}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: reloaded from "
+            f"the configuration of this architecture, {name} ({where}) would be {theirs} instead of {ours}. "
+            f"Keep {'other layers, such as leading ones' if list(kept) != list(range(len(kept))) else 'another number'}"
+        )
+
+
+def differences(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> list[Difference]:
+    """List what differs between `built` and `model` with the layers `kept` alone."""
+    ours, theirs = blocks(model), blocks(built)
+    if len(theirs.layers) != len(kept):
+        return [Difference(None, "the number of layers", len(kept), len(theirs.layers))]
+    found = [
+        Difference(index, name, left, right)
+        for index, layer in zip(kept, theirs.layers, strict=True)
+        for name, left, right in _unequal(_facts(ours.layers[index]), _facts(layer))
+    ]
+    around = _unequal(_around(model, ours.path), _around(built, theirs.path))
+    found += [Difference(None, name, left, right) for name, left, right in around]
+    places = {index: position for position, index in enumerate(kept)}
+    left_ties = {
+        frozenset(_moved(name, ours.path, places) for name in tie) - {""} for tie in _ties(model)
+    }
+    if {tie for tie in left_ties if len(tie) > 1} != set(_ties(built)):
+        found.append(Difference(None, "what shares weights", _ties(model), _ties(built)))
+    return found
+
+
+def _unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in ours | theirs:
+        left, right = ours.get(name, "absent"), theirs.get(name, "absent")
+        if not _agree(left, right):
+            shown = [value.shape if isinstance(value, torch.Tensor) else value for value in (left, right)]
+            yield name, *(value.__name__ if isinstance(value, type) else value for value in shown)
+
+
+def _agree(left: Any, right: Any) -> bool:
+    if isinstance(left, type) and isinstance(right, type):
+        return issubclass(left, right)  # quantized layers are a subclass of plain ones
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        if left.is_meta or right.is_meta or not left.is_floating_point():
+            return left.shape == right.shape
+        return left.shape == right.shape and proof.difference(left, right) <= proof.tolerance(torch.bfloat16)
+    return bool(left == right)
+
+
+def _facts(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is: classes and plain attributes of its modules, shapes of its weights, its unsaved buffers."""
+    facts: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        facts[path or "the layer"] = type(module)
+        prefix = f"{path}." if path else ""
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name not in PLACES | {"training"} and _is_plain(value):
+                facts[prefix + name] = value
+        for name, tensor in module.named_parameters(recurse=False):
+            facts[prefix + name] = _shape(tensor)
+        for name, tensor in module.named_buffers(recurse=False):
+            unsaved = name in module._non_persistent_buffers_set
+            facts[prefix + name] = tensor if unsaved else _shape(tensor)
+    return facts
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _shape(tensor: torch.Tensor) -> Any:
+    return tuple(tensor.shape) if tensor.is_floating_point() else "whole numbers"
+
+
+def _around(model: PreTrainedModel, path: str) -> dict[str, Any]:
+    """Shapes of what is saved of a model, its layers apart."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not name.startswith(f"{path}.")
+    }
+
+
+def _ties(model: PreTrainedModel) -> set[frozenset[str]]:
+    """Names of the parameters that are the same tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {frozenset(tied) for tied in names.values() if len(tied) > 1}
+
+
+def _moved(name: str, path: str, places: dict[int, int]) -> str:
+    """The name of a parameter after the cut; empty for one of a layer that goes."""
+    if not name.startswith(f"{path}."):
+        return name
+    index, _, rest = name.removeprefix(f"{path}.").partition(".")
+    return f"{path}.{places[int(index)]}.{rest}" if int(index) in places else ""

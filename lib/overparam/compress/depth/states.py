@@ -1,0 +1,53 @@
+"""The hidden states between blocks, seen during an ordinary forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from overparam.models import blocks
+
+
+@contextmanager
+def each_depth(
+    model: PreTrainedModel, visit: Callable[[int, torch.Tensor], None], depths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Call ``visit(depth, hidden_states)`` for each depth during every forward pass.
+
+    States are those before what follows the last block, such as a final norm; depth 0 is the embedding layer.
+    """
+    layers = blocks(model).layers
+
+    def before_first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visit(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(depth: int) -> Callable[[Any, Any, Any], None]:
+        return lambda _, __, output: visit(depth, first(output))
+
+    handles = []
+    for depth in range(len(layers) + 1) if depths is None else depths:
+        if depth == 0:
+            handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+        else:
+            handles.append(layers[depth - 1].register_forward_hook(after(depth)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first(output: Any) -> Any:
+    """What a module returns first: the hidden states, where it returns more."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments that keep a decoder from storing keys and values that nobody reads."""
+    return (
+        {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
+    )
