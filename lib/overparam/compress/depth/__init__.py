@@ -6,7 +6,7 @@ of Gromov et al. (arXiv 2403.17887).
 """
 
 from overparam.compress.depth.embeddings import POOLINGS, layer_embeddings
-from overparam.compress.depth.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe
+from overparam.compress.depth.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe, frame, instructions_of
 from overparam.compress.depth.selection import (
     Cuts,
     LayerLoss,
@@ -33,8 +33,10 @@ __all__ = [
     "LayerLoss",
     "LayerSimilarity",
     "TextRecipe",
+    "frame",
     "initial_loss",
     "initial_losses",
+    "instructions_of",
     "keep_by_angular_distance",
     "keep_by_block_influence",
     "keep_random",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,6 +56,9 @@ class Study:
 
         What the unpruned model gives is kept in the cache, for a job that is killed later on.
         """
+        recipe = replace(
+            text_recipe(self.params), separator=" "
+        )  # also in the published code, when it embeds
 
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
             return depth.layer_embeddings(
@@ -63,6 +67,7 @@ class Study:
                 texts,
                 pooling=self.params.pooling,
                 instruction=instruction,
+                recipe=recipe,
                 depths=depths,
                 batch_tokens=self.params.batch_tokens,
                 max_length=self.params.max_length,
@@ -70,7 +75,14 @@ class Study:
 
         if model is not self.model:
             return embed
-        settings = [self.params.pooling, self.params.batch_tokens, self.params.max_length, str(model.dtype)]
+        settings: list[Any] = [
+            self.params.pooling,
+            self.params.batch_tokens,
+            self.params.max_length,
+            str(model.dtype),
+        ]
+        if recipe != depth.PLAIN:
+            settings.append(asdict(recipe))
         versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
         made_by = [models.provenance(self.params.model), str(model.device), depths, settings, versions]
 
@@ -151,11 +163,26 @@ def start(params: Params) -> Study:
     return Study(params, recorder, model, tokenizer)
 
 
-def triplets(params: Params, n: int, *, seed: int) -> list[pairs.Triplet]:
-    """Return training triplets, packaged or published, as the parameters say."""
+def published_recipe(params: Params) -> depth.TextRecipe:
+    """Return the recipe of L3Prune's code with the chat template of the parameters."""
+    return replace(depth.PUBLISHED, template=params.chat_template)
+
+
+def text_recipe(params: Params) -> depth.TextRecipe:
+    """Return how texts are read, pooled and drawn in the initial loss and in training."""
+    return published_recipe(params) if params.recipe == "published" else depth.PLAIN
+
+
+def triplets(params: Params, n: int, *, seed: int, group: int = 1) -> list[pairs.Triplet]:
+    """Return training triplets, packaged or published, as the parameters say.
+
+    Packaged sources give as many each; published ones are drawn as the recipe says, those in proportion to size by
+    groups of one source, such as the batches of a training.
+    """
     if params.training_data is None:
         return pairs.triplets(n, seed=seed, max_chars=params.max_chars)
-    return pairs.hub_triplets(params.training_data, n, seed=seed)
+    draw = text_recipe(params).draw
+    return pairs.hub_triplets(params.training_data, n, seed=seed, draw=draw, group=group)
 
 
 def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
@@ -168,6 +195,7 @@ def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
         batch_size=params.loss_batch_size,
         scale=params.loss_scale,
         pooling=params.pooling,
+        recipe=text_recipe(params),
         seed=params.seed,
         batch_tokens=params.batch_tokens,
         max_length=params.max_length,

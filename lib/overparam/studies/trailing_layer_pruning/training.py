@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from overparam import cache, models, packages, progress
 from overparam.compress import contrastive, depth
 from overparam.report import stats
-from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points, triplets
+from overparam.studies.trailing_layer_pruning.study import (
+    Scores,
+    Study,
+    ZeroShot,
+    mean_points,
+    text_recipe,
+    triplets,
+)
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 NEGLIGIBLE_SHARE = 0.30  # of the layers, said to go with negligible loss
 MODEST_SHARE = 0.80  # of the layers, said to go with a modest one
@@ -68,9 +79,15 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             trained = contrastive.train(
                 depth.truncated(study.model, keep),
                 study.tokenizer,
-                triplets(params, params.train_steps * params.train_batch_size, seed=seed),
+                triplets(
+                    params,
+                    params.train_steps * params.train_batch_size,
+                    seed=seed,
+                    group=params.train_batch_size,
+                ),
                 recipe,
                 pooling=params.pooling,
+                text_recipe=text_recipe(params),
                 cache=cache.folder("adapters"),
                 identity=identity,
                 label=f"training {keep} of {study.layers} layers, seed {seed}",
@@ -84,12 +101,27 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             found = study.score(f"trained, seed {seed}", study.embedder(encoder, [keep]), depths=[keep])
             scores.setdefault(keep, []).append(found[keep])
             if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
-                folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
-                trained.encoder.save(str(folder))
-                progress.note(f"saved the encoder with {keep} layers at {folder}")
+                _export(study, trained.encoder, keep)
             del trained, encoder  # or the next one is trained beside it
     study.recorder.table("training_loss", pd.DataFrame(losses))
     return _compare(study, scores, cost, zero)
+
+
+def _export(study: Study, encoder: SentenceTransformer, keep: int) -> None:
+    """Save a trained encoder: a folder of sentence-transformers, which has no module for the published pooling."""
+    params = study.params
+    folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
+    if params.recipe == "plain":
+        encoder.save(str(folder))
+        progress.note(f"saved the encoder with {keep} layers at {folder}")
+        return
+    folder = folder.with_name(f"{folder.name}-published")
+    encoder[0].model.save_pretrained(folder)
+    study.tokenizer.save_pretrained(folder)
+    progress.note(
+        f"saved the model with {keep} layers at {folder}, a folder of transformers: sentence-transformers cannot pool "
+        "as the published recipe does; embed with depth.layer_embeddings(..., recipe=depth.PUBLISHED)"
+    )
 
 
 def _compare(
