@@ -212,6 +212,83 @@ def test_published_triplets_that_are_wrong_are_named(tmp_path):
         hub_triplets(tmp_path / "empty")
 
 
+def in_parts(folder, sizes):
+    for source, size in sizes.items():
+        write(folder, source, [row(number, source) for number in range(size)])
+    return folder
+
+
+def test_a_data_set_that_is_there_whole_and_in_parts_is_read_once(tmp_path):
+    echo = in_parts(tmp_path / "echo", {"allnli": 6, "allnli_split1": 3, "allnli_split2": 3, "nq": 2})
+    assert Counter(each.source for each in hub_triplets(echo)) == {"allnli": 6, "nq": 2}
+    assert Counter(each.source for each in hub_triplets(echo, 4)) == {"allnli": 2, "nq": 2}
+    assert {each.query for each in hub_triplets(echo, sources=["allnli_split2"])} == {
+        f"q{n} allnli_split2 ñ" for n in range(3)
+    }
+    with pytest.raises(ValueError, match="'allnli' and its part 'allnli_split1'"):
+        hub_triplets(echo, sources=["allnli", "allnli_split1"])
+
+
+def test_parts_alone_make_one_source(tmp_path):
+    sizes = {"quora_duplicates_split1": 3, "quora_duplicates_split2": 5, "nq": 8}
+    echo = in_parts(tmp_path / "echo", sizes)
+    everything = hub_triplets(echo)
+    assert Counter(each.source for each in everything) == {"nq": 8, "quora_duplicates": 8}
+    assert len({each.query for each in everything}) == 16
+    assert Counter(each.source for each in hub_triplets(echo, 8)) == {"nq": 4, "quora_duplicates": 4}
+
+
+def test_parts_of_a_hub_data_set_are_read_once_too(monkeypatch):
+    names = ["own", "own_split1", "own_split2", "other"]
+    rows = [{**row(number, "s"), "positive": "p", "source": names[number % 4]} for number in range(12)]
+    monkeypatch.setattr(published, "hub", lambda *_, **__: Dataset.from_list(rows))
+    assert Counter(each.source for each in hub_triplets("some/set")) == {"own": 3, "other": 3}
+
+
+def test_a_proportional_draw_follows_the_sizes(tmp_path):
+    echo = in_parts(tmp_path / "echo", {"large": 900, "small": 100})
+    drawn = hub_triplets(echo, 500, draw="proportional")
+    assert len({each.query for each in drawn}) == 500
+    assert 30 <= Counter(each.source for each in drawn)["small"] <= 70  # 50 expected, 4.7 its deviation
+    assert drawn == hub_triplets(echo, 500, draw="proportional")
+    assert drawn != hub_triplets(echo, 500, draw="proportional", seed=1)
+    assert len(hub_triplets(echo, draw="proportional")) == 1000
+
+
+def test_a_proportional_draw_takes_whole_batches(tmp_path):
+    echo = in_parts(tmp_path / "echo", {"large": 50, "small": 11, "tiny": 3})
+    drawn = hub_triplets(echo, 40, draw="proportional", group=4)
+    assert all(len({each.source for each in drawn[at : at + 4]}) == 1 for at in range(0, 40, 4))
+    assert Counter(each.source for each in hub_triplets(echo, draw="proportional", group=4)) == {
+        "large": 48,
+        "small": 8,
+    }
+    with pytest.raises(ValueError, match="multiple of the group of 4 triplets, got 5"):
+        hub_triplets(echo, 5, draw="proportional", group=4)
+    with pytest.raises(ValueError, match="holds 56 triplets"):
+        hub_triplets(echo, 60, draw="proportional", group=4)
+
+
+def test_published_triplets_carry_the_instructions_of_their_data_set(tmp_path):
+    sizes = {"nq": 2, "allnli": 4, "quora_duplicates_split2": 2, "mine": 1}
+    made = hub_triplets(in_parts(tmp_path / "echo", sizes))
+    asked = {each.query: (each.query_instruction, each.document_instruction) for each in made}
+    question = "Given a question, retrieve Wikipedia passages that answer the question"
+    assert asked["q0 nq ñ"] == (question, None)
+    turns = [asked[f"q{number} allnli ñ"] for number in range(4)]
+    assert turns[0] == turns[2] != turns[1] == turns[3]  # by turns along the lines of the file
+    assert {given for _, given in turns} == {None}
+    query, document = asked["q0 quora_duplicates_split2 ñ"]
+    assert query == document == "Find questions that have the same meaning as the input question"
+    assert asked["q0 mine ñ"] == (None, None)
+
+
+def test_packaged_triplets_carry_instructions():
+    for each in triplets(8):
+        assert each.query_instruction
+        assert (each.document_instruction is None) == (each.source in ("fr", "de"))
+
+
 def test_a_large_file_is_not_held_in_memory(tmp_path):
     write(tmp_path / "echo", "big", [row(number, "x" * 2000) for number in range(5000)])
     tracemalloc.start()

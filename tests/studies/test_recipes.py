@@ -119,14 +119,14 @@ def test_the_last_depth_is_the_folders_own_embedding_where_nothing_is_left_out(s
 def test_a_pooling_that_is_set_replaces_the_folders(sentence_folder):
     study = start_trailing(sentence_folder(**DENSE), pooling="mean")
     assert study.pooling == "mean"
-    assert study.recipe is None
+    assert study.folder_recipe is None
     assert said(study)["pooling"] == ("cls", "mean")
     assert said(study)["unit length"] == ("yes", "no")
 
 
 def test_a_decoder_without_a_recipe_keeps_its_weighted_mean():
     study = start_trailing("tiny-gemma3")
-    assert (study.pooling, study.recipe, study.max_length) == ("weighted_mean", None, 512)
+    assert (study.pooling, study.folder_recipe, study.max_length) == ("weighted_mean", None, 512)
 
 
 @pytest.mark.parametrize("pooling", ["max", ("cls", "mean")])

@@ -5,9 +5,19 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from overparam.compress import depth
 from overparam.report import record, stats
 from overparam.report.claims import verdict_table
-from overparam.studies.trailing_layer_pruning import Params, costs, plots, rules, study, training, verdicts
+from overparam.studies.trailing_layer_pruning import (
+    Params,
+    costs,
+    plots,
+    recipes,
+    rules,
+    study,
+    training,
+    verdicts,
+)
 
 TINY = {
     "tasks": ("VerseParaphrase", "VersePairs"),
@@ -43,6 +53,8 @@ TINY = {
         ({"pooling": "max"}, "weighted_mean"),
         ({"learning_rate": 0}, "greater than 0"),
         ({"depth": 3}, "Extra inputs"),
+        ({"recipe": "paper"}, "plain"),
+        ({"chat_template": "[INST]"}, "hold {text} once"),
     ],
 )
 def test_bad_parameters_are_refused_at_once(change, message):
@@ -97,13 +109,15 @@ def published_data(folder):
 
 @pytest.mark.parametrize("name", ["phi3", "bert"])
 def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, monkeypatch):
-    """Published triplets, instructions and bfloat16: the paths that the paper profile takes."""
+    """Published triplets and recipe, instructions and bfloat16: the paths that the paper profile takes."""
     data = tmp_path / "echo-data"
     data.mkdir()
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
     params = Params(
         model=f"tiny-{name}",
         dtype="bfloat16",
+        recipe="published",
+        chat_template="<user>{text}</user>",
         instructions=True,
         training_data=published_data(data),
         **TINY | {"max_length": 256},  # an instruction takes a token a byte
@@ -111,6 +125,15 @@ def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, mon
     run = study.start(params)
     loss, cuts = study.initial_loss(run)
     assert 1 <= cuts.small <= 3 < cuts.large <= 6
+    assert loss.scale == 50.0
+    comparison = recipes.compare_recipes(run, loss, cuts)
+    assert list(comparison.table["scale"]) == [50.0, 50.0, 20.0]
+    assert (
+        recipes.as_read(run)
+        .set_index("source")
+        .loc["squad", "query"]
+        .startswith("<user>Retrieve Wikipedia passages that answer the question; ⟦what is ")
+    )
     zero = study.zero_shot(run, cuts)
     assert set(zero.by_depth) == set(range(7))
     trained = training.train_and_evaluate(run, cuts, zero)
@@ -126,6 +149,7 @@ def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, mon
     assert len(verdict_table(claims)) == 5
     for draw in (
         lambda: plots.plot_initial_loss(run, loss, cuts),
+        lambda: plots.plot_recipes(run, comparison),
         lambda: plots.plot_zero_shot(run, zero, cuts),
         lambda: plots.plot_tasks(run, zero),
         lambda: plots.plot_trained(run, trained),
@@ -135,10 +159,47 @@ def test_every_step_of_the_paper_profile_runs_on_a_tiny_twin(name, tmp_path, mon
         draw()
     run.finish()
     kept = record.load(tmp_path / "job")
-    assert len(kept.figures) == 6
+    assert len(kept.figures) == 7
     assert record.problems(kept) == []
     items = pd.read_parquet(tmp_path / "job" / "items.parquet")
     paraphrase = items[(items["system"] == "zero-shot") & (items["task"] == "VerseParaphrase")]
     means = 100 * paraphrase.groupby("depth")["value_0"].mean()
     expected = [100 * zero.by_depth[keep]["VerseParaphrase"].score for keep in range(7)]
     np.testing.assert_allclose(means, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "bert"])
+def test_both_recipes_are_compared_on_the_same_triplets(name, tmp_path, monkeypatch):
+    """Also where the window of the plain recipe has no room for an instruction."""
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
+    run = study.start(Params(model=f"tiny-{name}", dtype="float32", **TINY))
+    loss, cuts = study.initial_loss(run)
+    assert loss.scale == 20.0
+    comparison = recipes.compare_recipes(run, loss, cuts)
+    assert list(comparison.losses) == ["plain", "published"]
+    assert comparison.cuts["plain"] == cuts
+    assert list(comparison.table["scale"]) == [20.0, 20.0, 50.0]
+    again = depth.initial_loss(
+        run.model,
+        run.tokenizer,
+        study.triplets(run.params, 16, seed=42),
+        batch_size=8,
+        scale=20.0,
+        recipe=depth.PUBLISHED,
+        max_length=512,  # cuts nothing: texts have 64 characters
+    )
+    longer = run.params.model_copy(update={"max_length": 512})
+    run.params = longer
+    plain = study.initial_loss(run)[0]
+    comparison = recipes.compare_recipes(run, plain, cuts)
+    np.testing.assert_allclose(comparison.losses["published"].mean, again.mean, atol=1e-6)
+    expected = np.abs(again.mean[1:] / plain.mean[1:] - 1).max()
+    assert comparison.largest_difference == pytest.approx(expected, rel=1e-4)
+    assert run.recorder.record.metrics["recipes_largest_difference"].value == comparison.largest_difference
+    read = recipes.as_read(run).set_index("source")
+    assert set(read.index) == {"paraphrase", "topic", "fr", "de"}
+    assert read.loc["fr", "query"].startswith(
+        "Given a Bible verse in English, find the same verse in French; ⟦"
+    )
+    assert read.loc["fr", "document"].startswith("⟦")
+    assert "⟦" in read.loc["topic", "document"][1:]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from overparam import cache as steps
 from overparam import models, progress
+from overparam.compress.depth.recipe import PLAIN, TextRecipe
 from overparam.compress.triplets import Triplet
 from overparam.models import blocks
 from overparam.models.recipe import POOLINGS
@@ -99,6 +100,7 @@ def train(
     *,
     pooling: str = "weighted_mean",
     instruction: str | None = None,
+    text_recipe: TextRecipe = PLAIN,
     cache: Path | None = None,
     identity: str = "",
     label: str = "training",
@@ -111,7 +113,10 @@ def train(
         triplets: Training triplets with a ``source``; every batch comes from one source.
         recipe: See `Recipe`.
         pooling: See `depth.layer_embeddings`.
-        instruction: Put before queries.
+        instruction: Put before queries, instead of what the triplets say.
+        text_recipe: How texts are put to the model and pooled. With `depth.PUBLISHED`, each triplet's instructions
+            and the chat template stand around its texts; no module of sentence-transformers pools that way, so that
+            such an encoder is used with `depth.layer_embeddings`, and its model saved as a folder of transformers.
         cache: Folder where adapters are kept; a run with the same model, triplets and recipe takes them from there.
         identity: What identifies the weights of `model`, for the cache.
         label: Name of the step in the progress display.
@@ -120,13 +125,20 @@ def train(
         ValueError: If a source has fewer triplets than a batch.
         FloatingPointError: If the loss is not finite; says at which step.
     """
+    if text_recipe != PLAIN:
+        from overparam.compress.reading import marked
+
+        triplets = [marked(triplet, text_recipe, instruction) for triplet in triplets]
+        instruction = None
     sources = _by_source(triplets, recipe.batch_size)
-    encoder = as_sentence_transformer(model, tokenizer, pooling=pooling, max_length=recipe.max_length)
+    encoder = as_sentence_transformer(
+        model, tokenizer, pooling=pooling, max_length=recipe.max_length, text_recipe=text_recipe
+    )
     if cache is None:
         losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
         encoder[0].model = encoder[0].model.merge_and_unload()
         return Trained(encoder.eval(), losses, seconds, cached=False)
-    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity)
+    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity, text_recipe)
     with steps.using(stored):
         found = stored.exists()
         if found:
@@ -174,22 +186,33 @@ def as_sentence_transformer(
     *,
     pooling: str = "weighted_mean",
     max_length: int = 512,
+    text_recipe: TextRecipe = PLAIN,
 ) -> SentenceTransformer:
-    """Wrap a copy of `model` as a SentenceTransformer with the pooling that `depth.layer_embeddings` uses."""
+    """Wrap a copy of `model` as a SentenceTransformer with the pooling that `depth.layer_embeddings` uses.
+
+    Only with the plain recipe is it made of the modules of sentence-transformers, and can be saved for others.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
+    from overparam.compress.reading import Reader, TextPooling
+
+    plain = text_recipe == PLAIN
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder, models.quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        transformer = Transformer(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
+        kind = Transformer if plain else Reader
+        transformer = kind(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
     del transformer.model  # a reload may add a pooler, which nothing reads
     transformer.model = copy.deepcopy(model)
     transformer.tokenizer.padding_side = "right"
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     width = model.config.get_text_config().hidden_size
-    pool = Pooling(width, POOLINGS[pooling], include_prompt=False)
+    pool = (Pooling if plain else TextPooling)(width, POOLINGS[pooling], include_prompt=False)
+    if not plain:
+        transformer.text_recipe = pool.text_recipe = text_recipe
+        pool.pooling = pooling
     return SentenceTransformer(modules=[transformer, pool], device=str(model.device))
 
 
@@ -293,9 +316,11 @@ def _key(
     pooling: str,
     instruction: str | None,
     identity: str,
+    text_recipe: TextRecipe,
 ) -> str:
     digest = hashlib.sha256()
-    for part in (identity, len(blocks(model).layers), asdict(recipe), pooling, instruction):
+    own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
+    for part in (identity, len(blocks(model).layers), asdict(recipe), pooling, instruction, *own):
         digest.update(json.dumps(part, sort_keys=True).encode())
     for t in triplets:
         digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())

@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from overparam.data import instructions
 from overparam.data.corpora import known, normalise, topic_rows, verses
 from overparam.data.published import Triplet, cut, hub_triplets
 from overparam.data.splits import SPLITS, split_of, verse_splits
@@ -110,7 +111,7 @@ def _verse_triplets(
             negatives = (shown[answered][other] for other in rng.sample(others, len(others)) if other != id_)
             negative = next((text for text in negatives if normalise(text) not in same), None)
             if negative is not None:
-                yield Triplet(query, positive, negative, source)
+                yield Triplet(query, positive, negative, source, *instructions.packaged(source))
 
 
 @functools.lru_cache(maxsize=16)
@@ -149,7 +150,7 @@ def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Tri
             # The next post of a shuffled topic: a random partner, and each post is a positive once.
             query, positive = posts[topic][place], posts[topic][(place + 1) % len(posts[topic])]
             negative = rng.choice(posts[rng.choice([other for other in topics if other != topic])])
-            yield Triplet(query, positive, negative, "topic")
+            yield Triplet(query, positive, negative, "topic", *instructions.packaged("topic"))
 
 
 @functools.cache

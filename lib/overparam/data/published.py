@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import random
@@ -9,19 +10,25 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
+from overparam.data import instructions
 from overparam.data.corpora import hub, known
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """A query, a text that belongs with it, a text that looks as if it did, and where they come from."""
+    """A query, a text that belongs with it, a text that looks as if it did, and where they come from.
+
+    The instructions are what a recipe that uses any puts before the query, and before the two documents.
+    """
 
     query: str
     positive: str
     negative: str
     source: str
+    query_instruction: str | None = None
+    document_instruction: str | None = None
 
 
 def hub_triplets(
@@ -34,51 +41,109 @@ def hub_triplets(
     sources: Sequence[str] | None = None,
     seed: int = 42,
     max_chars: int | None = None,
+    draw: Literal["balanced", "proportional"] = "balanced",
+    group: int = 1,
 ) -> list[Triplet]:
     """Read published triplets: columns or keys `query`, `positive`, `negative` (a list gives its first text).
+
+    Each data set is read once: where it is there whole and in parts (``allnli`` beside ``allnli_split1`` and
+    ``allnli_split2``), the parts are left out; parts alone make one source together.
 
     Args:
         path: A folder of ``.jsonl`` files, one a source (the layout of echo-data, on which L3Prune trains),
             one such file, or a data set of the hub, whose column `source`, when it has one, is kept.
-        n: Number of triplets, balanced over the sources as far as they go; all when None.
+        n: Number of triplets; all when None.
         name: Configuration on the hub.
         split: Split on the hub.
         revision: Commit on the hub.
         sources: Names of files or values of `source` to use; all when None.
         seed: Chooses which triplets are taken when `n` is given.
         max_chars: Texts are cut to it when given.
+        draw: ``balanced`` takes as many from each source as far as they go; ``proportional`` draws at random from all
+            triplets together, as the published code does, so that large sources give more.
+        group: Of a proportional draw: triplets are drawn by groups of so many of one source, such as the batches of a
+            training; what is left of a source that makes no whole group is never drawn.
 
     Raises:
-        ValueError: A line or row without the three texts (named), an unknown source, or `n` too large.
+        ValueError: A line or row without the three texts (named), an unknown source, a data set asked for twice, or
+            `n` too large or no multiple of `group`.
         RuntimeError: The data set could be neither reached nor found in the cache.
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 or None, got {n}")
-    rows: Mapping[str, _File | _Rows]
     local = Path(path).exists()
     rows = _local_rows(Path(path)) if local else _hub_rows(str(path), name, split, revision)
     for source in sources or ():
         known(source, sorted(rows), "source of triplets")
-    chosen = {source: rows[source] for source in (sources or sorted(rows))}
-    shares = _shares({source: len(each) for source, each in chosen.items()}, n, str(path))
-    made = []
-    for source, each in chosen.items():
-        picks = random.Random(f"{seed} {source}").sample(range(len(each)), shares[source])
-        made.append([each.triplet(index, source, max_chars) for index in picks])
-    return [triplet for turn in itertools.zip_longest(*made) for triplet in turn if triplet is not None]
+    chosen = _each_once(rows, sources)
+    sizes = {source: sum(len(part) for part in parts.values()) for source, parts in chosen.items()}
+    turns = (
+        _balanced(sizes, n, str(path))
+        if draw == "balanced"
+        else _proportional(sizes, n, group, seed, str(path))
+    )
+    left = {
+        source: iter(random.Random(f"{seed} {source}").sample(range(sizes[source]), turns.count(source)))
+        for source in chosen
+    }
+    return [_take(chosen[source], next(left[source]), source, max_chars) for source in turns]
 
 
-def _shares(sizes: Mapping[str, int], n: int | None, path: str) -> dict[str, int]:
-    """How many of each source make `n`: equal shares; what small sources lack is taken from larger ones."""
-    total = sum(sizes.values())
-    wanted = total if n is None else n
-    if wanted > total or not total:
-        raise ValueError(f"{path} holds {total} triplets in {len(sizes)} sources, got n={n}")
+def _each_once(rows: Mapping[str, _Part], sources: Sequence[str] | None) -> dict[str, dict[str, _Part]]:
+    """The parts of each data set by its name; no part beside the whole."""
+    chosen: dict[str, dict[str, _Part]] = defaultdict(dict)
+    names = sources or sorted(rows)
+    for source in names:
+        whole, number = instructions.part_of(source)
+        if number is not None and whole in names:
+            if sources:
+                raise ValueError(
+                    f"sources names {whole!r} and its part {source!r}, whose triplets would count twice"
+                )
+            continue
+        chosen[whole][source] = rows[source]
+    return dict(sorted(chosen.items())) if sources is None else dict(chosen)
+
+
+def _balanced(sizes: Mapping[str, int], n: int | None, path: str) -> list[str]:
+    """Sources by turns, in equal shares; what small sources lack is taken from larger ones."""
+    wanted = _wanted(sizes, n, path)
     shares: dict[str, int] = {}
     for position, source in enumerate(sorted(sizes, key=lambda source: (sizes[source], source))):
         shares[source] = min(sizes[source], wanted // (len(sizes) - position))
         wanted -= shares[source]
-    return shares
+    turns = itertools.zip_longest(*([source] * shares[source] for source in sizes))
+    return [source for turn in turns for source in turn if source is not None]
+
+
+def _proportional(sizes: Mapping[str, int], n: int | None, group: int, seed: int, path: str) -> list[str]:
+    """Sources as a draw of whole groups from all of them together gives them, each group in a row."""
+    whole = {source: size // group for source, size in sizes.items()}
+    wanted = _wanted({source: group * count for source, count in whole.items()}, n, path)
+    if wanted % group:
+        raise ValueError(f"n must be a multiple of the group of {group} triplets, got {n}")
+    ends = list(itertools.accumulate(whole.values()))
+    picks = random.Random(f"{seed} draw").sample(range(ends[-1]), wanted // group)
+    names = list(whole)
+    return [names[bisect.bisect_right(ends, pick)] for pick in picks for _ in range(group)]
+
+
+def _wanted(sizes: Mapping[str, int], n: int | None, path: str) -> int:
+    total = sum(sizes.values())
+    wanted = total if n is None else n
+    if wanted > total or not total:
+        raise ValueError(f"{path} holds {total} triplets in {len(sizes)} sources, got n={n}")
+    return wanted
+
+
+def _take(parts: Mapping[str, _Part], index: int, source: str, max_chars: int | None) -> Triplet:
+    """One triplet of a data set, whose parts are counted through."""
+    for part, rows in parts.items():
+        if index < len(rows):
+            query, positive, negative = rows.texts(index, max_chars)
+            return Triplet(query, positive, negative, source, *instructions.published(part, index))
+        index -= len(rows)
+    raise IndexError(index)
 
 
 def cut(text: str, max_chars: int) -> str:
@@ -87,6 +152,15 @@ def cut(text: str, max_chars: int) -> str:
         return text
     head, space, _ = text[: max_chars + 1].rpartition(" ")
     return head.rstrip() if space and head.strip() else text[:max_chars]
+
+
+class _Part(Protocol):
+    """Triplets of one file, or of one value of the column `source`."""
+
+    def __len__(self) -> int: ...
+
+    def texts(self, index: int, max_chars: int | None) -> tuple[str, str, str]:
+        """Query, positive and negative of a line or row."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +173,7 @@ class _File:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def triplet(self, index: int, source: str, max_chars: int | None) -> Triplet:
+    def texts(self, index: int, max_chars: int | None) -> tuple[str, str, str]:
         with self.path.open("rb") as file:
             file.seek(self.offsets[index])
             line = file.readline()
@@ -108,7 +182,7 @@ class _File:
             row = json.loads(line)
         except ValueError as problem:
             raise ValueError(f"{where}: not a line of JSON: {problem}") from problem
-        return _triplet(row, where, source, max_chars)
+        return _texts(row, where, max_chars)
 
 
 @dataclass(frozen=True)
@@ -121,11 +195,11 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def triplet(self, index: int, source: str, max_chars: int | None) -> Triplet:
-        return _triplet(self.table[self.rows[index]], f"row {self.rows[index]}", source, max_chars)
+    def texts(self, index: int, max_chars: int | None) -> tuple[str, str, str]:
+        return _texts(self.table[self.rows[index]], f"row {self.rows[index]}", max_chars)
 
 
-def _triplet(row: Any, where: str, source: str, max_chars: int | None) -> Triplet:
+def _texts(row: Any, where: str, max_chars: int | None) -> tuple[str, str, str]:
     texts = []
     for key in ("query", "positive", "negative"):
         text = row.get(key) if isinstance(row, dict) else None
@@ -134,10 +208,10 @@ def _triplet(row: Any, where: str, source: str, max_chars: int | None) -> Triple
             raise ValueError(f"{where}: a triplet needs a text under {key!r}, got {text!r}")
         texts.append(text.strip() if max_chars is None else cut(text.strip(), max_chars))
     query, positive, negative = texts
-    return Triplet(query, positive, negative, source)
+    return query, positive, negative
 
 
-def _local_rows(path: Path) -> Mapping[str, _File]:
+def _local_rows(path: Path) -> Mapping[str, _Part]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no .jsonl file; one a source is expected")
@@ -154,7 +228,7 @@ def _offsets(path: Path) -> list[int]:
     return offsets
 
 
-def _hub_rows(path: str, name: str | None, split: str, revision: str | None) -> Mapping[str, _Rows]:
+def _hub_rows(path: str, name: str | None, split: str, revision: str | None) -> Mapping[str, _Part]:
     table = hub(path, name, split=split, revision=revision)
     if "source" not in table.column_names:
         return {name or path: _Rows(table, list(range(len(table))))}

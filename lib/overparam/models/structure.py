@@ -92,7 +92,9 @@ def _check_is_text_model(model: PreTrainedModel) -> None:
     text = model.config.get_text_config()
     if text is not model.config:
         inside = [
-            path for path, part in model.named_modules() if isinstance(part, PreTrainedModel) and part.config is text
+            path
+            for path, part in model.named_modules()
+            if isinstance(part, PreTrainedModel) and part.config is text
         ]
         where = f"give model.{inside[0]}" if inside else "load its text model alone"
         raise ValueError(f"{name} is made of several models: for its text model, {where}")

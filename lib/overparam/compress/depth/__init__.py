@@ -6,10 +6,12 @@ of Gromov et al. (arXiv 2403.17887).
 """
 
 from overparam.compress.depth.embeddings import POOLINGS, layer_embeddings
+from overparam.compress.depth.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe, frame, instructions_of
 from overparam.compress.depth.selection import (
     Cuts,
     LayerLoss,
     initial_loss,
+    initial_losses,
     l3prune,
     pick_frequencies,
 )
@@ -23,11 +25,18 @@ from overparam.compress.depth.similarity import (
 from overparam.compress.depth.truncation import truncate, truncated
 
 __all__ = [
+    "PLAIN",
     "POOLINGS",
+    "PUBLISHED",
+    "RECIPES",
     "Cuts",
     "LayerLoss",
     "LayerSimilarity",
+    "TextRecipe",
+    "frame",
     "initial_loss",
+    "initial_losses",
+    "instructions_of",
     "keep_by_angular_distance",
     "keep_by_block_influence",
     "keep_random",

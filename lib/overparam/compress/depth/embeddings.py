@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import progress
 from overparam.compress.depth.proof import apply_tail, reading
+from overparam.compress.depth.recipe import PLAIN, TextRecipe
 from overparam.compress.depth.states import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.models import blocks
@@ -24,7 +25,8 @@ def layer_embeddings(
     texts: Sequence[str],
     *,
     pooling: str = "weighted_mean",
-    instruction: str | None = None,
+    instruction: str | Sequence[str | None] | None = None,
+    recipe: TextRecipe = PLAIN,
     depths: Sequence[int] | None = None,
     batch_tokens: int = 1024,
     max_length: int = 512,
@@ -43,8 +45,10 @@ def layer_embeddings(
         texts: Non-empty texts; those over `max_length` tokens are cut.
         pooling: ``weighted_mean`` weighs token i (from 1) by i, as L3Prune and sentence-transformers do; ``mean``;
             ``last``; ``cls``, the first token that is pooled.
-        instruction: Put before every text; attended to, but not pooled. Positions are still counted from the
-            first token, as sentence-transformers does when a prompt is excluded.
+        instruction: Put before every text, or one (or None) for each text; attended to, but not pooled. Positions are
+            still counted from the first token, as sentence-transformers does when a prompt is excluded, unless
+            `recipe` says otherwise.
+        recipe: What else stands around a text, and which tokens are pooled and with which weights.
         depths: Which depths to return, in increasing order; all by default. ``[L]`` is plain encoding.
         batch_tokens: Tokens of a batch, padding included.
         max_length: Tokens of a text.
@@ -67,6 +71,7 @@ def layer_embeddings(
         tokenizer,
         texts,
         instruction=instruction,
+        recipe=recipe,
         batch_tokens=batch_tokens,
         max_length=max_length,
         padded=found.padding_is_neutral,
@@ -81,7 +86,9 @@ def layer_embeddings(
 
     with torch.inference_mode(), each_depth(model, pool, wanted):
         for batch in progress.track(prepared, "embedding every depth"):
-            weights = _weights(pooling, batch.attention_mask, batch.pooled_mask).to(model.device)
+            weights = pooling_weights(pooling, batch.attention_mask, batch.pooled_mask, recipe).to(
+                model.device
+            )
             pooled.clear()
             model(
                 input_ids=batch.input_ids.to(model.device),
@@ -100,11 +107,14 @@ def layer_embeddings(
     return out
 
 
-def _weights(pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor) -> torch.Tensor:
+def pooling_weights(
+    pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor, recipe: TextRecipe = PLAIN
+) -> torch.Tensor:
     """Pooling weights that sum to one. float32 [texts, 1, tokens]."""
     mask = pooled_mask.float()
     if pooling == "weighted_mean":
-        mask = mask * torch.arange(1, mask.shape[1] + 1)
+        counted = attention_mask if recipe.weights_from == "first token" else pooled_mask
+        mask = mask * counted.cumsum(1)
     elif pooling == "last":
         last = attention_mask.sum(1, keepdim=True) - 1
         mask = torch.zeros_like(mask).scatter_(1, last, 1.0)

@@ -76,7 +76,9 @@ def _prove(model: PreTrainedModel) -> Reading:
         with each_depth(model, states.__setitem__):
             output, tail = _traced(model, batch)
         if len(states) != total + 1:
-            raise NotExactError(f"{name} does not run each of its {total} blocks once: its depths cannot be read")
+            raise NotExactError(
+                f"{name} does not run each of its {total} blocks once: its depths cannot be read"
+            )
         found = Reading(tail, padding_is_neutral=True)
         limit = proof.tolerance(dtype)
         for depth in sorted({1, (total + 1) // 2, total}):
@@ -95,7 +97,9 @@ def _prove(model: PreTrainedModel) -> Reading:
 def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Run `model`; return its last hidden states, and the modules that lead to them from the last block's output."""
     stack = blocks(model)
-    parents = [stack.path[: at.start()] for at in re.finditer(r"\.", stack.path)]  # the modules around the blocks
+    parents = [
+        stack.path[: at.start()] for at in re.finditer(r"\.", stack.path)
+    ]  # the modules around the blocks
     beside = [
         f"{parent}.{name}".lstrip(".")
         for parent in ("", *parents)

@@ -16,7 +16,16 @@ from overparam.models.proof import NotExactError
 
 # attributes by which a layer knows its own place
 PLACES = frozenset(
-    ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "block_id", "block_index")
+    (
+        "layer_idx",
+        "layer_id",
+        "layer_index",
+        "layer_number",
+        "layer_num",
+        "block_idx",
+        "block_id",
+        "block_index",
+    )
 )
 
 
@@ -39,7 +48,9 @@ def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
         with init_empty_weights(include_buffers=False):
             return type(model)(copy.deepcopy(config))
     except Exception as error:
-        raise NotExactError(f"{type(model).__name__} cannot be built from its configuration: {error}") from error
+        raise NotExactError(
+            f"{type(model).__name__} cannot be built from its configuration: {error}"
+        ) from error
 
 
 def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> None:
@@ -55,9 +66,7 @@ def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence
     found = differences(model, built, kept)
     if found:
         every = range(len(blocks(model).layers))
-        known = {
-            (item.layer, item.name) for item in differences(model, rebuilt(model, model.config), every)
-        }
+        known = {(item.layer, item.name) for item in differences(model, rebuilt(model, model.config), every)}
         found = [item for item in found if (item.layer, item.name) not in known]
     if found:
         layer, name, ours, theirs = found[0]
@@ -82,9 +91,7 @@ def differences(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[i
     around = _unequal(_around(model, ours.path), _around(built, theirs.path))
     found += [Difference(None, name, left, right) for name, left, right in around]
     places = {index: position for position, index in enumerate(kept)}
-    left_ties = {
-        frozenset(_moved(name, ours.path, places) for name in tie) - {""} for tie in _ties(model)
-    }
+    left_ties = {frozenset(_moved(name, ours.path, places) for name in tie) - {""} for tie in _ties(model)}
     if {tie for tie in left_ties if len(tie) > 1} != set(_ties(built)):
         found.append(Difference(None, "what shares weights", _ties(model), _ties(built)))
     return found

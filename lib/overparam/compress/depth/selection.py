@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.depth.embeddings import layer_embeddings
+from overparam.compress.depth.recipe import PLAIN, TextRecipe, instructions_of
 from overparam.compress.triplets import Triplet
 
 
@@ -71,9 +72,10 @@ def initial_loss(
     triplets: Sequence[Triplet],
     *,
     batch_size: int = 64,
-    scale: float = 20.0,
+    scale: float | None = None,
     pooling: str = "weighted_mean",
     instruction: str | None = None,
+    recipe: TextRecipe = PLAIN,
     seed: int = 42,
     batch_tokens: int = 1024,
     max_length: int = 512,
@@ -87,11 +89,14 @@ def initial_loss(
     Args:
         model: A text encoder or a decoder without its head.
         tokenizer: Its tokenizer.
-        triplets: Objects with ``query``, ``positive`` and ``negative`` texts.
+        triplets: Objects with ``query``, ``positive`` and ``negative`` texts, and with ``query_instruction`` and
+            ``document_instruction`` where there are any.
         batch_size: Queries a batch. A last, smaller batch is left out: its loss would be on another scale.
-        scale: 20 in the official README, 50 in the official training script.
+        scale: By default the recipe's: 20 as in the official README, or 50 as in the official training script.
         pooling: See `layer_embeddings`.
-        instruction: Put before queries, not before documents.
+        instruction: Put before queries, not before documents, instead of what the triplets say.
+        recipe: `PUBLISHED` puts the triplets' instructions and the chat template around the texts, leaves ``<bos>``
+            out and counts weights from the text's first token; `PLAIN` does none of it.
         seed: Of the shuffling and the bootstrap.
         batch_tokens: See `layer_embeddings`.
         max_length: See `layer_embeddings`.
@@ -99,57 +104,87 @@ def initial_loss(
     Raises:
         ValueError: If there are fewer triplets than one batch needs, or a loss is not finite.
     """
+    return initial_losses(
+        model,
+        tokenizer,
+        triplets,
+        scales=(recipe.scale if scale is None else scale,),
+        batch_size=batch_size,
+        pooling=pooling,
+        instruction=instruction,
+        recipe=recipe,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+    )[0]
+
+
+def initial_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    *,
+    scales: Sequence[float],
+    batch_size: int = 64,
+    pooling: str = "weighted_mean",
+    instruction: str | None = None,
+    recipe: TextRecipe = PLAIN,
+    seed: int = 42,
+    batch_tokens: int = 1024,
+    max_length: int = 512,
+) -> list[LayerLoss]:
+    """Measure `initial_loss` with each of several factors on the cosine; the texts are encoded once for all."""
     if len(triplets) < batch_size or batch_size < 2:
         raise ValueError(
             f"initial_loss needs at least one batch of {batch_size} (2 or more) triplets, got {len(triplets)}"
         )
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(triplets))[: len(triplets) // batch_size * batch_size]
+    order = np.random.default_rng(seed).permutation(len(triplets))[: len(triplets) // batch_size * batch_size]
     chosen = [triplets[index] for index in order]
-
-    def embed(texts: list[str], prompt: str | None) -> torch.Tensor:
-        distinct = list(dict.fromkeys(texts))
-        row = {text: index for index, text in enumerate(distinct)}
-        vectors = torch.from_numpy(
-            layer_embeddings(
-                model,
-                tokenizer,
-                distinct,
-                pooling=pooling,
-                instruction=prompt,
-                batch_tokens=batch_tokens,
-                max_length=max_length,
-            )
+    asked, given = zip(*(instructions_of(each, recipe, instruction) for each in chosen), strict=True)
+    shown = list(  # instruction and text
+        zip(
+            asked + given + given,
+            [t.query for t in chosen] + [t.positive for t in chosen] + [t.negative for t in chosen],
+            strict=True,
         )
-        unit = torch.nn.functional.normalize(vectors, dim=-1)
-        return unit[[row[text] for text in texts]].transpose(0, 1)  # [L + 1, texts, hidden]
-
-    count = len(chosen)
-    if instruction is None:
-        every = embed(
-            [t.query for t in chosen] + [t.positive for t in chosen] + [t.negative for t in chosen], None
-        )
-        queries, documents = every[:, :count], every[:, count:]
-    else:
-        queries = embed([t.query for t in chosen], instruction)
-        documents = embed([t.positive for t in chosen] + [t.negative for t in chosen], None)
-    per_query = np.concatenate(
-        [
-            info_nce(
-                queries[:, start : start + batch_size],
-                documents[:, start : start + batch_size],
-                documents[:, count + start : count + start + batch_size],
-                scale=scale,
-            )
-            for start in range(0, count, batch_size)
-        ]
     )
-    if not np.isfinite(per_query).all():
-        depth = int(np.argwhere(~np.isfinite(per_query))[0][1])
-        raise ValueError(f"the loss at depth {depth} is not finite; load the model in float32 or bfloat16")
-    means = _resampled_means(per_query, generator)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return LayerLoss(per_query, per_query.mean(axis=0), low, high, seed, batch_size, scale)
+    distinct = list(dict.fromkeys(shown))
+    row = {each: index for index, each in enumerate(distinct)}
+    vectors = layer_embeddings(
+        model,
+        tokenizer,
+        [text for _, text in distinct],
+        pooling=pooling,
+        instruction=[before for before, _ in distinct],
+        recipe=recipe,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+    )
+    unit = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)
+    every = unit[[row[each] for each in shown]].transpose(0, 1)  # [L + 1, texts, hidden]
+    count = len(chosen)
+    queries, positives, negatives = (every[:, part * count : (part + 1) * count] for part in range(3))
+    found = []
+    for scale in scales:
+        per_query = np.concatenate(
+            [
+                info_nce(
+                    *(side[:, start : start + batch_size] for side in (queries, positives, negatives)),
+                    scale=scale,
+                )
+                for start in range(0, len(chosen), batch_size)
+            ]
+        )
+        if not np.isfinite(per_query).all():
+            depth = int(np.argwhere(~np.isfinite(per_query))[0][1])
+            raise ValueError(
+                f"the loss at depth {depth} is not finite; load the model in float32 or bfloat16"
+            )
+        generator = np.random.default_rng(seed)
+        generator.permutation(len(triplets))  # the bootstrap goes on where the shuffling ended
+        low, high = np.percentile(_resampled_means(per_query, generator), [2.5, 97.5], axis=0)
+        found.append(LayerLoss(per_query, per_query.mean(axis=0), low, high, seed, batch_size, scale))
+    return found
 
 
 def info_nce(

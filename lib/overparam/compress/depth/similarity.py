@@ -68,7 +68,7 @@ def layer_similarity(
     with torch.inference_mode(), each_depth(model, visit):
         for batch in progress.track(
             batches(tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length, padded=padded),
-            "comparing layers"
+            "comparing layers",
         ):
             states.clear()
             mask = batch.attention_mask.to(model.device)

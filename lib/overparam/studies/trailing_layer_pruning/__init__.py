@@ -31,7 +31,13 @@ class Params(BaseModel):
     pooling: Literal["own", "weighted_mean", "mean", "last", "cls"] = Field(
         "own", description="own: what the model's folder says, else weighted_mean; any other replaces it"
     )
-    instructions: bool = Field(False, description="put each task's instruction before its texts")
+    recipe: Literal["plain", "published"] = Field(
+        "plain", description="how texts are read, pooled and drawn; published: as in L3Prune's code"
+    )
+    chat_template: str | None = Field(
+        "own", description="of the published recipe: a text with {text}; own: the tokenizer's; null: none"
+    )
+    instructions: bool = Field(False, description="put each task's instruction before its texts when scored")
     max_length: Count = Field(128, description="tokens of a text")
     batch_tokens: Count = Field(1024, description="tokens of an encoding batch, padding included")
     seed: int = Field(42, description="of data, batches and bootstrap")
@@ -47,8 +53,8 @@ class Params(BaseModel):
     max_chars: Annotated[int, Field(ge=16)] = Field(96, description="characters of a training text")
     loss_triplets: Count = Field(192, description="triplets of the initial loss")
     loss_batch_size: Annotated[int, Field(ge=2)] = 64
-    loss_scale: Annotated[float, Field(gt=0)] = Field(
-        20.0, description="factor on the cosine, 1 / temperature"
+    loss_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="factor on the cosine, 1 / temperature; null: the recipe's, plain 20, published 50"
     )
 
     extra_depths: tuple[Count, ...] = Field(
@@ -88,6 +94,13 @@ class Params(BaseModel):
     @classmethod
     def _known_model(cls, value: str) -> str:
         return check_model_name(value)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _one_place(cls, value: str | None) -> str | None:
+        if value not in (None, "own") and value.count("{text}") != 1:
+            raise ValueError(f"chat_template must be own, null, or hold {{text}} once, got {value!r}")
+        return value
 
     @field_validator("tasks")
     @classmethod

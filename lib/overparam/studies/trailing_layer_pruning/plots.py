@@ -11,6 +11,7 @@ import seaborn as sns
 
 from overparam.compress import depth
 from overparam.report import figures, ledger
+from overparam.studies.trailing_layer_pruning.recipes import Comparison
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, scores_table
 from overparam.studies.trailing_layer_pruning.training import Trained
 
@@ -50,6 +51,56 @@ def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> 
         )
         return figures.publish(
             figure, "fig:layers-initial-loss", data=data, caption=caption, recorder=study.recorder
+        )
+
+
+def plot_recipes(study: Study, comparison: Comparison) -> Any:
+    """Draw the initial loss by depth under both recipes, with the picks of each."""
+    data = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "recipe": name,
+                    "depth": range(loss.layers + 1),
+                    "loss": loss.mean,
+                    "low": loss.low,
+                    "high": loss.high,
+                }
+            )
+            for name, loss in comparison.losses.items()
+        ],
+        ignore_index=True,
+    )
+    with figures.style():
+        figure, axes = plt.subplots()
+        for (name, rows), colour, marker in zip(
+            data.groupby("recipe", sort=False), (BLUE, GREEN), "os", strict=True
+        ):
+            columns = (rows[column] for column in ("depth", "loss", "low", "high"))
+            figures.line_with_band(axes, *columns, color=colour, marker=marker, label=name)
+            picks = [comparison.cuts[str(name)].small, comparison.cuts[str(name)].large]
+            axes.plot(
+                picks,
+                comparison.losses[str(name)].mean[picks],
+                marker="D",
+                color=ORANGE,
+                markersize=6,
+                linestyle="",
+            )
+        axes.axvline(study.layers // 2 + 0.5, color=GREY, linestyle=":", linewidth=0.8, marker="")
+        axes.plot([], [], marker="D", color=ORANGE, linestyle="", label="picks")
+        figures.legend_above(figure)
+        _depth_axis(axes, study.layers)
+        axes.set_ylabel("initial loss (nats)")
+        scale = next(iter(comparison.losses.values())).scale
+        named = "; ".join(f"{name}: {cut.small} and {cut.large}" for name, cut in comparison.cuts.items())
+        caption = (
+            f"Initial loss of {study.params.model} by depth under both recipes, on the same triplets and with cosines "
+            f"times {scale:g}, with 95 % bootstrap interval. They differ by at most "
+            f"{comparison.largest_difference:.0%}. Layers picked: {named}."
+        )
+        return figures.publish(
+            figure, "fig:layers-recipes", data=data, caption=caption, recorder=study.recorder
         )
 
 

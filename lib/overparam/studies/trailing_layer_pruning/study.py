@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ class Study:
         model: The unpruned model; no step changes it.
         tokenizer: Its tokenizer.
         pooling: See `depth.layer_embeddings`.
-        recipe: Of the model's folder, as far as it holds at every depth; None where the study does not follow one.
+        folder_recipe: Of the model's folder, as far as it holds at every depth; None where none is followed.
     """
 
     params: Params
@@ -48,7 +49,7 @@ class Study:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pooling: str = "weighted_mean"
-    recipe: models.Recipe | None = None
+    folder_recipe: models.Recipe | None = None
 
     @property
     def layers(self) -> int:
@@ -58,15 +59,19 @@ class Study:
     @property
     def max_length(self) -> int:
         """Tokens of a text: the parameters', or the model's own maximum where that is less."""
-        return self.recipe.length(self.params.max_length) if self.recipe else self.params.max_length
+        return (
+            self.folder_recipe.length(self.params.max_length)
+            if self.folder_recipe
+            else self.params.max_length
+        )
 
-    def triplets(self, n: int, *, seed: int) -> list[pairs.Triplet]:
-        """Training triplets, with the model's own prompt before their texts."""
-        found = triplets(self.params, n, seed=seed)
-        if not self.recipe or not self.recipe.prompt:
+    def triplets(self, n: int, *, seed: int, group: int = 1) -> list[pairs.Triplet]:
+        """Training triplets, with the model's own prompt before their texts; `group` as for `triplets`."""
+        found = triplets(self.params, n, seed=seed, group=group)
+        if not self.folder_recipe or not self.folder_recipe.prompt:
             return found
         return [
-            replace(each, **{side: self.recipe.prompt + getattr(each, side) for side in _SIDES})
+            replace(each, **{side: self.folder_recipe.prompt + getattr(each, side) for side in _SIDES})
             for each in found
         ]
 
@@ -75,27 +80,33 @@ class Study:
 
         What the unpruned model gives is kept in the cache, for a job that is killed later on.
         """
+        recipe = replace(
+            text_recipe(self.params), separator=" "
+        )  # also in the published code, when it embeds
 
         def embed(texts: list[str], instruction: str | None) -> NDArray[np.float32]:
-            own = self.recipe.prompt if self.recipe and not instruction else ""
+            own = self.folder_recipe.prompt if self.folder_recipe and not instruction else ""
             found = depth.layer_embeddings(
                 model,
                 self.tokenizer,
                 [own + text for text in texts],
                 pooling=self.pooling,
                 instruction=instruction,
+                recipe=recipe,
                 depths=depths,
                 batch_tokens=self.params.batch_tokens,
                 max_length=self.max_length,
             )
-            if self.recipe and self.recipe.unit_length:
+            if self.folder_recipe and self.folder_recipe.unit_length:
                 found /= np.linalg.norm(found, axis=-1, keepdims=True)
-            return found[..., : self.recipe.width if self.recipe else None]
+            return found[..., : self.folder_recipe.width if self.folder_recipe else None]
 
         if model is not self.model:
             return embed
-        settings = [self.pooling, self.params.batch_tokens, self.max_length, str(model.dtype)]
-        settings += [str(self.recipe)] if self.recipe else []
+        settings: list[Any] = [self.pooling, self.params.batch_tokens, self.max_length, str(model.dtype)]
+        settings += [str(self.folder_recipe)] if self.folder_recipe else []
+        if recipe != depth.PLAIN:
+            settings.append(asdict(recipe))
         versions = [_EMBEDDING_VERSION, torch.__version__, transformers.__version__]
         made_by = [models.provenance(self.params.model), str(model.device), depths, settings, versions]
 
@@ -206,11 +217,26 @@ def how_to_embed(params: Params, own: models.Recipe | None) -> tuple[str, models
     return own.pooling[0], own.without_dense()
 
 
-def triplets(params: Params, n: int, *, seed: int) -> list[pairs.Triplet]:
-    """Return training triplets, packaged or published, as the parameters say."""
+def published_recipe(params: Params) -> depth.TextRecipe:
+    """Return the recipe of L3Prune's code with the chat template of the parameters."""
+    return replace(depth.PUBLISHED, template=params.chat_template)
+
+
+def text_recipe(params: Params) -> depth.TextRecipe:
+    """Return how texts are read, pooled and drawn in the initial loss and in training."""
+    return published_recipe(params) if params.recipe == "published" else depth.PLAIN
+
+
+def triplets(params: Params, n: int, *, seed: int, group: int = 1) -> list[pairs.Triplet]:
+    """Return training triplets, packaged or published, as the parameters say.
+
+    Packaged sources give as many each; published ones are drawn as the recipe says, those in proportion to size by
+    groups of one source, such as the batches of a training.
+    """
     if params.training_data is None:
         return pairs.triplets(n, seed=seed, max_chars=params.max_chars)
-    return pairs.hub_triplets(params.training_data, n, seed=seed)
+    draw = text_recipe(params).draw
+    return pairs.hub_triplets(params.training_data, n, seed=seed, draw=draw, group=group)
 
 
 def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
@@ -223,6 +249,7 @@ def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
         batch_size=params.loss_batch_size,
         scale=params.loss_scale,
         pooling=study.pooling,
+        recipe=text_recipe(params),
         seed=params.seed,
         batch_tokens=params.batch_tokens,
         max_length=study.max_length,

@@ -11,7 +11,13 @@ import pandas as pd
 from overparam import cache, models, packages, progress
 from overparam.compress import contrastive, depth
 from overparam.report import stats
-from overparam.studies.trailing_layer_pruning.study import Scores, Study, ZeroShot, mean_points
+from overparam.studies.trailing_layer_pruning.study import (
+    Scores,
+    Study,
+    ZeroShot,
+    mean_points,
+    text_recipe,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -72,9 +78,12 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             trained = contrastive.train(
                 depth.truncated(study.model, keep),
                 study.tokenizer,
-                study.triplets(params.train_steps * params.train_batch_size, seed=seed),
+                study.triplets(
+                    params.train_steps * params.train_batch_size, seed=seed, group=params.train_batch_size
+                ),
                 recipe,
                 pooling=study.pooling,
+                text_recipe=text_recipe(params),
                 cache=cache.folder("adapters"),
                 identity=identity,
                 label=f"training {keep} of {study.layers} layers, seed {seed}",
@@ -88,26 +97,41 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             found = study.score(f"trained, seed {seed}", study.embedder(encoder, [keep]), depths=[keep])
             scores.setdefault(keep, []).append(found[keep])
             if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
-                folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
-                _as_measured(study, trained.encoder).save(str(folder))
-                progress.note(f"saved the encoder with {keep} layers at {folder}")
+                _export(study, trained.encoder, keep)
             del trained, encoder  # or the next one is trained beside it
     study.recorder.table("training_loss", pd.DataFrame(losses))
     return _compare(study, scores, cost, zero)
+
+
+def _export(study: Study, encoder: SentenceTransformer, keep: int) -> None:
+    """Save a trained encoder: a folder of sentence-transformers, which has no module for the published pooling."""
+    params = study.params
+    folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
+    if params.recipe == "plain":
+        _as_measured(study, encoder).save(str(folder))
+        progress.note(f"saved the encoder with {keep} layers at {folder}")
+        return
+    folder = folder.with_name(f"{folder.name}-published")
+    encoder[0].model.save_pretrained(folder)
+    study.tokenizer.save_pretrained(folder)
+    progress.note(
+        f"saved the model with {keep} layers at {folder}, a folder of transformers: sentence-transformers cannot pool "
+        "as the published recipe does; embed with depth.layer_embeddings(..., recipe=depth.PUBLISHED)"
+    )
 
 
 def _as_measured(study: Study, encoder: SentenceTransformer) -> SentenceTransformer:
     """The encoder with the prompt and the unit length that its embeddings were measured with."""
     from sentence_transformers.models import Normalize
 
-    if study.recipe and study.recipe.prompt:
-        encoder.prompts |= {"default": study.recipe.prompt}
+    if study.folder_recipe and study.folder_recipe.prompt:
+        encoder.prompts |= {"default": study.folder_recipe.prompt}
         encoder.default_prompt_name = "default"
         encoder.set_pooling_include_prompt(True)
-    if study.recipe and study.recipe.unit_length:
+    if study.folder_recipe and study.folder_recipe.unit_length:
         encoder.append(Normalize())
-    if study.recipe and study.recipe.width:
-        encoder.truncate_dim = study.recipe.width
+    if study.folder_recipe and study.folder_recipe.width:
+        encoder.truncate_dim = study.folder_recipe.width
     return encoder
 
 
