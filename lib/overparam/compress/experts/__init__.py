@@ -14,7 +14,8 @@ from overparam.compress.experts.allocation import (
     kept_overlap,
     select,
 )
-from overparam.compress.experts.layout import LAYOUTS, Layout, MoeLayer, layers
+from overparam.compress.experts.layout import ExpertTensor, MoeLayer, layers
+from overparam.compress.experts.proof import prove
 from overparam.compress.experts.pruning import prune
 from overparam.compress.experts.recovery import Lora, recover
 from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
@@ -22,9 +23,8 @@ from overparam.compress.experts.scoring import METHODS, scores, super_experts
 from overparam.compress.experts.storage import load_pruned, save_pruned
 
 __all__ = [
-    "LAYOUTS",
     "METHODS",
-    "Layout",
+    "ExpertTensor",
     "Lora",
     "MoeLayer",
     "RoutingStatistics",
@@ -37,6 +37,7 @@ __all__ = [
     "kept_overlap",
     "layers",
     "load_pruned",
+    "prove",
     "prune",
     "recover",
     "routing_mass",

@@ -1,7 +1,12 @@
-"""Where each mixture-of-experts architecture keeps its experts: one small description a layout."""
+"""Where a mixture of experts keeps its experts, found from its modules.
+
+Nothing here knows an architecture by name. A layer is found by its module ``experts`` and the router beside it, and
+their tensors by the dimension that is as long as there are experts; whether that is all of it, `prove` decides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,45 +14,31 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+_ROUTERS = ("gate", "router")
+
 
 @dataclass(frozen=True)
-class Layout:
-    """Which tensors of an architecture carry the expert dimension (always their first), and what counts them.
+class ExpertTensor:
+    """A tensor with a slice for each expert.
 
     Attributes:
-        block: Attribute of a decoder layer that holds router and experts.
-        router: Attribute of the block that holds the router.
-        count_field: Field of the configuration with the number of experts.
-        router_tensors: Parameters and buffers of the router that have a row an expert.
-        expert_tensors: Parameters of the experts module that have a slice an expert.
-        group_top: Experts that the router looks at to rate a group: no group may keep fewer.
+        owner: The module that holds it.
+        name: Its name there.
+        dim: The dimension that counts experts.
     """
 
-    block: str = "mlp"
-    router: str = "gate"
-    count_field: str = "num_local_experts"
-    router_tensors: tuple[str, ...] = ("weight",)
-    expert_tensors: tuple[str, ...] = ("gate_up_proj", "down_proj")
-    group_top: int = 1
+    owner: nn.Module
+    name: str
+    dim: int
 
-
-TOP_K_FIELD = "num_experts_per_tok"
-LAYOUTS: dict[str, Layout] = {  # model_type of transformers -> layout
-    "mixtral": Layout(),
-    "olmoe": Layout(count_field="num_experts"),
-    "qwen2_moe": Layout(count_field="num_experts"),
-    "qwen3_moe": Layout(),
-    "gpt_oss": Layout(
-        router="router",
-        router_tensors=("weight", "bias"),
-        expert_tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
-    ),
-    "deepseek_v2": Layout(count_field="n_routed_experts"),
-    "deepseek_v3": Layout(
-        count_field="n_routed_experts", router_tensors=("weight", "e_score_correction_bias"), group_top=2
-    ),
-    "granitemoe": Layout(block="block_sparse_moe", router="router"),
-}
+    @property
+    def value(self) -> torch.Tensor:
+        """The tensor as it is now."""
+        tensor = getattr(self.owner, self.name)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -57,125 +48,186 @@ class MoeLayer:
     Attributes:
         index: Position among all decoder layers, dense ones included.
         block: The module that holds router and experts.
-        router: Returns logits [tokens, experts], weights [tokens, top_k], indices [tokens, top_k].
+        router: Rates the experts for each token.
         experts: The fused experts.
+        tensors: All tensors of the three with a slice for each expert.
         n_experts: How many experts the layer has now.
         top_k: How many of them a token uses.
         groups: Groups of consecutive experts that the router limits its choice to; 1 for none.
         top_groups: How many of these groups a token may use.
+        group_top: Experts that the router looks at to rate a group: no group may keep fewer.
     """
 
     index: int
     block: nn.Module
     router: nn.Module
     experts: nn.Module
+    tensors: tuple[ExpertTensor, ...]
     n_experts: int
     top_k: int
     groups: int
     top_groups: int
+    group_top: int
 
 
 def layers(model: PreTrainedModel) -> list[MoeLayer]:
     """List the mixture-of-experts layers of `model`, first to last, as they are now (pruned or not).
 
     Args:
-        model: A decoder with or without its language-modelling head.
+        model: A decoder with or without its head, or a model of images or sound and text whose language model is a
+            mixture of experts.
 
     Raises:
-        ValueError: If the model is dense, or its layout is unknown (the message names the tensors that seem to
-            have an expert dimension), or its experts are in native MXFP4, or it has adapters of peft.
+        ValueError: If the model is dense, or its experts are kept in a way that cannot be sliced (the message says
+            what was found), or in native MXFP4, or it has adapters of peft, or more than one stack of layers.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError("the model has adapters of peft: merge them first, with model.merge_and_unload()")
-    layout = layout_of(model)
     found = []
-    for index, decoder_layer in enumerate(getattr(model.base_model, "layers", ())):
-        block = getattr(decoder_layer, layout.block, None)
-        router, experts = getattr(block, layout.router, None), getattr(block, "experts", None)
-        if not (isinstance(block, nn.Module) and isinstance(experts, nn.Module)):
-            continue  # a dense layer
-        _refuse_mxfp4(block, experts)
-        if not (isinstance(router, nn.Module) and _fits(layout, router, experts)):
-            raise _unknown(model)
-        found.append(_describe(index, block, router, experts))
-    if not found:
-        raise _unknown(model)
+    for index, decoder_layer in enumerate(_stack(model)[1]):
+        blocks = list(_blocks(decoder_layer))
+        if len(blocks) > 1:
+            raise _unknown(model, f"layer {index} has {len(blocks)} mixtures of experts")
+        if blocks:
+            found.append(_describe(model, index, blocks[0]))
     return found
 
 
-def layout_of(model: PreTrainedModel) -> Layout:
-    """Return the layout of `model`.
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that turns tokens into hidden states through the mixture-of-experts layers.
 
     Raises:
-        ValueError: If the model is dense, or its layout is unknown.
+        ValueError: As `layers` does.
     """
-    try:
-        return LAYOUTS[config_of(model).model_type]
-    except KeyError:
-        raise _unknown(model) from None
+    return _stack(model)[0]
 
 
-def config_of(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the decoder."""
-    return model.config.get_text_config()
+def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Every configuration object that describes the decoder; transformers may hold equal copies."""
+    kind = type(decoder_of(model).config)
+    held = [getattr(module, "config", None) for module in model.modules()]
+    held.append(model.config.get_text_config())
+    return list({id(config): config for config in held if type(config) is kind}.values())
 
 
-def tensors(layout: Layout, layer: MoeLayer) -> list[tuple[nn.Module, str]]:
-    """The owner and the name of each tensor of `layer` whose first dimension is the experts."""
-    return [
-        *((layer.router, name) for name in layout.router_tensors),
-        *((layer.experts, name) for name in layout.expert_tensors),
-    ]
+def fields_of(config: PretrainedConfig, names: tuple[str, ...]) -> list[str]:
+    """Those of `names` that `config` has, as they are stored: each once, aliases resolved."""
+    aliases = config.attribute_map
+    stored = dict.fromkeys(aliases.get(name, name) for name in names)
+    return [name for name in stored if isinstance(getattr(config, name, None), int | list)]
 
 
-def _describe(index: int, block: nn.Module, router: nn.Module, experts: nn.Module) -> MoeLayer:
-    gate: Any = router  # its counts are plain attributes
-    groups = int(getattr(gate, "num_group", None) or 1)
-    if getattr(gate, "topk_method", None) == "greedy":  # DeepSeek-V2-Lite: the groups play no part
-        groups = 1
-    top_groups = int(gate.topk_group) if groups > 1 else 1
-    return MoeLayer(
-        index, block, router, experts, int(gate.weight.shape[0]), int(gate.top_k), groups, top_groups
-    )
+def _stack(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The decoder and its list of layers."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapters of peft: merge them first, with model.merge_and_unload()")
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # the outer list comes before those inside of it
+        inside = any(name.startswith(f"{path}.") for path in found)
+        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _blocks(module)):
+            found[name] = module
+    if not found:
+        raise _unknown(model, "no module `experts` in any list of layers")
+    if len(found) > 1:
+        names = ", ".join(f"model.{name}" for name in found)
+        raise ValueError(
+            f"{_kind(model)} has several stacks with mixtures of experts: {names}. Pass a model that holds one of them"
+        )
+    ((path, stack),) = found.items()
+    owner = model.get_submodule(path.rpartition(".")[0])
+    if not isinstance(owner, PreTrainedModel):
+        raise _unknown(model, f"model.{path} belongs to no model of its own")
+    return owner, stack
 
 
-def _fits(layout: Layout, router: nn.Module, experts: nn.Module) -> bool:
-    """Whether the modules hold the tensors of `layout`, with one number of experts, and no others."""
-    owned = {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
-    routed = {name for name, _ in (*router.named_parameters(), *router.named_buffers())}
-    if owned != set(layout.expert_tensors) or routed != set(layout.router_tensors):
-        return False
-    sizes = {_tensor(router, name).shape[0] for name in layout.router_tensors}
-    sizes |= {_tensor(experts, name).shape[0] for name in layout.expert_tensors}
-    return len(sizes) == 1
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in module.modules() if isinstance(getattr(part, "experts", None), nn.Module))
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = getattr(module, name)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def _refuse_mxfp4(block: nn.Module, experts: nn.Module) -> None:
+def _describe(model: PreTrainedModel, index: int, block: nn.Module) -> MoeLayer:
+    experts = block.get_submodule("experts")
     if any("mxfp4" in type(module).__name__.lower() for module in (block, experts)):
         raise ValueError(
             "the experts are in native MXFP4: their router cannot be watched and their packed tensors cannot be "
             "sliced here. Load the model with quantization_config=Mxfp4Config(dequantize=True)"
         )
+    sizes = {len(parameter) for parameter in experts.parameters() if parameter.ndim == 3}
+    if len(sizes) != 1:
+        why = f"tensors for {sorted(sizes)} experts in one layer" if sizes else "no fused tensors of experts"
+        raise _unknown(model, f"layer {index} has {why}")
+    (count,) = sizes
+    gate: Any = next((part for name, part in block.named_children() if name in _ROUTERS), None)
+    if gate is None:
+        raise _unknown(model, f"layer {index} has no router beside its experts ({' or '.join(_ROUTERS)})")
+    routed = list(_tensors(gate, count))
+    if not any(tensor.value.ndim == 2 and len(tensor.value) == count for tensor in routed):
+        shapes = [f"{name} {list(tensor.shape)}" for name, tensor in _named(gate)]
+        raise _unknown(
+            model,
+            f"the router of layer {index} has no matrix of {count} rows, one for each expert: {', '.join(shapes)}",
+        )
+    tables = [name for name, tensor in _named(gate) if tensor.ndim > 1 and not tensor.is_floating_point()]
+    if tables:
+        raise _unknown(
+            model, f"the router of layer {index} looks experts up in a table ({', '.join(tables)})"
+        )
+    groups = int(getattr(gate, "num_group", None) or 1)
+    if getattr(gate, "topk_method", None) == "greedy":  # DeepSeek-V2-Lite: the groups play no part
+        groups = 1
+    by_two_best = hasattr(gate, "num_group") and not hasattr(gate, "topk_method")
+    return MoeLayer(
+        index=index,
+        block=block,
+        router=gate,
+        experts=experts,
+        tensors=(*routed, *_tensors(experts, count), *_tensors(block, count, recurse=False)),
+        n_experts=count,
+        top_k=_top_k(model, block, gate),
+        groups=groups,
+        top_groups=int(gate.topk_group) if groups > 1 else 1,
+        group_top=2 if by_two_best else 1,
+    )
 
 
-def _unknown(model: PreTrainedModel) -> ValueError:
-    """The error for a model that has no layout: dense, or of an unknown architecture."""
-    kind = f"{type(model).__name__} ({config_of(model).model_type})"
+def _tensors(module: nn.Module, count: int, *, recurse: bool = True) -> Iterator[ExpertTensor]:
+    """The tensors of `module` that count experts first, or count nothing else."""
+    for owner in module.modules() if recurse else (module,):
+        for name, tensor in _named(owner, recurse=False):
+            if tensor.ndim and len(tensor) == count:
+                yield ExpertTensor(owner, name, 0)
+            elif tensor.shape == (1, count):
+                yield ExpertTensor(owner, name, 1)
+
+
+def _named(module: nn.Module, *, recurse: bool = True) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+
+
+def _top_k(model: PreTrainedModel, block: nn.Module, router: nn.Module) -> int:
+    for module in (router, block):
+        if isinstance(value := getattr(module, "top_k", None), int):
+            return value
+    config = decoder_of(model).config
+    for field in fields_of(config, TOP_K_FIELDS):
+        if isinstance(value := getattr(config, field), int):
+            return value
+    raise _unknown(model, "neither router nor configuration says how many experts a token uses")
+
+
+def _kind(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} ({model.config.model_type})"
+
+
+def _unknown(model: PreTrainedModel, why: str) -> ValueError:
+    """The error for a model that is dense, or whose experts are kept in a way that cannot be sliced."""
     seen = [
         f"{name} {list(tensor.shape)}"
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if ".experts." in name or "router" in name or name.endswith("e_score_correction_bias")
+        for name, tensor in _named(model)
+        if any(part in name for part in (".experts.", "router", "e_score_correction_bias", "input_linear"))
     ]
     if not seen:
-        return ValueError(f"{kind} is dense: it has no mixture-of-experts layers to prune")
+        return ValueError(f"{_kind(model)} is dense: it has no mixture-of-experts layers to prune")
     more = f" and {len(seen) - 8} more" if len(seen) > 8 else ""
     return ValueError(
-        f"{kind} has an unknown layout of experts; known are {', '.join(LAYOUTS)}. "
-        f"Tensors that seem to have an expert dimension: {', '.join(seen[:8])}{more}"
+        f"{_kind(model)} has an unknown layout of experts: {why}. Known are layers with a module `experts`, whose "
+        "tensors stack all experts along their first dimension, beside a router with a row for each. Tensors that "
+        f"seem to belong to experts: {', '.join(seen[:8])}{more}"
     )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress import causal
-from overparam.compress.experts.layout import layers, layout_of
+from overparam.compress.experts.layout import layers
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def _adapted(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[None]:
 
     names = {module: name for name, module in model.named_modules()}
     found = layers(model)
-    alone = [each.index for each in found if each.n_experts == 1 and each.experts.is_transposed]
+    alone = [
+        each.index for each in found if each.n_experts == 1 and getattr(each.experts, "is_transposed", False)
+    ]
     if alone:
         raise ValueError(
             f"peft has no adapter for the single expert that decoder layer {alone[0]} has left, since "
@@ -93,10 +95,10 @@ def _adapted(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[None]:
             name for module, name in names.items() if isinstance(module, nn.Linear) and ".self_attn." in name
         ],
         target_parameters=[
-            f"{names[layer.experts]}.{tensor}"
+            f"{names[tensor.owner]}.{tensor.name}"
             for layer in found
-            for tensor in layout_of(model).expert_tensors
-            if getattr(layer.experts, tensor).ndim == 3  # biases are left alone
+            for tensor in layer.tensors
+            if tensor.owner is layer.experts and tensor.value.ndim == 3  # biases are left alone
         ],
     )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}

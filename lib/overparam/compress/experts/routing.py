@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
-from overparam.compress.experts.layout import MoeLayer, layers
+from overparam.compress.experts.layout import MoeLayer, decoder_of, layers
+from overparam.compress.experts.proof import prove
+from overparam.compress.experts.watching import Routing, evaluating, forward, not_called, not_finite, watched
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class RoutingStatistics:
         top1: Tokens of which it is the first choice. float64 [layers, experts]
         top1_gate_sum: Sum over those tokens of the softmax of the router's logits at the expert.
             float64 [layers, experts]
-        gated_norm_sum: Sum over routed tokens of normalised gate × norm of the expert's output; None where it was
-            not collected. float64 [layers, experts]
+        gated_norm_sum: Sum over routed tokens of the gate that the model applies × norm of the expert's output; None
+            where it was not collected. float64 [layers, experts]
+        renormalised_norm_sum: The same with gates that sum to one over the experts of a token.
+            float64 [layers, experts]
     """
 
     n_experts: NDArray[np.int64]
@@ -46,6 +48,7 @@ class RoutingStatistics:
     top1: NDArray[np.float64]
     top1_gate_sum: NDArray[np.float64]
     gated_norm_sum: NDArray[np.float64] | None = None
+    renormalised_norm_sum: NDArray[np.float64] | None = None
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both texts together.
@@ -62,9 +65,6 @@ class RoutingStatistics:
             raise ValueError(
                 "only one of the two statistics was collected with reap=True; collect both alike"
             )
-        norms = None
-        if self.gated_norm_sum is not None and other.gated_norm_sum is not None:
-            norms = self.gated_norm_sum + other.gated_norm_sum
         return RoutingStatistics(
             self.n_experts,
             self.sequences + other.sequences,
@@ -73,7 +73,8 @@ class RoutingStatistics:
             self.routed + other.routed,
             self.top1 + other.top1,
             self.top1_gate_sum + other.top1_gate_sum,
-            norms,
+            _added(self.gated_norm_sum, other.gated_norm_sum),
+            _added(self.renormalised_norm_sum, other.renormalised_norm_sum),
         )
 
     @property
@@ -96,6 +97,7 @@ class _Sums:
     top1: torch.Tensor
     top1_gate: torch.Tensor
     gated_norm: torch.Tensor
+    renormalised_norm: torch.Tensor
     calls: int = 0
 
 
@@ -106,10 +108,12 @@ class _Counted:
     Attributes:
         rows: The counted tokens, in the order in which routers see tokens. int64 [counted]
         share: One over the counted tokens of the sequence of each. float64 [counted]
+        tokens: All tokens, padding included.
     """
 
     rows: torch.Tensor
     share: torch.Tensor
+    tokens: int
 
 
 def routing_mass(
@@ -136,7 +140,7 @@ def collect(
     The text is streamed: memory does not grow with it. The model is left exactly as it was, also after an error.
 
     Args:
-        model: A mixture of experts of a known layout (`LAYOUTS`).
+        model: A mixture of experts, see `layers`; of a model of images and text the language model is run.
         batches: Mappings with ``input_ids`` [sequences, tokens]; ``attention_mask`` of the same shape where there is
             padding, on either side; and ``count_mask``, to count fewer than all unpadded tokens, such as the
             generated ones. A sequence without counted tokens does not count.
@@ -145,16 +149,18 @@ def collect(
     Raises:
         ValueError: If the model is dense or unknown, a mask has another shape than the tokens, no token is counted,
             or the routing is not finite.
+        NotExactError: If the routing as read does not explain what the layers compute (`prove`).
         RuntimeError: If a router is never called, as when another kernel computes the layer.
     """
     found = layers(model)
-    decoder = model.base_model
+    decoder = decoder_of(model)
+    prove(model)
     sums = [
-        _Sums(*torch.zeros(5, layer.n_experts, dtype=torch.float64, device=_device(layer))) for layer in found
+        _Sums(*torch.zeros(6, layer.n_experts, dtype=torch.float64, device=_device(layer))) for layer in found
     ]
-    counted = _Counted(torch.empty(0), torch.empty(0))
+    counted = _Counted(torch.empty(0), torch.empty(0), 0)
     sequences = tokens = 0
-    with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
+    with torch.inference_mode(), evaluating(model), ExitStack() as stack:
         for layer, running in zip(found, sums, strict=True):
             stack.enter_context(_watched(layer, running, counted, reap))
         for batch in batches:
@@ -166,14 +172,10 @@ def collect(
                 continue
             counted.rows = wanted.flatten().nonzero().squeeze(1)
             counted.share = (1 / lengths.double()).expand_as(wanted)[wanted]
+            counted.tokens = wanted.numel()
             sequences += int((lengths > 0).sum())
             tokens += int(lengths.sum())
-            decoder(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0).to(model.device),
-                use_cache=False,
-            )
+            forward(decoder, ids, mask)
             _check(found, sums)
     if not tokens:
         raise ValueError("the calibration text has no tokens: no batch, or masks that count none")
@@ -192,73 +194,51 @@ def collect(
         table("top1"),
         table("top1_gate"),
         table("gated_norm") if reap else None,
+        table("renormalised_norm") if reap else None,
     )
 
 
-@contextmanager
-def _watched(layer: MoeLayer, sums: _Sums, counted: _Counted, reap: bool) -> Iterator[None]:
+def _watched(layer: MoeLayer, sums: _Sums, counted: _Counted, reap: bool) -> AbstractContextManager[None]:
     """Add to `sums` at every call of the layer."""
 
-    def after_router(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        rows, share = counted.rows.to(output[2].device), counted.share.to(output[2].device)
-        logits, weights, indices = (
-            each[rows] for each in output
+    def of_counted(routing: Routing, values: torch.Tensor) -> torch.Tensor:
+        if len(routing.indices) != counted.tokens:
+            raise ValueError(
+                f"the experts of layer {layer.index} see {len(routing.indices)} of {counted.tokens} tokens: which of "
+                "them count cannot be told"
+            )
+        return values[counted.rows.to(values.device)]
+
+    def routed(routing: Routing) -> None:
+        logits, gates, indices = (
+            of_counted(routing, each) for each in (routing.logits, routing.gates, routing.indices)
         )  # [counted, experts], [counted, top_k] twice
-        gates = _normalised(weights)
+        shares = _normalised(gates)
         sums.calls += 1
-        _scatter(sums.mass, indices, gates * share[:, None])
-        _scatter(sums.routed, indices, torch.ones_like(gates))
-        first = indices.gather(1, gates.argmax(dim=1, keepdim=True))  # [counted, 1]
-        logits = logits.float()
-        chosen = logits.gather(1, first) - logits.logsumexp(dim=1, keepdim=True)
-        _scatter(sums.top1, first, torch.ones_like(chosen).double())
-        _scatter(sums.top1_gate, first, chosen.exp().double())
+        _scatter(sums.mass, indices, shares * counted.share.to(shares.device)[:, None])
+        _scatter(sums.routed, indices, torch.ones_like(shares))
+        first = indices.gather(1, shares.argmax(dim=1, keepdim=True))  # [counted, 1]
+        chosen = Routing(logits, gates, indices).probabilities(first)
+        _scatter(sums.top1, first, torch.ones_like(chosen))
+        _scatter(sums.top1_gate, first, chosen)
 
-    handles = [layer.router.register_forward_hook(after_router)]
-    if reap:
-        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def contributed(routing: Routing, norms: torch.Tensor) -> None:
+        indices, norms = of_counted(routing, routing.indices), of_counted(routing, norms).double()
+        total = of_counted(routing, routing.gates).double().sum(dim=1, keepdim=True)
+        _scatter(sums.gated_norm, indices, norms)
+        _scatter(sums.renormalised_norm, indices, norms / total)
 
-        # Each (token, expert) pair becomes a token of its own with one expert and weight one, so that the experts
-        # return their outputs before the gates, with whatever implementation the model uses.
-        def before_experts(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            hidden_states, indices, weights = args
-            pending.append((indices, weights))
-            pairs = hidden_states.repeat_interleave(indices.shape[1], dim=0)  # [tokens * top_k, hidden]
-            return pairs, indices.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1)
-
-        def after_experts(_: Any, __: Any, outputs: torch.Tensor) -> torch.Tensor:
-            indices, weights = pending.pop()
-            rows = counted.rows.to(outputs.device)
-            norms = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).view(indices.shape)
-            _scatter(sums.gated_norm, indices[rows], _normalised(weights[rows]) * norms[rows])
-            gated = outputs.view(*indices.shape, -1) * weights[..., None]  # [tokens, top_k, hidden]
-            return gated.sum(dim=1).to(outputs.dtype)
-
-        handles.append(layer.experts.register_forward_pre_hook(before_experts))
-        handles.append(layer.experts.register_forward_hook(after_experts))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and router noise; each module goes back to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return watched(layer, routed, contributed if reap else None)
 
 
 def _normalised(weights: torch.Tensor) -> torch.Tensor:
     """Top-k weights that sum to one. float64 [tokens, top_k]."""
     gates = weights.double()
     return gates / gates.sum(dim=1, keepdim=True)
+
+
+def _added(one: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if one is None or other is None else one + other
 
 
 def _scatter(sums: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -286,13 +266,7 @@ def _check(found: list[MoeLayer], sums: list[_Sums]) -> None:
     """Raise where a router was bypassed or the routing is not finite."""
     for layer, running in zip(found, sums, strict=True):
         if not running.calls:
-            raise RuntimeError(
-                f"the router of layer {layer.index} was not called: another kernel computes the layer; "
-                "load the model with use_kernels=False"
-            )
+            raise not_called(layer)
     totals = [float(running.mass.sum() + running.gated_norm.sum()) for running in sums]
     if not np.isfinite(totals).all():
-        first = found[int(np.argmin(np.isfinite(totals)))]
-        raise ValueError(
-            f"the routing is not finite (NaN) from layer {first.index} on; load the model in float32 or bfloat16"
-        )
+        raise not_finite(found[int(np.argmin(np.isfinite(totals)))])

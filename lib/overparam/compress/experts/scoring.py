@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from overparam.compress.experts.routing import RoutingStatistics
 
 METHODS = (
-    *("routing_mass", "routing_mass_super", "frequency", "koishekenov", "reap"),
+    *("routing_mass", "routing_mass_super", "frequency", "koishekenov", "reap", "reap_renormalised"),
     *("random", "inverted"),
 )
 SUPER_FACTOR = 5.0
@@ -22,13 +22,15 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
     - ``frequency``: share of tokens routed to the expert.
     - ``koishekenov``: share of tokens of which it is the first choice × exp(mean gate on those), the gate being
       the softmax of the router's logits (arXiv 2212.09811).
-    - ``reap``: mean over routed tokens of the gate, normalised over the top-k, × norm of the expert's output
-      before the gate (arXiv 2510.13999); 0 for an expert without tokens.
+    - ``reap``: mean over routed tokens of the gate × norm of the expert's output before it (arXiv 2510.13999), the
+      gate being what the model multiplies that output with; 0 for an expert without tokens.
+    - ``reap_renormalised``: the same with gates that sum to one over the experts of a token. Models that
+      normalise their gates (``norm_topk_prob``) have one and the same score; OLMoE, Qwen2-MoE and DeepSeek-V2 do not.
     - ``random``: uniform numbers, a control.
     - ``inverted``: minus the routing mass, a control that keeps the least used.
 
     Args:
-        statistics: From `collect`; with ``reap=True`` for ``reap`` and ``routing_mass_super``.
+        statistics: From `collect`; with ``reap=True`` for both of REAP and ``routing_mass_super``.
         method: One of `METHODS`.
         seed: Of ``random``.
 
@@ -53,6 +55,8 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
         values = statistics.top1 / statistics.tokens * np.exp(gate)
     elif method == "reap":
         values = _output_norms(statistics)
+    elif method == "reap_renormalised":
+        values = _per_token(statistics, statistics.renormalised_norm_sum)
     elif method == "random":
         values = np.random.default_rng(seed).random(statistics.mass_sum.shape)
     else:
@@ -81,9 +85,14 @@ def super_experts(statistics: RoutingStatistics) -> list[list[int]]:
 
 def _output_norms(statistics: RoutingStatistics) -> NDArray[np.float64]:
     """Mean over routed tokens of gate × output norm. float64 [layers, experts]."""
-    if statistics.gated_norm_sum is None:
+    return _per_token(statistics, statistics.gated_norm_sum)
+
+
+def _per_token(statistics: RoutingStatistics, norms: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Mean over routed tokens. float64 [layers, experts]."""
+    if norms is None:
         raise ValueError("the norms of the experts' outputs need statistics collected with reap=True")
-    return _mean(statistics.gated_norm_sum, statistics.routed)
+    return _mean(norms, statistics.routed)
 
 
 def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:

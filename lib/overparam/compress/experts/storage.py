@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from overparam.compress.experts.layout import TOP_K_FIELD, layers, layout_of
-from overparam.compress.experts.pruning import COUNTS_FIELD, TOP_KS_FIELD, describe, is_uniform, shrink
+from overparam.compress.experts.layout import TOP_K_FIELDS, MoeLayer, decoder_of, fields_of, layers
+from overparam.compress.experts.pruning import COUNTS_FIELD, TOP_KS_FIELD, count_fields, describe, is_uniform
+from overparam.compress.experts.slicing import shrink
 from overparam.compress.folders import new_folder
+from overparam.models.proof import NotExactError
 
 FORMAT = 1
 FORMAT_FIELD = "overparam_expert_format"
@@ -38,7 +41,7 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
     The folder appears whole or not at all. The tokenizer is not part of it.
 
     Args:
-        model: A mixture of experts of a known layout.
+        model: A mixture of experts, see `layers`.
         path: A folder that does not exist yet, or is empty.
 
     Returns:
@@ -47,24 +50,29 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
     Raises:
         FileExistsError: If something is there.
         ValueError: If the model is dense or its layout is unknown.
+        NotExactError: If the configuration does not build the same tensors again; nothing is written then.
     """
     folder = Path(path)
     found = layers(model)
+    _check_rebuilds(model, found)
     counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         file = temporary / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config[FORMAT_FIELD] = FORMAT
-        field = layout_of(model).count_field
+        text = _of_decoder(model, config)
         if is_uniform(counts) and is_uniform(top_ks):
-            if config["model_type"] == "qwen3_moe":
-                config["num_experts"] = counts[0]  # what transformers 4 and older servers read
+            if text["model_type"] == "qwen3_moe":
+                text["num_experts"] = counts[0]  # what transformers 4 and older servers read
         else:
+            own = decoder_of(model).config
+            stored = [(field, "n_experts") for field in count_fields(own, found)]
+            stored += [(field, "top_k") for field in fields_of(own, TOP_K_FIELDS)]
             config["model_type"] = MODEL_TYPE_PREFIX + config["model_type"]
-            config[COUNTS_FIELD] = counts
-            config["per_layer_config"] = {
-                str(layer.index): {field: layer.n_experts, TOP_K_FIELD: layer.top_k} for layer in found
+            text[COUNTS_FIELD] = counts
+            text["per_layer_config"] = {
+                str(layer.index): {field: getattr(layer, name) for field, name in stored} for layer in found
             }
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
@@ -107,13 +115,11 @@ def load_pruned(
             "load it with the release that wrote it, or prune again"
         )
     config["model_type"] = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-    config.pop("per_layer_config", None)
+    nested = [each for each in config.values() if isinstance(each, dict)]
+    text = next((each for each in (config, *nested) if COUNTS_FIELD in each), config)
+    text.pop("per_layer_config", None)
     base = getattr(transformers, config["architectures"][0])
-    cls = (
-        base
-        if COUNTS_FIELD not in config
-        else _shrinking(base, config[COUNTS_FIELD], config.get(TOP_KS_FIELD))
-    )
+    cls = base if COUNTS_FIELD not in text else _shrinking(base, text[COUNTS_FIELD], text.get(TOP_KS_FIELD))
     model, report = cls.from_pretrained(
         folder,
         config=CONFIG_MAPPING[config["model_type"]].from_dict(config),
@@ -131,6 +137,34 @@ def load_pruned(
     return loaded
 
 
+def _of_decoder(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any]:
+    """The part of the configuration on disk that describes the decoder."""
+    kind = type(decoder_of(model).config)
+    if type(model.config) is kind:
+        return config
+    name = next(name for name in model.config.sub_configs if type(getattr(model.config, name)) is kind)
+    part: dict[str, Any] = config[name]
+    return part
+
+
+def _check_rebuilds(model: PreTrainedModel, found: Sequence[MoeLayer]) -> None:
+    """Build the model from its configuration once more, without weights, and compare the tensors' shapes."""
+    counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
+    alike = is_uniform(counts) and is_uniform(top_ks)
+    cls = type(model) if alike else _shrinking(type(model), counts, top_ks)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
+    with torch.device("meta"):
+        built = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    wrong = sorted(name for name in {*expected, *built} if expected.get(name) != built.get(name))
+    if wrong:
+        shapes = [f"{name} {expected.get(name)} against {built.get(name)}" for name in wrong[:3]]
+        raise NotExactError(
+            f"{type(model).__name__} ({model.config.model_type}) is not saved: its configuration would build "
+            f"{len(wrong)} other tensors than it has: {', '.join(shapes)}"
+        )
+
+
 def _shrinking(
     base: type[PreTrainedModel], counts: Sequence[int], top_ks: Sequence[int] | None
 ) -> type[PreTrainedModel]:
@@ -143,8 +177,8 @@ def _shrinking(
             raise ValueError(f"{COUNTS_FIELD} lists {len(counts)} layers, the model has {len(found)}")
         wanted = top_ks or [layer.top_k for layer in found]
         for layer, count, top_k in zip(found, counts, wanted, strict=True):
-            shrink(layout_of(self), layer, range(count), top_k)
-        describe(self, counts, wanted)
+            shrink(layer, range(count), top_k)
+        describe(self, found, counts, wanted)
 
     # The name and module are those of `base`: transformers looks conversions and recorded outputs up by them.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
