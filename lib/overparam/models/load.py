@@ -92,8 +92,9 @@ def provenance(name: str) -> dict[str, str]:
         return {name: "random weights, seed 0"}
     if name in PACKAGED:
         return packages.hashes(PACKAGED[name])
-    root, own = sources.root(name), recipe(name)
+    root = sources.root(name)
     if isinstance(root, Path):
+        own = recipe(name)
         files = sorted(Path(sources.source(name)).glob("*.safetensors"))
         files += [root / dense.path / "model.safetensors" for dense in (own.dense if own else ())]
         return {str(file.relative_to(root)): _sha256(file) for file in files}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -61,39 +61,43 @@ def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
     sizes = {name: state[name].numel() for name in missing if name in state}
     if sum(sizes.values()) > _MOST * sum(tensor.numel() for tensor in state.values()):
         return missing
-    called = _called(model)
-    if called is None:  # nothing can be tried: all count
+    called, finite = _run(model)
+    if finite is None or not finite.any():  # nothing can be tried: all count
         return missing
     sparse = {name for name in missing if _one_of_several(name, called)}
+    lost = [name for name in missing if type(state.get(name)) not in (torch.Tensor, nn.Parameter)]
     groups: dict[str, list[str]] = {}
     for name in missing:
-        if name in state and name not in sparse:
+        if name not in sparse and name not in lost:
             groups.setdefault(_group(name), []).append(name)
-    lost = [name for name in missing if name not in state]  # of a quantizer's, which cannot be tried
-    if not _finite_without(model, [state[name] for names in groups.values() for name in names]):
+    every = [state[name] for names in groups.values() for name in names]
+    if not _same_without(model, every, finite):
         several = len(groups) > _GROUPS
         for names in groups.values():
-            if several or not _finite_without(model, [state[name] for name in names]):
+            if several or not _same_without(model, [state[name] for name in names], finite):
                 lost += names
     return sorted({*sparse, *lost})
 
 
-def _called(model: PreTrainedModel) -> set[str] | None:
-    """Names of the modules that a forward pass runs through; None where the model takes more than tokens."""
+def _run(model: PreTrainedModel) -> tuple[set[str], torch.Tensor | None]:
+    """Names of the modules that a forward pass runs through, and which of its outputs are finite.
+
+    The latter is None where the model takes more than tokens.
+    """
     names: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
         for name, module in model.named_modules()
     ]
     try:
-        return names if _outputs(model) is not None else None
+        return names, _finite(model)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
-    """Logits or hidden states of a small padded batch; None where the model cannot read tokens alone."""
+def _finite(model: PreTrainedModel) -> torch.Tensor | None:
+    """Which logits or hidden states of a small padded batch are finite; None where tokens alone cannot be read."""
     try:
         batch = probe(model)
         with torch.inference_mode():
@@ -102,19 +106,19 @@ def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
         return None
     output = found.get("logits")
     output = found.get("last_hidden_state") if output is None else output
-    return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()]
+    return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()].isfinite()
 
 
-def _finite_without(model: PreTrainedModel, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether the outputs stay finite when these weights are NaN: then nothing is computed from them."""
+def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], finite: torch.Tensor) -> bool:
+    """Whether as many outputs stay finite when these weights are NaN: then nothing is computed from them."""
     chosen = [tensor for tensor in tensors if tensor.is_floating_point()]
     kept = [tensor.detach().clone() for tensor in chosen]
     try:
         with torch.no_grad():
             for tensor in chosen:
                 tensor.fill_(torch.nan)
-        found = _outputs(model)
-        return found is not None and bool(found.isfinite().all())
+        found = _finite(model)
+        return found is not None and torch.equal(found, finite)
     finally:
         with torch.no_grad():
             for tensor, value in zip(chosen, kept, strict=True):

@@ -11,6 +11,7 @@ from overparam.compress.distill.classifier import train_classifier
 from overparam.compress.distill.decoder import distill_decoder
 from overparam.compress.distill.embedding import distill_embeddings
 from overparam.compress.distill.encoders import as_classifier, as_encoder, outputs
+from overparam.compress.distill.fits import check_fits
 from overparam.compress.distill.starts import borrow_token_vectors, cut_student
 from overparam.compress.distill.students import new_student, student_config
 from overparam.compress.distill.training import Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "as_classifier",
     "as_encoder",
     "borrow_token_vectors",
+    "check_fits",
     "cost",
     "cut_student",
     "distill_decoder",

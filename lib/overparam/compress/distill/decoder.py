@@ -19,6 +19,7 @@ from overparam import progress
 from overparam.compress import causal
 from overparam.compress import checkpoint as checkpoints
 from overparam.compress.distill import losses
+from overparam.compress.distill.fits import check_fits
 
 Objective = Literal["forward_kl", "reverse_kl", "jsd"]
 Ids = Sequence[int]
@@ -88,14 +89,15 @@ def distill_decoder(
         The loss of every step, before its update.
 
     Raises:
-        ValueError: Vocabularies differ; prompts and targets are not equally many, empty or beyond the vocabulary; an
-            argument is out of its range; the student should write but has no end token; or a checkpoint of another
-            recipe or model.
+        ValueError: Vocabularies differ; ids of the student lie outside of its own; prompts and targets are not equally
+            many, empty or beyond the vocabulary; an argument is out of its range; the student should write but has no
+            end token; or a checkpoint of another recipe or model.
         FloatingPointError: The loss or its gradient is not finite; says at which step. The student then has the
             weights with which they last were.
     """
     _check_arguments(recipe, objective, on_policy_share, batch_size, max_new_tokens)
     _check_vocabularies(student, teacher, tokenizers)
+    check_fits(student, tokenizers[0] if tokenizers else None)
     _check_pairs(prompts, targets, _vocabulary(student))
     ends = _end_tokens(student) if on_policy_share else []
     compare = partial(_OBJECTIVES[objective], temperature=temperature)

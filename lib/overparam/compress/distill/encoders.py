@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import contrastive
+from overparam.compress.distill.fits import check_fits
 from overparam.models.recipe import POOLINGS, Dense, check, dense_weights
 
 if TYPE_CHECKING:
@@ -45,13 +46,16 @@ def as_encoder(
         seed: Of the projection.
 
     Raises:
-        ValueError: If the recipe gives embeddings of another width, or has parts that are not known here.
+        ValueError: If the recipe gives embeddings of another width, or has parts that are not known here; or if a
+            student does not fit its tokenizer.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling
 
     recipe, hidden = models.recipe(model), int(model.config.get_text_config().hidden_size)
     if recipe is None:
+        if not model.config._name_or_path:  # it was built, not loaded
+            check_fits(model, tokenizer, max_length=max_length)
         body = contrastive.as_sentence_transformer(model, tokenizer, pooling="mean", max_length=max_length)
         head = [] if width in (None, hidden) else [_linear(hidden, width, bias=False, seed=seed)]
         return SentenceTransformer(modules=[*body, *head, Normalize()], device=str(model.device)).eval()

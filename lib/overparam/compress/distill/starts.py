@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.depth import layer_embeddings
+from overparam.compress.distill.fits import check_fits
 from overparam.compress.distill.students import new_student
 from overparam.compress.distill.vocabulary import inside_word_prefix
 from overparam.models import blocks
@@ -60,7 +61,7 @@ def cut_student(
             layers, heads or positions, its heads are of another width, or the vocabularies do not fit.
     """
     _check_cut(teacher, config)
-    student = new_student(config, seed=seed)
+    student = new_student(config, seed=seed, tokenizer=tokenizer)
     theirs = blocks(teacher).layers
     spread = torch.linspace(0, len(theirs) - 1, config.num_hidden_layers).round().int().tolist()
     with torch.no_grad():
@@ -101,7 +102,7 @@ def borrow_token_vectors(
             is unknown, or the teacher is narrower than the student.
     """
     table = student.get_input_embeddings().weight
-    _check_fits(student, tokenizer)
+    check_fits(student, tokenizer)
     special = set(tokenizer.all_special_ids)
     texts = _texts(tokenizer)
     rows = [row for row, text in enumerate(texts) if row not in special and text.strip() and "�" not in text]
@@ -124,16 +125,6 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     prefix = inside_word_prefix(tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [tokenizer.convert_tokens_to_string([token]).removeprefix(prefix) for token in tokens]
-
-
-def _check_fits(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError when the tokenizer gives ids that the student has no row for."""
-    rows = student.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the student's table {rows} rows; "
-            "train the tokenizer with the student's vocabulary size"
-        )
 
 
 def _pieces(
@@ -171,7 +162,7 @@ def _fill_tokens(
         return
     if teacher_tokenizer is None:
         raise ValueError("a student with a tokenizer of its own needs teacher_tokenizer too")
-    _check_fits(student, tokenizer)
+    check_fits(student, tokenizer)
     for row, ids in enumerate(_pieces(tokenizer, teacher_tokenizer)):
         if ids:
             target[row].copy_(source[ids].mean(0))

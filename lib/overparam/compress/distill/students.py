@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from overparam.compress.distill.fits import check_fits
 from overparam.models import count_parameters
 
 # (hidden size, layers), widest first: few layers, because a shallow encoder is the faster one of two equal in size
@@ -87,7 +88,7 @@ def student_config(
                 intermediate_size=shape.feed_forward,
                 max_position_embeddings=shape.positions,
                 type_vocab_size=_TYPES,
-                pad_token_id=config.pad_token_id,
+                pad_token_id=_inside(config.pad_token_id, shape.vocabulary),
                 hidden_act=getattr(config, "hidden_act", "gelu"),
                 layer_norm_eps=getattr(config, "layer_norm_eps", 1e-12),
                 hidden_dropout_prob=0.0,
@@ -105,14 +106,37 @@ def student_config(
     )
 
 
-def new_student(config: BertConfig, *, seed: int) -> PreTrainedModel:
-    """Build an encoder of this configuration with random weights, in evaluation mode; the RNG state is left alone."""
+def new_student(
+    config: BertConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """Build an encoder of this configuration with random weights, in evaluation mode; the RNG state is left alone.
+
+    Args:
+        config: From `student_config`; it is not changed.
+        seed: Of the weights.
+        tokenizer: What the student reads with: its ids of special tokens replace those of the configuration, which
+            are the teacher's.
+
+    Raises:
+        ValueError: If ids of the configuration or the tokenizer lie outside of its vocabulary.
+    """
+    config = copy.deepcopy(config)
+    if tokenizer is not None:
+        for name in ("pad", "bos", "eos"):
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        return BertModel(copy.deepcopy(config), add_pooling_layer=False).eval()
+        student = BertModel(config, add_pooling_layer=False).eval()
     finally:
         torch.set_rng_state(state)
+    check_fits(student, tokenizer)
+    return student
+
+
+def _inside(token: int | None, vocabulary: int) -> int | None:
+    """An id of the teacher, where the student has it too."""
+    return token if token is not None and 0 <= token < vocabulary else None
 
 
 def _shapes(teacher: PreTrainedModel, budget: float, vocabulary: int | None) -> Iterator[_Shape]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from overparam.compress.distill.fits import emitted
+
 _ALPHABET = 1000  # characters at most, the limit of the WordPiece trainer; the rarest become unknown
 _SETTINGS_OF_THE_TEACHER = (  # of its last or packaged use; they would cut or pad the student's texts
     *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"),
@@ -51,7 +53,7 @@ def retrained_tokenizer(
 
     Raises:
         ValueError: If the tokenizer is not a fast one, there are no texts, `size` does not hold the special tokens
-            and the alphabet, or the texts do not have so many pieces.
+            and the alphabet, the texts do not have so many pieces, or it would give ids outside of its vocabulary.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -137,6 +139,7 @@ def _plain(
         spec = json.loads(stored.read_text())
         spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in inside]
         spec["padding"] = spec["truncation"] = None
+        spec["post_processor"] = _with_ids_of(spec["post_processor"], trained)
         stored.write_text(json.dumps(spec))
         config: dict[str, Any] = json.loads(settings.read_text())
         config = {key: value for key, value in config.items() if key not in _SETTINGS_OF_THE_TEACHER}
@@ -145,7 +148,38 @@ def _plain(
         settings.write_text(json.dumps(config))
         plain = type(teacher).from_pretrained(folder)
     plain.name_or_path = plain.init_kwargs["name_or_path"] = ""  # not the temporary folder
+    for what, ids in emitted(plain).items():
+        if max(ids, default=0) >= len(plain):
+            raise ValueError(
+                f"{type(teacher).__name__} cannot be trained again: it would have {len(plain)} tokens, but {what} "
+                f"gives id {max(ids)}"
+            )
     return plain
+
+
+def _with_ids_of(part: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A post-processor with the ids that its tokens have in `tokenizer`, however deeply it is nested."""
+    if isinstance(part, list):
+        return [_with_ids_of(each, tokenizer) for each in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _with_ids_of(value, tokenizer) for key, value in part.items()}
+    if "tokens" in part and "ids" in part:  # of a template
+        part["ids"] = [_id(tokenizer, token) for token in part["tokens"]]
+    for key in ("cls", "sep"):  # of BERT and RoBERTa
+        if key in part:
+            part[key] = [part[key][0], _id(tokenizer, part[key][0])]
+    return part
+
+
+def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise ValueError(
+            f"the tokenizer puts {token!r} around texts, which is none of its special tokens and so not in the "
+            "smaller vocabulary"
+        )
+    return int(found)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:

@@ -88,7 +88,7 @@ def build(study: Study) -> Students:
             )
             config.vocab_size = len(tokenizer)
         for seed in params.train_seeds if share == params.task_share else params.train_seeds[:1]:
-            student = distill.new_student(config, seed=seed)
+            student = distill.new_student(config, seed=seed, tokenizer=tokenizer)
             first = share == params.task_share and seed == params.train_seeds[0]
             if first:
                 controls[UNTRAINED] = _wrapped(study, student, tokenizer, seed)
