@@ -126,6 +126,14 @@ def _stack(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
             found[name] = module
     if not found:
         raise _unknown(model, "no module `experts` in any list of layers")
+    for block in (block for stack in found.values() for block in _blocks(stack)):
+        if any("mxfp4" in type(module).__name__.lower() for module in (block, block.experts)):
+            raise ValueError(
+                "the experts are in native MXFP4: their router cannot be watched and their packed tensors cannot be "
+                "sliced here. Load the model with quantization_config=Mxfp4Config(dequantize=True)"
+            )
+        if not _fused(block):
+            raise _unknown(model, "its experts are modules of their own, or rows of one matrix")
     if len(found) > 1:
         names = ", ".join(f"model.{name}" for name in found)
         raise ValueError(
@@ -142,17 +150,18 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if isinstance(getattr(part, "experts", None), nn.Module))
 
 
+def _fused(block: nn.Module) -> set[int]:
+    """The numbers of experts that the tensors of a block stack."""
+    return {
+        len(parameter) for parameter in block.get_submodule("experts").parameters() if parameter.ndim == 3
+    }
+
+
 def _describe(model: PreTrainedModel, index: int, block: nn.Module) -> MoeLayer:
     experts = block.get_submodule("experts")
-    if any("mxfp4" in type(module).__name__.lower() for module in (block, experts)):
-        raise ValueError(
-            "the experts are in native MXFP4: their router cannot be watched and their packed tensors cannot be "
-            "sliced here. Load the model with quantization_config=Mxfp4Config(dequantize=True)"
-        )
-    sizes = {len(parameter) for parameter in experts.parameters() if parameter.ndim == 3}
-    if len(sizes) != 1:
-        why = f"tensors for {sorted(sizes)} experts in one layer" if sizes else "no fused tensors of experts"
-        raise _unknown(model, f"layer {index} has {why}")
+    sizes = _fused(block)
+    if len(sizes) > 1:
+        raise _unknown(model, f"layer {index} has tensors for {sorted(sizes)} experts")
     (count,) = sizes
     gate: Any = next((part for name, part in block.named_children() if name in _ROUTERS), None)
     if gate is None:
@@ -223,11 +232,16 @@ def _unknown(model: PreTrainedModel, why: str) -> ValueError:
         for name, tensor in _named(model)
         if any(part in name for part in (".experts.", "router", "e_score_correction_bias", "input_linear"))
     ]
-    if not seen:
+    config = model.config.get_text_config()
+    said = [f"{field} = {getattr(config, field)}" for field in fields_of(config, COUNT_FIELDS)]
+    if not seen and not any(
+        getattr(config, field) not in (0, 1) for field in fields_of(config, COUNT_FIELDS)
+    ):
         return ValueError(f"{_kind(model)} is dense: it has no mixture-of-experts layers to prune")
     more = f" and {len(seen) - 8} more" if len(seen) > 8 else ""
     return ValueError(
         f"{_kind(model)} has an unknown layout of experts: {why}. Known are layers with a module `experts`, whose "
-        "tensors stack all experts along their first dimension, beside a router with a row for each. Tensors that "
-        f"seem to belong to experts: {', '.join(seen[:8])}{more}"
+        "tensors stack all experts along their first dimension, beside a router with a row for each. "
+        f"Tensors that seem to belong to experts: {', '.join(seen[:8]) or 'none'}{more}; the configuration says "
+        f"{', '.join(said) or 'nothing'}"
     )

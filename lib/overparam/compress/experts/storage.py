@@ -103,7 +103,7 @@ def load_pruned(
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8"), object_hook=_float)
     version = config.pop(FORMAT_FIELD, None)
     if version is None:
         raise ValueError(
@@ -135,6 +135,11 @@ def load_pruned(
     _release_file(model)
     loaded: PreTrainedModel = model.to(device or "cpu").eval()
     return loaded
+
+
+def _float(part: dict[str, Any]) -> Any:
+    """Read what transformers writes for numbers that JSON does not have, such as ``{"__float__": "Infinity"}``."""
+    return float(part["__float__"]) if set(part) == {"__float__"} else part
 
 
 def _of_decoder(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any]:
