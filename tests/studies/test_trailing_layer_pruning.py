@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from overparam.compress import depth
+from overparam import models
+from overparam.compress import contrastive, depth
 from overparam.report import record, stats
 from overparam.report.claims import verdict_table
 from overparam.studies.trailing_layer_pruning import (
@@ -203,3 +204,19 @@ def test_both_recipes_are_compared_on_the_same_triplets(name, tmp_path, monkeypa
     )
     assert read.loc["fr", "document"].startswith("⟦")
     assert "⟦" in read.loc["topic", "document"][1:]
+
+
+@pytest.mark.parametrize("recipe", ["plain", "published"])
+def test_an_exported_encoder_embeds_as_the_trained_one(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
+    monkeypatch.setattr("overparam.packages.cache_dir", lambda: tmp_path)
+    run = study.start(Params(model="tiny-llama", dtype="float32", recipe=recipe, **TINY))
+    texts = study.text_recipe(run.params)
+    encoder = contrastive.as_sentence_transformer(
+        depth.truncated(run.model, 2), run.tokenizer, text_recipe=texts
+    )
+    training._export(run, encoder, 2)
+    name = "tiny-llama-2-of-6" + ("-published" if recipe == "published" else "")
+    model, tokenizer = models.load(str(tmp_path / "encoders" / name))
+    found = depth.layer_embeddings(model, tokenizer, ["light and water"], recipe=texts)[:, -1]
+    np.testing.assert_allclose(found, encoder.encode(["light and water"]), atol=1e-5)

@@ -89,5 +89,7 @@ class TextPooling(Pooling):  # type: ignore[misc]
             self.pooling, features["attention_mask"], features["pooled_mask"], self.text_recipe
         )
         tokens = features["token_embeddings"]  # [texts, tokens, hidden]
-        features["sentence_embedding"] = torch.bmm(weights, tokens.to(weights.dtype)).squeeze(1)
+        features["sentence_embedding"] = (weights.transpose(1, 2) * tokens).sum(
+            1
+        )  # in float32, also under autocast
         return features

@@ -88,13 +88,13 @@ def as_read(study: Study) -> pd.DataFrame:
     for each in study.triplets(study.params.loss_triplets, seed=study.params.seed):
         first.setdefault(each.source, each)
     rows = []
-    for source, triplet in first.items():
-        asked, given = depth.instructions_of(triplet, recipe)
+    for source, one in first.items():
+        asked, given = depth.instructions_of(one, recipe)
         rows.append(
             {
                 "source": source,
-                "query": _shown(head, asked, recipe.separator, triplet.query, tail),
-                "document": _shown(head, given, recipe.separator, triplet.positive, tail),
+                "query": _shown(head, asked, recipe.separator, one.query, tail),
+                "document": _shown(head, given, recipe.separator, one.positive, tail),
             }
         )
     table = pd.DataFrame(rows)
