@@ -283,7 +283,7 @@ def test_what_is_quantized_already_is_refused(encoder):
 
 def test_exported_decoders_take_several_texts():
     model = models.tiny_twin("llama", num_hidden_layers=2, causal=True).eval()
-    exported = openvino.export_decoder(model)
+    exported = quantize.export(model, decoder=True)
     names = {name for port in exported.inputs for name in port.get_names()}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     request = openvino._compiled(exported, True).create_infer_request()

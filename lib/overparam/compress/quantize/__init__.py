@@ -1,6 +1,8 @@
 """Quantization: schemes of maintained libraries, simulated rounding at any number of bits, and training for it."""
 
 from overparam.compress.quantize.allocation import allocate_bits
+from overparam.compress.quantize.coverage import Coverage
+from overparam.compress.quantize.reasons import reason_against
 from overparam.compress.quantize.rounding import (
     matrices,
     outliers,
@@ -9,7 +11,7 @@ from overparam.compress.quantize.rounding import (
     rounded,
     stored_bytes,
 )
-from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, reason_against, refuse_quantized
+from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, refuse_quantized
 from overparam.compress.quantize.systems import (
     HiddenStates,
     Quantized,
@@ -26,6 +28,7 @@ from overparam.compress.quantize.systems import (
 __all__ = [
     "BASELINE",
     "SCHEMES",
+    "Coverage",
     "HiddenStates",
     "Quantized",
     "Scheme",

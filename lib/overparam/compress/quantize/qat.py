@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from overparam.compress.quantize import coverage
+from overparam.models.proof import NotExactError
+
 GROUP_SIZE = 32
+
+
+def reason_against(model: nn.Module, *, group_size: int = GROUP_SIZE) -> str | None:
+    """Say why a model, or a part of one, cannot be trained with rounding; None when it can."""
+    if reason := coverage.unreached(model, "torchao"):
+        return reason
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.in_features % group_size:
+            return f"groups of {group_size} do not divide the {module.in_features} columns of {name}"
+    return None
 
 
 def prepare(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.Module:
@@ -20,7 +33,9 @@ def prepare(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.
         group_size: Neighbouring weights of a row that share a scale.
 
     Raises:
-        ValueError: `bits` out of range, or groups that do not divide a layer's columns.
+        NotExactError: Weights that are not in linear layers, as stacks of experts, or groups that do not divide a
+            layer's columns; see `reason_against`.
+        ValueError: `bits` out of range.
     """
     return _quantized(model, bits, group_size, "prepare")
 
@@ -42,15 +57,19 @@ def _quantized(model: nn.Module, bits: int, group_size: int, step: str | None) -
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.in_features % group_size:
-            raise ValueError(
-                f"groups of {group_size} do not divide the {module.in_features} columns of {name}"
-            )
+    if reason := reason_against(model, group_size=group_size):
+        raise NotExactError(reason)
     changed = copy.deepcopy(model)
     config = _config(bits, group_size)
     quantize_(changed, QATConfig(config, step=step) if step else config)
+    for name, layer in changed.named_modules():
+        if isinstance(layer, nn.Linear) and not _rounds(layer, bits):
+            raise NotExactError(f"torchao left {name} as it was")
     return changed
+
+
+def _rounds(layer: nn.Linear, bits: int) -> bool:
+    return getattr(layer, "weight_fake_quantizer", None) is not None or coverage.bits_of(layer.weight) <= bits
 
 
 def _config(bits: int, group_size: int) -> Any:

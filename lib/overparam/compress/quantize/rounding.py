@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from math import prod
 
 import torch
 from torch import nn
 
+from overparam.compress.quantize.weights import Weight, weights
+
 GROUP_SIZE = 32
+_ROWS = 65536  # that are rounded at once
 _SCALE_BITS = 32  # of a group: its least value and its step, two half-precision numbers
 
 
@@ -46,13 +49,15 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that quantization is about: of linear layers and embedding tables, by name, tied ones once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            weight = cast(nn.Parameter, module.weight)
-            found.setdefault(id(weight), (f"{name}.weight", weight))
-    return dict(found.values())
+    """The weights that quantization is about: matrices of any kind and embedding tables, by name, tied ones once.
+
+    Stacks of experts, transposed linear layers and convolutions are among them: see `weights.weights`.
+    """
+    return {name: weight.parameter for name, weight in _matrices(model).items()}
+
+
+def _matrices(model: nn.Module) -> dict[str, Weight]:
+    return {weight.name: weight for weight in weights(model) if weight.role != "other"}
 
 
 def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size: int = GROUP_SIZE) -> None:
@@ -61,16 +66,16 @@ def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size
     Args:
         model: Any.
         bits: Of all matrices, or of those named; the others stay as they are.
-        group_size: See `round_to_nearest`.
+        group_size: See `round_to_nearest`; neighbours are weights that one output sums over.
 
     Raises:
-        ValueError: A name is no matrix of the model, or as `round_to_nearest`.
+        ValueError: A name is no matrix of the model, it has none, or as `round_to_nearest`.
     """
-    weights = matrices(model)
-    given = _by_name(weights, bits)
+    found = _matrices(model)
+    given = _by_name(found, bits)
     with torch.no_grad():
         for name, its_bits in given.items():
-            weights[name].copy_(round_to_nearest(weights[name], its_bits, group_size=group_size))
+            _round(found[name], its_bits, group_size)
 
 
 @contextmanager
@@ -78,15 +83,15 @@ def rounded(
     model: nn.Module, bits: int | Mapping[str, int], *, group_size: int = GROUP_SIZE
 ) -> Iterator[None]:
     """Round the matrices of a model for a while, then put them back. Arguments and errors as in `round_weights`."""
-    weights = matrices(model)
-    before = {name: weights[name].detach().clone() for name in _by_name(weights, bits)}
+    found = _matrices(model)
+    before = {name: found[name].parameter.detach().clone() for name in _by_name(found, bits)}
     try:
         round_weights(model, bits, group_size=group_size)
         yield
     finally:
         with torch.no_grad():
             for name, weight in before.items():
-                weights[name].copy_(weight)
+                found[name].parameter.copy_(weight)
 
 
 def stored_bytes(model: nn.Module, bits: int | Mapping[str, int], *, group_size: int = GROUP_SIZE) -> int:
@@ -99,34 +104,63 @@ def stored_bytes(model: nn.Module, bits: int | Mapping[str, int], *, group_size:
         bits: As in `round_weights`.
         group_size: As in `round_to_nearest`.
     """
-    weights = matrices(model)
-    given = _by_name(weights, bits)
-    packed = sum(matrix_bits(weights[name], its_bits, group_size) for name, its_bits in given.items())
-    quantized = {id(weights[name]) for name in given}
+    found = _matrices(model)
+    given = _by_name(found, bits)
+    packed = sum(_bits(found[name], its_bits, group_size) for name, its_bits in given.items())
+    quantized = {id(found[name].parameter) for name in given}
     rest = {id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in quantized}
     return -(-packed // 8) + sum(rest.values())
 
 
+def sizes(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> dict[str, int]:
+    """Return the bits that each matrix of a model takes when it is rounded, its groups' values included."""
+    return {name: _bits(weight, bits, group_size) for name, weight in _matrices(model).items()}
+
+
 def matrix_bits(weight: torch.Tensor, bits: int, group_size: int = GROUP_SIZE) -> int:
-    """Return the bits that a rounded matrix takes, its groups' least values and steps included."""
+    """Return the bits that a rounded matrix [rows, columns] takes, its groups' least values and steps included."""
     rows, columns = weight.shape
     return rows * columns * bits + rows * -(-columns // group_size) * _SCALE_BITS
 
 
+def _bits(weight: Weight, bits: int, group_size: int) -> int:
+    return matrix_bits(_as_rows(weight), bits, group_size)
+
+
+def _as_rows(weight: Weight) -> torch.Tensor:
+    """A weight as matrix [outputs of all experts, inputs]."""
+    moved = weight.parameter.permute(_order(weight))
+    return moved.reshape(-1, prod(moved.shape[-len(weight.columns) :]))
+
+
+def _order(weight: Weight) -> list[int]:
+    return [dim for dim in range(weight.parameter.ndim) if dim not in weight.columns] + list(weight.columns)
+
+
+def _round(weight: Weight, bits: int, group_size: int) -> None:
+    parts = torch.split(_as_rows(weight), _ROWS)
+    found = torch.cat([round_to_nearest(part, bits, group_size=group_size) for part in parts])
+    order = _order(weight)
+    shape = [weight.parameter.shape[dim] for dim in order]
+    weight.parameter.copy_(found.reshape(shape).permute([order.index(dim) for dim in range(len(order))]))
+
+
 def outliers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, float]:
     """Return, for each matrix, its largest weight over its root mean square: what stretches the steps of rounding."""
-    weights = matrices(model)
-    chosen = weights if names is None else {name: weights[name] for name in names}
+    found = matrices(model)
+    chosen = found if names is None else {name: found[name] for name in names}
     return {
         name: float(weight.detach().abs().max() / weight.detach().double().square().mean().sqrt())
         for name, weight in chosen.items()
     }
 
 
-def _by_name(weights: Mapping[str, nn.Parameter], bits: int | Mapping[str, int]) -> Mapping[str, int]:
-    given = bits if isinstance(bits, Mapping) else dict.fromkeys(weights, bits)
-    if unknown := sorted(given.keys() - weights.keys()):
+def _by_name(found: Mapping[str, Weight], bits: int | Mapping[str, int]) -> Mapping[str, int]:
+    if not found:
+        raise ValueError("the model has no matrix and no embedding table: there is nothing to round")
+    given = bits if isinstance(bits, Mapping) else dict.fromkeys(found, bits)
+    if unknown := sorted(given.keys() - found.keys()):
         raise ValueError(
-            f"{unknown[0]!r} is no matrix of the model; there are {', '.join(list(weights)[:4])} …"
+            f"{unknown[0]!r} is no matrix of the model; there are {', '.join(list(found)[:4])} …"
         )
     return given

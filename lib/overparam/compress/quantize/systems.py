@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from overparam.compress.folders import new_folder
-from overparam.compress.quantize import backends, openvino
+from overparam.compress.quantize import backends, coverage, exporting, openvino
+from overparam.compress.quantize.coverage import Coverage
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
 from overparam.models import Embedder
+from overparam.models.proof import NotExactError
 
 _NOTE = "quantization.json"
 HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,11 +49,26 @@ class Quantized:
         scheme: Its name.
         run: `HiddenStates` of an encoder, or `Steps` of a decoder.
         model: What was quantized: a module, or an `openvino.Model`.
+        precision: In what it computes and keeps keys and values.
+        coverage: Its weights by bits; None for a folder that does not say.
     """
 
     scheme: str
     run: Any
     model: Any
+    precision: openvino.Precision
+    coverage: Coverage | None = None
+
+    def fastest(self) -> Quantized:
+        """The same weights, computing in what is the fastest on this processor: for measuring speed.
+
+        OpenVINO chooses the precision of activations, keys and values by processor; PyTorch's is that of the scheme.
+        """
+        if SCHEMES[self.scheme].library != "openvino":
+            return self
+        return _in_openvino(
+            self.scheme, self.model, isinstance(self.run, openvino.Decoder), self.coverage, exact=False
+        )
 
     def save(self, path: Path | str) -> None:
         """Save the weights in the format of the scheme's library; the folder appears whole or not at all.
@@ -67,7 +84,9 @@ class Quantized:
                 openvino.save(self.model, folder)
             else:
                 self.model.save_pretrained(folder)
-            written = {"scheme": self.scheme, "library": library, "version": version(library)}
+            written: dict[str, Any] = {"scheme": self.scheme, "library": library, "version": version(library)}
+            if self.coverage is not None:
+                written["coverage"] = asdict(self.coverage)
             (folder / _NOTE).write_text(json.dumps(written) + "\n", encoding="utf-8")
 
 
@@ -81,6 +100,8 @@ def quantize(
 ) -> Quantized:
     """Quantize a copy of a model.
 
+    It computes in what gives the same numbers on every processor; `Quantized.fastest` gives the one to time.
+
     Args:
         model: It is not changed.
         name: A scheme that `schemes.reason_against` has nothing against.
@@ -89,28 +110,40 @@ def quantize(
         exported: What `export` made of the model; None: it is exported here.
 
     Raises:
+        NotExactError: The scheme leaves weights that it says it quantizes, or the model cannot be exported exactly.
         ValueError: The model is quantized already, or calibration is missing.
     """
     refuse_quantized(model)
-    if SCHEMES[name].library == "openvino":
+    scheme = SCHEMES[name]
+    if scheme.library == "openvino":
         exported = exported or export(model, decoder=decoder)
         changed = openvino.compressed(exported, name, calibration)
-        return _in_openvino(name, changed, decoder)
-    return _in_torch(name, backends.in_torch(model, name), decoder)
+        covered = coverage.checked(coverage.of_openvino(changed, model), scheme, model)
+        return _in_openvino(name, changed, decoder, covered)
+    if scheme.library in ("torchao", "bitsandbytes") and (
+        reason := coverage.unreached(model, scheme.library)
+    ):
+        raise NotExactError(f"{name}: {reason}")
+    found = backends.in_torch(model, name)
+    covered = coverage.checked(coverage.of_module(found, model), scheme, model)
+    return _in_torch(name, found, decoder, covered)
 
 
 def export(model: PreTrainedModel, *, decoder: bool) -> Any:
-    """Return the model as `openvino.Model`, from which every scheme of OpenVINO starts."""
-    return openvino.export_decoder(model) if decoder else openvino.export_encoder(model)
+    """Return the model as `openvino.Model`, from which every scheme of OpenVINO starts; see `exporting.exported`."""
+    return exporting.exported(model, decoder=decoder)
 
 
-def load(folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = False) -> Quantized:
+def load(
+    folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = False, fastest: bool = False
+) -> Quantized:
     """Load what `Quantized.save` wrote.
 
     Args:
         folder: Of the saved model.
         kind: Class of the model in transformers.
         decoder: Whether it is to give logits.
+        fastest: See `Quantized.fastest`.
 
     Raises:
         FileNotFoundError: There is no saved model.
@@ -121,19 +154,20 @@ def load(folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = Fal
         raise FileNotFoundError(f"{folder} has no {_NOTE}: it was not saved by overparam")
     written = json.loads(note.read_text(encoding="utf-8"))
     name, library = written["scheme"], written["library"]
+    covered = _coverage(written.get("coverage"))
     try:
         if library == "openvino":
-            return _in_openvino(name, openvino.load(folder), decoder)
+            return _in_openvino(name, openvino.load(folder), decoder, covered, exact=not fastest)
         model = backends.load(folder, kind)
     except Exception as error:
         raise ValueError(
             f"{library} {version(library)} cannot read {folder}, which {library} {written['version']} wrote: {error}"
         ) from error
-    return _in_torch(name, backends.compiled(model) if name == "fp32-compiled" else model, decoder)
+    return _in_torch(name, backends.compiled(model) if name == "fp32-compiled" else model, decoder, covered)
 
 
 def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> Any:
-    """Load a saved model, let it read a text, and return what runs: what a process that serves it holds.
+    """Load a saved model, let it read a text, and return what runs: what a process that serves it fast holds.
 
     Args:
         folder: Of `Quantized.save`.
@@ -142,7 +176,7 @@ def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> 
         ids: Token ids of the text.
         decoder: Whether it gives logits.
     """
-    run = load(folder, getattr(importlib.import_module(module), kind), decoder=decoder).run
+    run = load(folder, getattr(importlib.import_module(module), kind), decoder=decoder, fastest=True).run
     text = torch.tensor([ids])
     with torch.inference_mode():
         run(text) if decoder else run(text, torch.ones_like(text))
@@ -236,10 +270,25 @@ class _Steps:
         return cast(torch.Tensor, found.logits)
 
 
-def _in_torch(name: str, model: PreTrainedModel, decoder: bool) -> Quantized:
-    return Quantized(name, steps_of(model) if decoder else states_of(model), model)
+def _in_torch(name: str, model: PreTrainedModel, decoder: bool, covered: Coverage | None) -> Quantized:
+    kind = str(model.dtype).removeprefix("torch.")
+    rounds = SCHEMES[name].activations
+    precision = openvino.Precision(
+        kind if rounds > 8 else f"{kind}, activations in {rounds} bits", kind if decoder else ""
+    )
+    return Quantized(name, steps_of(model) if decoder else states_of(model), model, precision, covered)
 
 
-def _in_openvino(name: str, model: Any, decoder: bool) -> Quantized:
-    kind = openvino.Decoder if decoder else openvino.Encoder
-    return Quantized(name, kind(model, exact=SCHEMES[name].weights == 32), model)
+def _in_openvino(
+    name: str, model: Any, decoder: bool, covered: Coverage | None, *, exact: bool = True
+) -> Quantized:
+    run = openvino.Decoder(model, exact=exact) if decoder else openvino.Encoder(model, exact=exact)
+    return Quantized(name, run, model, run.precision, covered)
+
+
+def _coverage(written: dict[str, Any] | None) -> Coverage | None:
+    """What `save` wrote of the coverage; JSON has made text of the bits."""
+    if written is None:
+        return None
+    shares = {int(bits): share for bits, share in written["shares"].items()}
+    return Coverage(shares, written["quantized"], written["left"])

@@ -66,6 +66,7 @@ def sensitivity(study: Study) -> pd.DataFrame:
     texts = study.train_texts[-params.probe_texts :]
     base = _outputs(study, model, texts)
     weights = quantize.matrices(model)
+    size = {bits: rounding.sizes(model, bits, group_size=params.group_size) for bits in params.bits}
     outliers = {part: max(quantize.outliers(model, names).values()) for part, names in named.items()}
     rows = []
     jobs = [(part, bits) for part in named for bits in sorted(params.bits)]
@@ -77,9 +78,7 @@ def sensitivity(study: Study) -> pd.DataFrame:
                 "part": part,
                 "bits": bits,
                 "parameters": sum(weights[name].numel() for name in named[part]),
-                "size_bits": sum(
-                    rounding.matrix_bits(weights[name], bits, params.group_size) for name in named[part]
-                ),
+                "size_bits": sum(size[bits][name] for name in named[part]),
                 **stats.bootstrap(moved, n_resamples=CURVE_RESAMPLES).columns("divergence"),
                 "outlier": outliers[part],
             }

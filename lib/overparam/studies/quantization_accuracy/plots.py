@@ -201,8 +201,13 @@ def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
 
 
 def plot_training(study: Study, trained: Trained) -> Any:
-    """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and what flipped."""
+    """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and what flipped.
+
+    None where nothing was trained.
+    """
     data = trained.table
+    if data.empty:
+        return None
     measure = "perplexity" if study.decoder else "accuracy"
     tasks = list(dict.fromkeys(data["task"]))
     with figures.style():

@@ -43,6 +43,8 @@ class Quality:
 
 def measure(study: Study) -> Quality:
     """Measure the quality of every scheme that runs here: `of_encoder` or `of_decoder`."""
+    for name, share in study.as_quantized.set_index("scheme")["quantized_share"].items():
+        study.recorder.metric(f"quantized_share_{name}", share, "% of weights in the scheme's bits or fewer")
     found = of_decoder(study) if study.decoder else of_encoder(study)
     for name, kept in found.kept.items():
         study.recorder.metric(f"kept_{name}", kept, "% of full precision")
@@ -53,7 +55,7 @@ def measure(study: Study) -> Quality:
 def of_encoder(study: Study) -> Quality:
     """Score the embedding suite under every scheme, and say how far embeddings moved."""
     names = study.running
-    systems = [study.quantized(name).run for name in progress.track(names, "quantizing")]
+    systems = [study.quantized(name).run for name in names]
 
     def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
         runs = progress.track(systems, "embedding the suite")
@@ -105,9 +107,7 @@ def retained(base: Scores, scores: Scores) -> stats.Estimate:
 def of_decoder(study: Study) -> Quality:
     """Measure likelihood, divergence, flipped tokens, long contexts and translation under every scheme."""
     names = study.running
-    runs: dict[str, quantize.Steps] = {
-        name: study.quantized(name).run for name in progress.track(names, "quantizing")
-    }
+    runs: dict[str, quantize.Steps] = {name: study.quantized(name).run for name in names}
     rows: list[dict[str, object]] = []
     read: dict[tuple[str, str], NDArray[np.float64]] = {}
     for view, texts in views(study).items():

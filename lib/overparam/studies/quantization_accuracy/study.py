@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models
+from overparam import models, progress
 from overparam.allocator import keep_freed_memory
 from overparam.compress import quantize
-from overparam.compress.quantize import openvino
+from overparam.compress.quantize import exporting, openvino, qat, weights
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.models.proof import NotExactError
 from overparam.report import record
 from overparam.studies import recipes
 from overparam.studies.quantization_accuracy import Params
@@ -28,7 +29,11 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 @dataclass
 class Study:
-    """A started study: what every step needs."""
+    """A started study: what every step needs.
+
+    Attributes:
+        seconds_of_proofs: What it took to compare exports with PyTorch, and to see what weights do.
+    """
 
     params: Params
     recorder: record.Recorder
@@ -38,6 +43,7 @@ class Study:
     embedder: models.Embedder
     systems: dict[str, quantize.Quantized] = field(default_factory=dict)
     seconds_to_quantize: dict[str, float] = field(default_factory=dict)
+    seconds_of_proofs: float = 0.0
 
     @cached_property
     def schemes(self) -> pd.DataFrame:
@@ -48,7 +54,10 @@ class Study:
                 "about": quantize.SCHEMES[name].about,
                 "weight_bits": quantize.SCHEMES[name].weights,
                 "activation_bits": quantize.SCHEMES[name].activations,
-                "not_run": quantize.reason_against(name, self.model, decoder=self.decoder) or "",
+                "not_run": quantize.reason_against(
+                    name, self.model, decoder=self.decoder, exported=lambda: self.exported
+                )
+                or "",
             }
             for name in (quantize.BASELINE, *self.params.schemes)
         ]
@@ -74,13 +83,43 @@ class Study:
         return [samples.cut(text, self.params.characters) for pair in pairs for text in pair if text]
 
     @cached_property
+    def not_trained(self) -> str:
+        """Why the model cannot be trained with rounding; empty where it can."""
+        group_size = self.params.group_size
+        if self.decoder:
+            layers = models.blocks(self.model.base_model).layers
+            reason = qat.reason_against(layers, group_size=group_size)
+        else:
+            reason = qat.reason_against(self.model, group_size=group_size)
+        return f"{type(self.model).__name__}: {reason}" if reason else ""
+
+    @property
     def exported(self) -> tuple[Any, float]:
-        """The model in OpenVINO, from which each of its schemes starts, and the seconds that its export took."""
-        started = time.perf_counter()
-        return quantize.export(self.model, decoder=self.decoder), time.perf_counter() - started
+        """The model in OpenVINO, from which each of its schemes starts, and the seconds that its export took.
+
+        Raises:
+            NotExactError: It cannot be exported exactly.
+        """
+        if isinstance(self._export, NotExactError):
+            raise self._export
+        return self._export
+
+    @cached_property
+    def _export(self) -> tuple[Any, float] | NotExactError:
+        started, proved = time.perf_counter(), exporting.seconds["proof"]
+        try:
+            found = quantize.export(self.model, decoder=self.decoder)
+        except NotExactError as error:
+            return error
+        proof = exporting.seconds["proof"] - proved
+        self.seconds_of_proofs += proof
+        return found, time.perf_counter() - started - proof
 
     def quantized(self, name: str) -> quantize.Quantized:
-        """The model under a scheme, made when first asked for; calibrated on texts of the training parts."""
+        """The model under a scheme, made when first asked for; calibrated on texts of the training parts.
+
+        It computes in what gives the same numbers on every processor.
+        """
         if name not in self.systems:
             scheme = quantize.SCHEMES[name]
             exported, before = self.exported if scheme.library == "openvino" else (None, 0.0)
@@ -91,6 +130,28 @@ class Study:
             )
             self.seconds_to_quantize[name] = before + time.perf_counter() - started
         return self.systems[name]
+
+    @cached_property
+    def as_quantized(self) -> pd.DataFrame:
+        """What each scheme made of the weights, and in what it computes while quality is measured."""
+        rows = []
+        for name in progress.track(self.running, "quantizing"):
+            found = self.quantized(name)
+            covered = found.coverage
+            assert covered is not None
+            rows.append(
+                {
+                    "scheme": name,
+                    "computes_in": found.precision.computes_in,
+                    "cache_in": found.precision.cache_in,
+                    "quantized_share": 100 * covered.quantized if name != quantize.BASELINE else 0.0,
+                    "weights": covered.described(),
+                    "left": ", ".join(f"{role}: {100 * share:.3g} %" for role, share in covered.left.items()),
+                }
+            )
+        table = pd.DataFrame(rows)
+        self.recorder.table("systems", table)
+        return table
 
     @cached_property
     def _calibration(self) -> list[openvino.Batch]:
@@ -128,7 +189,7 @@ class Study:
 
 
 def start(params: Params) -> Study:
-    """Load the model and open the record.
+    """Load the model, find out which schemes run with it, and open the record.
 
     Raises:
         ValueError: The model is quantized already, or its recipe has parts that are not known here.
@@ -155,5 +216,9 @@ def start(params: Params) -> Study:
     if not decoder:
         here = embedder.recipe.describe() | {"tokens at most": str(study.length)}
         recipes.keep(recorder, params.model, recipe, here)
+    started = time.perf_counter()
+    weights.weights(model)
+    study.seconds_of_proofs += time.perf_counter() - started
+    recorder.metric("schemes_that_run", len(study.running))
     recorder.metric("parameters", models.count_parameters(model).total)
     return study

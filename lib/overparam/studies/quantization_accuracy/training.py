@@ -34,6 +34,15 @@ if TYPE_CHECKING:
 FULL, AFTER, TRAINED = "full precision", "rounded after training", "trained with rounding"
 _TASK = "next token"  # of a decoder
 _ROW = 128  # tokens of a row that a decoder is trained on
+_COLUMNS = [
+    "task",
+    "bits",
+    "way",
+    "change",
+    "kept",
+    "flipped",
+    "mcnemar_p_first_seed",
+]  # of a table without rows
 Items = NDArray[np.float64]
 Way = tuple[int, str]  # bits, and FULL, AFTER or TRAINED
 
@@ -87,9 +96,14 @@ def train(study: Study) -> Trained:
 
     It goes on in full precision, to be rounded afterwards, or with its weights rounded at every step, for as many
     steps. An encoder learns to classify topics, a decoder goes on with verses and articles: all weights of its blocks,
-    its embedding table left as it is.
+    its embedding table left as it is. A model that cannot be trained with rounding is left out: see `not_trained` of
+    the study.
     """
     params = study.params
+    if study.not_trained:
+        table = pd.DataFrame(columns=_COLUMNS)
+        study.recorder.table("training", table)
+        return Trained(table, {}, {}, {}, {})
     find = _of_decoder if study.decoder else _of_encoder
     found: dict[tuple[str, int, str], list[Outcome]] = {}
     for (task, *way), outcome in find(study):

@@ -83,15 +83,7 @@ def verdicts(
                 measured=None if closed is None else closed.shifted(-0.5).scaled(100),
                 margin=0.0,
                 words={"bits": bits},
-                note=(
-                    f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
-                    f"{trained.trained[bits].value:+.1f} %."
-                    + (
-                        ""
-                        if closed is not None
-                        else " Rounding costs no more than its interval: no gap to close."
-                    )
-                ),
+                note=study.not_trained or _note(trained, bits),
             )
         )
     found += _against(study, quality, trained, table)
@@ -100,15 +92,25 @@ def verdicts(
     return found
 
 
+def _note(trained: Trained, bits: int) -> str:
+    said = (
+        f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
+        f"{trained.trained[bits].value:+.1f} %."
+    )
+    if bits in trained.gap_closed:
+        return said
+    return said + " Rounding costs no more than its interval: no gap to close."
+
+
 def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFrame) -> list[Claim]:
     """Judge what is said against quantization."""
-    bits = min(trained.hidden, key=lambda bits: abs(bits - _FOUR))
+    bits = min(study.params.qat_bits, key=lambda bits: abs(bits - _FOUR))
     found = [
         ledger.judged(
             "quantization-flips",
-            measured=trained.hidden[bits],
+            measured=trained.hidden.get(bits),
             margin=0.0,
-            note=f"{bits} bits, rounded after training.",
+            note=study.not_trained or f"{bits} bits, rounded after training.",
         )
     ]
     eights = table[table["scheme"].map(lambda name: quantize.SCHEMES[name].weights == _EIGHT)]

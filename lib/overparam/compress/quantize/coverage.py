@@ -1,0 +1,234 @@
+"""How many of a model's weights a scheme has brought to how many bits, and whether these are those that it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overparam.compress.quantize.schemes import Scheme
+from overparam.compress.quantize.weights import Weight, is_router, weights
+from overparam.models.proof import NotExactError
+
+_TOLERATED = (
+    0.01  # share of the matrices' weights that may be left, such as a gate that a library passes over
+)
+_UNKNOWN = (
+    0.1  # share of all weights that may be neither multiplied nor looked up, such as the biases of experts
+)
+_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
+_BETWEEN = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "FakeQuantize", "Unsqueeze", "Squeeze")
+_NAMED = 3  # weights in an error
+
+
+@dataclass(frozen=True)
+class Held:
+    """One weight in a quantized model.
+
+    Attributes:
+        name: Of the weight.
+        numbers: How many it has.
+        bits: Of each.
+        role: "matrix", "head" (the output layer), "router", "table" or "other".
+    """
+
+    name: str
+    numbers: int
+    bits: int
+    role: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Weights by precision; norms and biases, with one dimension, are not among them.
+
+    Attributes:
+        shares: {bits: share of all weights}, few bits first.
+        quantized: Share of all weights that have as few bits as the scheme says, or fewer.
+        left: Share of all weights that have more, by role.
+    """
+
+    shares: Mapping[int, float]
+    quantized: float
+    left: Mapping[str, float]
+
+    def described(self) -> str:
+        """The shares in words, such as "8 bits: 43 %, 32 bits: 57 %"."""
+        return ", ".join(f"{bits} bits: {100 * share:.3g} %" for bits, share in self.shares.items())
+
+
+def checked(held: Iterable[Held], scheme: Scheme, model: PreTrainedModel) -> Coverage:
+    """Measure the coverage of a quantized model.
+
+    Args:
+        held: Its weights.
+        scheme: What was asked for.
+        model: What was quantized; errors name its class.
+
+    Raises:
+        NotExactError: More than a hundredth of the weights that the scheme says it quantizes have more bits; many are
+            of a kind that is not known; or no weight has fewer bits than before.
+    """
+    listed = list(held)
+    total = sum(each.numbers for each in listed)
+    if not total:
+        raise NotExactError(f"{type(model).__name__} has no weights that {scheme.name} could quantize")
+    goals = {"matrix": scheme.weights, "head": scheme.tables, "table": scheme.tables}
+    for role, goal in goals.items():
+        of_role = [each for each in listed if each.role == role]
+        missed = [each for each in of_role if each.bits > goal]
+        share = sum(each.numbers for each in missed) / max(sum(each.numbers for each in of_role), 1)
+        if share > _TOLERATED:
+            kind = {"matrix": "matrices", "head": "output layer", "table": "embedding tables"}[role]
+            raise NotExactError(
+                f"{scheme.name} leaves {100 * share:.0f} % of the {kind} of {type(model).__name__} in more than "
+                f"{goal} bits: {_names(missed)}"
+            )
+    unknown = [each for each in listed if each.role == "other" and each.bits > scheme.weights]
+    share = sum(each.numbers for each in unknown) / total
+    if share > _UNKNOWN:
+        raise NotExactError(
+            f"{100 * share:.0f} % of the weights of {type(model).__name__} are in {_names(unknown)}, which "
+            f"{scheme.name} does not reach"
+        )
+    found = _coverage(listed, scheme.weights)
+    if scheme.weights < torch.finfo(model.dtype).bits and found.quantized == 0:
+        raise NotExactError(f"{scheme.name} changed no weight of {type(model).__name__}")
+    return found
+
+
+def unreached(model: nn.Module, library: str) -> str | None:
+    """Say which weights a library that quantizes linear layers alone would not reach; None where these are few.
+
+    Args:
+        model: A model, or a part of one.
+        library: Its name, for the sentence.
+    """
+    linear = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear)}
+    roles = _roles(model)
+    missed = [w for w in weights(model) if roles[w.name] == "matrix" and id(w.parameter) not in linear]
+    missed += [w for w in weights(model) if roles[w.name] == "other"]
+    total = sum(w.parameter.numel() for w in weights(model) if roles[w.name] in ("matrix", "other"))
+    many = sum(w.parameter.numel() for w in missed)
+    limit = _TOLERATED if any(roles[w.name] == "matrix" for w in missed) else _UNKNOWN
+    if not total:
+        return f"{type(model).__name__} has no linear layers, and {library} quantizes nothing else"
+    if many <= limit * total:
+        return None
+    largest = max(missed, key=lambda weight: weight.parameter.numel())
+    owner = type(model.get_submodule(largest.name.rpartition(".")[0])).__name__
+    return (
+        f"{100 * many / total:.3g} % of the weights between the embedding tables of {type(model).__name__} are not in "
+        f"linear layers but in {owner} ({largest.name}), which {library} does not reach"
+    )
+
+
+def of_module(found: nn.Module, model: PreTrainedModel) -> list[Held]:
+    """List the weights of a module that was quantized within PyTorch.
+
+    Args:
+        found: The quantized module, with the weights' names as before.
+        model: What was quantized.
+    """
+    now = dict(found.named_parameters(remove_duplicate=False))
+    roles = _roles(model)
+    return [Held(w.name, w.parameter.numel(), bits_of(now[w.name]), roles[w.name]) for w in weights(model)]
+
+
+def bits_of(parameter: torch.Tensor) -> int:
+    """Bits of the numbers that a weight holds, packed or not."""
+    if type(parameter).__name__ == "Params4bit":  # of bitsandbytes: two in a byte
+        return 4
+    target = getattr(parameter, "target_dtype", None)
+    if isinstance(target, torch.dtype):  # of torchao: few bits in a wider integer
+        return int("".join(each for each in str(target) if each.isdigit()))
+    inside = getattr(parameter, "qdata", parameter)
+    return int(8 * inside.element_size())
+
+
+def of_openvino(found: Any, model: PreTrainedModel) -> list[Held]:
+    """List the weights of an `openvino.Model`: constants that are multiplied or looked up, decompressed or not."""
+    head = _name_of_head(model)
+    routers = [w.name for w in weights(model) if is_router(w, model)]
+    listed = []
+    for node in found.get_ops():
+        if node.get_type_name() != "Constant":
+            continue
+        shape = [size for size in node.get_output_shape(0) if size > 1]
+        role = _role_in_graph(node) if len(shape) >= 2 else None
+        if role is None:
+            continue
+        name = node.get_friendly_name()
+        if role == "matrix" and head is not None and name.endswith(f".{head}"):
+            role = "head"
+        if role == "matrix" and any(name.endswith(f".{router}") for router in routers):
+            role = "router"
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        listed.append(Held(name, numbers, node.get_element_type().bitwidth, role))
+    return listed
+
+
+def _role_in_graph(constant: Any) -> str | None:
+    """What a constant is for, by the operations that it goes into; None where it is a scale, a mask or the like."""
+    compressed = constant.get_element_type().get_type_name() in (
+        "i8",
+        "u8",
+        "i4",
+        "u4",
+        "u2",
+        "nf4",
+        "f8e4m3",
+    )
+    roles = set()
+    fresh = [constant]
+    while fresh:
+        node = fresh.pop()
+        for target in node.output(0).get_target_inputs():
+            kind, place = target.get_node().get_type_name(), target.get_index()
+            if kind in _PRODUCTS:
+                roles.add("matrix")
+            elif kind == "Gather" and place == 0:
+                roles.add("table" if len(constant.get_output_shape(0)) == 2 else "matrix")
+            elif kind in _BETWEEN and place == 0 and (kind not in ("Subtract", "Multiply") or compressed):
+                fresh.append(target.get_node())
+    return "table" if "table" in roles else next(iter(roles), None)
+
+
+def _roles(model: nn.Module) -> dict[str, str]:
+    head = _name_of_head(model)
+
+    def role(weight: Weight) -> str:
+        if weight.role == "matrix" and weight.name == head:
+            return "head"
+        return "router" if is_router(weight, model) else weight.role
+
+    return {weight.name: role(weight) for weight in weights(model)}
+
+
+def _name_of_head(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(head, "weight", None)
+    return next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+
+
+def _coverage(held: list[Held], bits: int) -> Coverage:
+    total = sum(each.numbers for each in held)
+    shares: dict[int, float] = {}
+    left: dict[str, float] = {}
+    for each in sorted(held, key=lambda each: each.bits):
+        shares[each.bits] = shares.get(each.bits, 0) + each.numbers / total
+        if each.bits > bits:
+            left[each.role] = left.get(each.role, 0) + each.numbers / total
+    return Coverage(shares, sum(share for b, share in shares.items() if b <= bits), left)
+
+
+def _names(held: list[Held]) -> str:
+    largest = sorted(held, key=lambda each: -each.numbers)
+    more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""
+    return ", ".join(each.name for each in largest[:_NAMED]) + more

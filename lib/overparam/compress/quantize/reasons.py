@@ -1,0 +1,70 @@
+"""Why a scheme does not run with a model: said before anything long begins."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from overparam.compress.quantize import coverage, exporting
+from overparam.compress.quantize.schemes import SCHEMES
+from overparam.compress.quantize.weights import is_router, weights
+from overparam.models.proof import NotExactError
+
+
+def reason_against(
+    name: str, model: PreTrainedModel, *, decoder: bool, exported: Callable[[], Any] | None = None
+) -> str | None:
+    """Say why a scheme cannot run with this model on this machine, or would not do what it says; None when it can.
+
+    For a scheme of OpenVINO the model is exported and compared with PyTorch: that takes seconds to minutes.
+
+    Args:
+        name: One of `SCHEMES`.
+        model: What would be quantized; its device counts.
+        decoder: Whether it is to generate text.
+        exported: Gives what `export` makes of the model, where the caller keeps it; None: it is exported here.
+    """
+    scheme, cuda = SCHEMES[name], model.device.type == "cuda"
+    if scheme.library == "bitsandbytes" and not cuda:
+        return "bitsandbytes is measured on a CUDA device, and the model is on the CPU"
+    if scheme.library == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        return "the package bitsandbytes is not installed"
+    if name == "torchao-fp8" and not (cuda and torch.cuda.get_device_capability() >= (8, 9)):
+        return "float8 needs a CUDA device of compute capability 8.9 or more"
+    if name == "fp32-compiled" and decoder:
+        return "the keys and values of a decoder grow with every token, and torch.compile would compile for each length"
+    if name == "fp32-compiled" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    ):
+        return "torch.compile needs a C++ compiler, and there is none"
+    if scheme.library == "openvino" and cuda:
+        return "OpenVINO runs on the CPU, and the model is on a CUDA device"
+    if name == "openvino-int8" and decoder:
+        return "activations of a decoder differ between prompt and answer: OpenVINO's way for it is weight compression"
+    if name == "openvino-int4-awq" and not decoder:
+        return "NNCF's AWQ scales what goes into gated feed-forward layers, and finds none in a text encoder"
+    if scheme.weights == torch.finfo(model.dtype).bits < 32:
+        return f"the model is in {str(model.dtype).removeprefix('torch.')} already: there is nothing to round"
+    if scheme.library in ("torchao", "bitsandbytes") and (
+        reason := coverage.unreached(model, scheme.library)
+    ):
+        return reason
+    if scheme.group_size and scheme.library != "bitsandbytes":
+        for weight in weights(model):
+            columns = prod(weight.parameter.shape[dim] for dim in weight.columns)
+            if weight.role == "matrix" and columns % scheme.group_size and not is_router(weight, model):
+                layer = weight.name.removesuffix(".weight")
+                return f"groups of {scheme.group_size} do not divide the {columns} columns of {layer}"
+    if scheme.library == "openvino":
+        try:
+            exported() if exported else exporting.exported(model, decoder=decoder)
+        except NotExactError as error:
+            return str(error)
+    return None

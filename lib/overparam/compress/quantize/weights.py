@@ -1,0 +1,191 @@
+"""What each weight of a model does, seen while a small batch passes: looked up, multiplied, or neither.
+
+Quantization is about the weights that are multiplied, whatever class of module holds them: linear layers, the
+transposed ones of GPT-2, stacks of experts in one tensor, convolutions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from overparam.models import proof
+
+Role = Literal["matrix", "table", "other"]
+_STACKED = 3  # dimensions of experts in one tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight with two dimensions or more.
+
+    Attributes:
+        name: As in `named_parameters`; of tied ones the first.
+        parameter: The weight.
+        role: "matrix" for what inputs are multiplied with, "table" for what is looked up by token or position (also
+            when it is tied to a head), "other" for what is added, scaled or not used.
+        columns: The dimensions that are summed over in the product, those of a matrix's inputs.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    columns: tuple[int, ...]
+
+
+def weights(model: nn.Module) -> list[Weight]:
+    """List the weights of a model that have two dimensions or more, tied ones once.
+
+    A small batch passes through a model of transformers, once for each architecture in a process. Of another module,
+    and of weights that the batch does not meet, linear layers and embedding tables are known by their class.
+    """
+    found = _seen(model) if isinstance(model, PreTrainedModel) else {}
+    known = _by_class(model)
+    listed = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            role, columns = found.get(name) or known.get(name) or ("other", (parameter.ndim - 1,))
+            listed.append(Weight(name, parameter, role, columns))
+    return listed
+
+
+def is_router(weight: Weight, model: nn.Module) -> bool:
+    """Whether a matrix chooses among experts: one of its sides is as long as a stack of experts is high.
+
+    Routers are few weights, and libraries leave them in full precision.
+    """
+    config = getattr(model, "config", None)
+    fields = vars(config.get_text_config()) if config is not None else {}
+    experts = {value for name, value in fields.items() if "expert" in name and isinstance(value, int)}
+    experts |= {each.shape[0] for each in model.parameters() if each.ndim == _STACKED}
+    return weight.role == "matrix" and weight.parameter.ndim == 2 and weight.parameter.shape[0] in experts
+
+
+Use = tuple[Role, tuple[int, ...]]
+_uses: dict[str, dict[str, Use]] = {}
+
+
+def _by_class(model: nn.Module) -> dict[str, Use]:
+    found: dict[str, Use] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            found[f"{name}.weight" if name else "weight"] = (
+                "table" if isinstance(module, nn.Embedding) else "matrix",
+                (1,),
+            )
+    return found
+
+
+def _seen(model: PreTrainedModel) -> dict[str, Use]:
+    key = proof.signature(model)
+    if key not in _uses:
+        _uses[key] = _watched(model)
+    return _uses[key]
+
+
+def _watched(model: PreTrainedModel) -> dict[str, Use]:
+    watch = _Watch(model)
+    was_training = model.training
+    batch = proof.probe(model)
+    try:
+        with torch.no_grad(), _experts_one_by_one(model), watch:
+            model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, KeyError, IndexError):
+        pass  # a model that reads no plain text, or a library without a rule for the watch: what was seen counts
+    finally:
+        model.train(was_training)
+    return watch.uses
+
+
+@contextlib.contextmanager
+def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
+    """Let experts multiply with views of their stacks, not with copies."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(config, config._experts_implementation_internal) for config in configs.values()
+              if hasattr(config, "_experts_implementation_internal")]  # fmt: skip
+    try:
+        for config, _ in before:
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, given in before:
+            config._experts_implementation_internal = given
+
+
+# operand -> the dimensions that are summed over
+_aten = torch.ops.aten
+_PRODUCTS: dict[Any, dict[int, Callable[[int], tuple[int, ...]]]] = {
+    _aten.mm: {0: lambda _: (1,), 1: lambda _: (0,)},
+    _aten.addmm: {1: lambda _: (1,), 2: lambda _: (0,)},
+    _aten.bmm: {0: lambda _: (2,), 1: lambda _: (1,)},
+    _aten.baddbmm: {1: lambda _: (2,), 2: lambda _: (1,)},
+    _aten.mv: {0: lambda _: (1,)},
+    _aten.addmv: {1: lambda _: (1,)},
+    _aten.linear: {1: lambda _: (1,)},
+    _aten.matmul: {0: lambda dims: (dims - 1,), 1: lambda dims: (max(dims - 2, 0),)},
+    _aten._grouped_mm: {0: lambda dims: (dims - 1,), 1: lambda dims: (dims - 2,)},
+    _aten.convolution: {1: lambda dims: tuple(range(1, dims))},
+}
+_COPIES = (_aten._to_copy, _aten.clone)  # that keep the order of dimensions
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which weights products and look-ups read, by the memory that their operands view."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.uses: dict[str, Use] = {}
+        self._kept: list[torch.Tensor] = []  # so that no other tensor takes the memory of a copy
+        self._starts: list[int] = []
+        self._owners: list[tuple[str, torch.Tensor]] = []
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                self._own(name, parameter)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in _PRODUCTS:
+            for place, summed in _PRODUCTS[packet].items():
+                operand = args[place]
+                if (owner := self._owner(operand)) and self.uses.get(owner[0], ("other",))[0] == "other":
+                    self.uses[owner[0]] = ("matrix", _matching(operand, summed(operand.ndim), owner[1]))
+        elif packet is _aten.embedding and (owner := self._owner(args[0])):
+            self.uses[owner[0]] = ("table", (1,))
+        elif packet in _COPIES and (owner := self._owner(args[0])) and out.shape == owner[1].shape:
+            self._kept.append(out)
+            self._own(owner[0], out)
+        return out
+
+    def _own(self, name: str, tensor: torch.Tensor) -> None:
+        place = bisect.bisect(self._starts, tensor.data_ptr())
+        self._starts.insert(place, tensor.data_ptr())
+        self._owners.insert(place, (name, tensor))
+
+    def _owner(self, tensor: Any) -> tuple[str, torch.Tensor] | None:
+        if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+            return None
+        place = bisect.bisect(self._starts, tensor.data_ptr()) - 1
+        if place < 0:
+            return None
+        name, owner = self._owners[place]
+        inside = tensor.data_ptr() < owner.data_ptr() + owner.numel() * owner.element_size()
+        return (name, owner) if inside and tensor.device == owner.device else None
+
+
+def _matching(view: torch.Tensor, dims: tuple[int, ...], owner: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a weight that those of its view are, known by their strides."""
+    found = []
+    for dim in dims:
+        same = [d for d in range(owner.ndim) if owner.stride(d) == view.stride(dim)]
+        exact = [d for d in same if owner.shape[d] == view.shape[dim]]
+        found.append((exact or same or [owner.ndim - 1])[-1])
+    return tuple(dict.fromkeys(found))
