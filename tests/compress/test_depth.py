@@ -92,9 +92,9 @@ def test_pooling_matches_a_plain_forward_pass(twin, tokenizer, pooling):
         with torch.no_grad():
             hidden = twin(input_ids=ids).last_hidden_state[0].double()
         weights = {"mean": torch.ones(len(hidden)), "weighted_mean": torch.arange(1, len(hidden) + 1)}
-        last = torch.zeros(len(hidden))
-        last[-1] = 1
-        weight = weights.get(pooling, last).double()
+        single = torch.zeros(len(hidden))
+        single[0 if pooling == "cls" else -1] = 1
+        weight = weights.get(pooling, single).double()
         expected = (weight[:, None] * hidden).sum(0) / weight.sum()
         np.testing.assert_allclose(every[row, -1], expected, atol=2e-5)
 

@@ -103,6 +103,48 @@ def test_a_missing_expert_is_refused(tmp_path):
         models.load(folder, causal=True)
 
 
+def test_a_missing_weight_that_only_chooses_experts_is_refused(tmp_path):
+    saved(models.tiny_twin("deepseek_v3", causal=True), tmp_path)
+    folder = edited(tmp_path, without("e_score_correction_bias"))
+    with pytest.raises(ValueError, match="e_score_correction_bias"):
+        models.load(folder, causal=True)
+
+
+@pytest.mark.parametrize("part", ["embeddings.token_type_embeddings", "embeddings.LayerNorm.bias"])
+def test_a_missing_part_of_the_embeddings_is_refused(part, tmp_path):
+    saved(models.tiny_twin("bert"), tmp_path)
+    with pytest.raises(ValueError, match=part):
+        models.load(edited(tmp_path, without(part)))
+
+
+def test_a_checkpoint_in_four_bits_lacks_nothing_and_says_what_it_lacks(tmp_path):
+    saved(models.tiny_twin("gpt_oss", causal=True, intermediate_size=32), tmp_path)
+    path = tmp_path / "config.json"
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    stored = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    edited(tmp_path, in_four_bits)
+    model, _ = models.load(str(tmp_path), causal=True)
+    assert model.dtype == torch.float32
+    edited(tmp_path, without("layers.2.mlp.experts.down_proj_"))
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.experts\.down_proj"):
+        models.load(str(tmp_path), causal=True)
+
+
+def in_four_bits(tensors):
+    """Experts as MXFP4 stores them: two values a byte, a scale for 32 of them."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks = (experts, outputs, inputs // 32)
+            found[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
+            found[f"{name}_scales"] = torch.randint(118, 124, blocks, dtype=torch.uint8)
+        else:
+            found[name] = tensor
+    return found
+
+
 def test_a_missing_pooler_is_no_fault_and_two_loads_are_alike(tmp_path):
     twin = models.tiny_twin("bert")
     folder = saved(AutoModelForMaskedLM.from_config(twin.config), tmp_path)

@@ -27,7 +27,7 @@ def read(kind: Any, source: Path | str, **arguments: Any) -> PreTrainedModel:
     """Load a model with `from_pretrained`, and refuse it unless the checkpoint holds all that it computes with.
 
     transformers fills what a checkpoint lacks with random numbers and warns. Here a missing weight is set to NaN for a
-    small forward pass: one that reaches the hidden states or the logits is in use. Weights that nothing is computed
+    small forward pass: one that changes the hidden states or the logits is in use. Weights that nothing is computed
     from (a pooler, where hidden states are wanted) may be missing; they are drawn with a fixed seed, so that two loads
     are alike. Weights that the model has no place for may be left over (a head), but not those of its blocks.
 
@@ -61,8 +61,8 @@ def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
     sizes = {name: state[name].numel() for name in missing if name in state}
     if sum(sizes.values()) > _MOST * sum(tensor.numel() for tensor in state.values()):
         return missing
-    called, finite = _run(model)
-    if finite is None or not finite.any():  # nothing can be tried: all count
+    called, outputs = _run(model)
+    if outputs is None or not outputs.isfinite().any():  # nothing can be tried: all count
         return missing
     sparse = {name for name in missing if _one_of_several(name, called)}
     lost = [name for name in missing if type(state.get(name)) not in (torch.Tensor, nn.Parameter)]
@@ -71,33 +71,30 @@ def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
         if name not in sparse and name not in lost:
             groups.setdefault(_group(name), []).append(name)
     every = [state[name] for names in groups.values() for name in names]
-    if not _same_without(model, every, finite):
+    if not _same_without(model, every, outputs):
         several = len(groups) > _GROUPS
         for names in groups.values():
-            if several or not _same_without(model, [state[name] for name in names], finite):
+            if several or not _same_without(model, [state[name] for name in names], outputs):
                 lost += names
     return sorted({*sparse, *lost})
 
 
 def _run(model: PreTrainedModel) -> tuple[set[str], torch.Tensor | None]:
-    """Names of the modules that a forward pass runs through, and which of its outputs are finite.
-
-    The latter is None where the model takes more than tokens.
-    """
+    """Names of the modules that a forward pass runs through, and its outputs; see `_outputs`."""
     names: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
         for name, module in model.named_modules()
     ]
     try:
-        return names, _finite(model)
+        return names, _outputs(model)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _finite(model: PreTrainedModel) -> torch.Tensor | None:
-    """Which logits or hidden states of a small padded batch are finite; None where tokens alone cannot be read."""
+def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
+    """Logits or hidden states of a small padded batch; None where the model takes more than tokens."""
     try:
         batch = probe(model)
         with torch.inference_mode():
@@ -106,19 +103,22 @@ def _finite(model: PreTrainedModel) -> torch.Tensor | None:
         return None
     output = found.get("logits")
     output = found.get("last_hidden_state") if output is None else output
-    return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()].isfinite()
+    return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()]
 
 
-def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], finite: torch.Tensor) -> bool:
-    """Whether as many outputs stay finite when these weights are NaN: then nothing is computed from them."""
+def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], outputs: torch.Tensor) -> bool:
+    """Whether the outputs stay what they are when these weights are NaN: then nothing is computed from them.
+
+    NaN need not reach the outputs: a weight that only decides which expert is taken changes their values.
+    """
     chosen = [tensor for tensor in tensors if tensor.is_floating_point()]
     kept = [tensor.detach().clone() for tensor in chosen]
     try:
         with torch.no_grad():
             for tensor in chosen:
                 tensor.fill_(torch.nan)
-        found = _finite(model)
-        return found is not None and torch.equal(found, finite)
+        found = _outputs(model)
+        return found is not None and torch.equal(found.nan_to_num(), outputs.nan_to_num())
     finally:
         with torch.no_grad():
             for tensor, value in zip(chosen, kept, strict=True):
