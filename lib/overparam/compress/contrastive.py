@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from overparam import cache as steps
 from overparam import progress
+from overparam.compress.depth.saving import save
 from overparam.compress.triplets import Triplet
 from overparam.models import blocks
 
@@ -180,8 +181,7 @@ def as_sentence_transformer(
     from sentence_transformers.models import Pooling, Transformer
 
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save(model, tokenizer, folder)
         transformer = Transformer(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
     transformer.tokenizer.padding_side = "right"
     if transformer.tokenizer.pad_token is None:

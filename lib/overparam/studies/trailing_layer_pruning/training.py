@@ -85,7 +85,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
             scores.setdefault(keep, []).append(found[keep])
             if params.export and seed == params.train_seeds[0] and keep in (cuts.small, cuts.large):
                 folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
-                trained.encoder.save(str(folder))
+                depth.save_encoder(trained.encoder, folder, replace=True)
                 progress.note(f"saved the encoder with {keep} layers at {folder}")
             del trained, encoder  # or the next one is trained beside it
     study.recorder.table("training_loss", pd.DataFrame(losses))
