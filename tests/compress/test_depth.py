@@ -51,7 +51,7 @@ def test_truncated_model_reloads_exactly(twin, tokenizer, tmp_path, keep):
         assert torch.equal(small(**arguments).last_hidden_state, again(**arguments).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "qwen3", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "qwen3", "bert", "modernbert"])
 def test_layers_from_anywhere_reload_exactly(name, tokenizer, tmp_path):
     small = depth.truncate(models.tiny_twin(name, num_hidden_layers=6), [0, 2, 5])
     small.save_pretrained(tmp_path)
@@ -59,11 +59,6 @@ def test_layers_from_anywhere_reload_exactly(name, tokenizer, tmp_path):
     np.testing.assert_array_equal(
         depth.layer_embeddings(small, tokenizer, TEXTS), depth.layer_embeddings(again, tokenizer, TEXTS)
     )
-
-
-def test_modernbert_keeps_leading_layers_only():
-    with pytest.raises(ValueError, match="leading layers only"):
-        depth.truncate(models.tiny_twin("modernbert"), [0, 2])
 
 
 @pytest.mark.parametrize(

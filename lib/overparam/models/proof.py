@@ -87,6 +87,26 @@ def difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor |
     return float((left - right).abs().max() / right.square().mean().sqrt().clamp(min=1e-12))
 
 
+def is_rounding(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
+    """Whether states of tokens differ as little as rounding in their dtype explains, each token measured by its length.
+
+    In half precision the typical token decides: rounding may send single tokens to another expert.
+
+    Args:
+        found: [..., width]
+        expected: The same shape, dtype of the computation.
+        mask: Which tokens count. [...]
+    """
+    if found.shape != expected.shape:
+        return False
+    left, right = found.detach().double().cpu(), expected.detach().double().cpu()
+    errors = (left - right).norm(dim=-1) / right.norm(dim=-1).clamp(min=1e-12)
+    if mask is not None:
+        errors = errors[mask.bool().cpu()]
+    half = expected.dtype in (torch.float16, torch.bfloat16)
+    return bool((errors.median() if half else errors.max()) <= tolerance(expected.dtype))
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Return the largest `difference` that rounding in `dtype` explains."""
     return _TOLERANCES[dtype]

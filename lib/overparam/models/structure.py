@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _LISTS = ("layers", "layer", "h", "blocks", "block")  # what the list of blocks is called
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers")
+# how configurations call the number of blocks
+COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers")
 _REASONS = {  # model type -> why it has no stack of blocks
     "albert": "all its layers are one layer with shared weights, so that a cut removes none",
     "flaubert": "the parts of a layer lie in separate lists",
@@ -77,7 +78,7 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def _counts(model: PreTrainedModel, number: int) -> tuple[str, ...]:
     """Fields of the configuration, under the names they are stored by, that say this number of blocks."""
-    names = dict.fromkeys(model.config.attribute_map.get(name, name) for name in _COUNTS)
+    names = dict.fromkeys(model.config.attribute_map.get(name, name) for name in COUNTS)
     return tuple(name for name in names if getattr(model.config, name, None) == number)
 
 

@@ -7,6 +7,7 @@ of Gromov et al. (arXiv 2403.17887).
 
 from overparam.compress.depth.embeddings import POOLINGS, layer_embeddings
 from overparam.compress.depth.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe, frame, instructions_of
+from overparam.compress.depth.saving import save, save_encoder
 from overparam.compress.depth.selection import (
     Cuts,
     LayerLoss,
@@ -44,6 +45,8 @@ __all__ = [
     "layer_embeddings",
     "layer_similarity",
     "pick_frequencies",
+    "save",
+    "save_encoder",
     "truncate",
     "truncated",
 ]

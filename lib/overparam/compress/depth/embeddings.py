@@ -81,7 +81,7 @@ def layer_embeddings(
     pooled: list[torch.Tensor] = []  # of the current batch, by depth
 
     def pool(_: int, hidden: torch.Tensor) -> None:
-        states = apply_tail(model, found, hidden)  # [texts, tokens, hidden]
+        states = apply_tail(model, found.tail, hidden)[:, : weights.shape[2]]  # [texts, tokens, hidden]
         pooled.append(torch.bmm(weights, states.to(weights.dtype)).squeeze(1))
 
     with torch.inference_mode(), each_depth(model, pool, wanted):

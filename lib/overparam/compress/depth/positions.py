@@ -34,13 +34,13 @@ def shortened(
     Raises:
         NotExactError: If the architecture refuses such a configuration.
     """
-    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    fields = _stored(config, use_diff=False)
     fields |= {name: _rewritten(name, value, kept, total) for name, value in fields.items()}
     fields |= _spelled_out(config, kept, total)
     fields |= dict.fromkeys(counts, len(kept))
     try:
         found = type(config).from_dict(fields)
-        again = type(config).from_dict(json.loads(found.to_json_string(use_diff=True)))
+        again = type(config).from_dict(_stored(found, use_diff=True))
     except Exception as error:
         raise NotExactError(
             f"the configuration of {config.model_type!r} cannot describe layers {list(kept)} of {total} alone: {error}"
@@ -52,8 +52,17 @@ def shortened(
 def adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Give `config`, which all modules of a model hold, the values of `new`."""
     for name, value in vars(new).items():
-        if (not name.startswith("_") or name == "_heterogeneity_spec") and vars(config).get(name) != value:
+        ours = not name.startswith("_") and name != "dtype"  # the dtype is the model's, read as a word
+        if (ours or name == "_heterogeneity_spec") and vars(config).get(name) != value:
             vars(config)[name] = value
+
+
+def _stored(config: PreTrainedConfig, *, use_diff: bool) -> dict[str, Any]:
+    """What a saved configuration reads as."""
+    read: dict[str, Any] = type(config)._decode_special_floats(
+        json.loads(config.to_json_string(use_diff=use_diff))
+    )
+    return read
 
 
 def _rewritten(name: str, value: Any, kept: Sequence[int], total: int) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,6 @@ from overparam.compress.depth.states import each_depth, first, no_cache
 from overparam.compress.depth.truncation import cut
 from overparam.models import blocks, proof, sharing_copy
 from overparam.models.proof import NotExactError, Probe
-
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -60,38 +59,63 @@ def reading(model: PreTrainedModel) -> Reading:
     return _readings[name]
 
 
-def apply_tail(model: PreTrainedModel, found: Reading, hidden: torch.Tensor) -> torch.Tensor:
+def apply_tail(model: PreTrainedModel, tail: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
     """Apply what follows the last block to the states of any depth."""
-    for path in found.tail:
+    for path in tail:
         hidden = first(model.get_submodule(path)(hidden))
     return hidden
 
 
 def _prove(model: PreTrainedModel) -> Reading:
-    name, dtype = type(model).__name__, model.dtype
-    total = len(blocks(model).layers)
+    name, total = type(model).__name__, len(blocks(model).layers)
     batch = proof.probe(model)
     states: dict[int, torch.Tensor] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), _evaluating(model):
         with each_depth(model, states.__setitem__):
             output, tail = _traced(model, batch)
         if len(states) != total + 1:
-            raise NotExactError(
-                f"{name} does not run each of its {total} blocks once: its depths cannot be read"
-            )
-        found = Reading(tail, padding_is_neutral=True)
-        limit = proof.tolerance(dtype)
+            raise NotExactError(f"{name} does not run each of its {total} blocks: its depths cannot be read")
         for depth in sorted({1, (total + 1) // 2, total}):
-            row = apply_tail(model, found, states[depth])
-            expected = output if depth == total else _forward(cut(sharing_copy(model), range(depth)), batch)
+            expected = output if depth == total else _at_depth(model, depth, batch)
+            row = apply_tail(model, tail, states[depth])[:, : batch.input_ids.shape[1]]
             error = proof.difference(row, expected, batch.attention_mask)
-            if error > limit:
+            if error > proof.tolerance(model.dtype):
                 what = "its own output" if depth == total else f"the model truncated to {depth} blocks"
                 raise NotExactError(
-                    f"{name}: depth {depth} of {total} read from one pass differs from {what} by {error:.1g} of its "
+                    f"{name}: depth {depth} of {total}, read from one pass, differs from {what} by {error:.1g} of its "
                     "size; embed with truncated models instead"
                 )
         return Reading(tail, _padding_is_neutral(model, batch, output))
+
+
+def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
+    """What the truncated model gives; where no configuration describes it, the model with other blocks passed by."""
+    try:
+        return _forward(cut(sharing_copy(model), range(depth)), batch)
+    except Exception:  # of many kinds, wherever a part around the blocks depends on their number
+        layers = blocks(model).layers[depth:]
+
+    def pass_by(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return type(output)([given, *output[1:]]) if isinstance(output, tuple | list) else given
+
+    handles = [layer.register_forward_hook(pass_by, with_kwargs=True) for layer in layers]
+    try:
+        return _forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -125,8 +149,11 @@ def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[s
     finally:
         for handle in handles:
             handle.remove()
-    after = max(at for at, (path, _, _) in enumerate(calls) if not path)
-    current, tail = calls[after][2], []
+    after = max((at for at, (path, _, _) in enumerate(calls) if not path), default=None)
+    if after is None:
+        raise NotExactError(f"{type(model).__name__} does not call its last block: its depths cannot be read")
+    current = calls[after][2]
+    tail: list[str] = []
     for path, given, returned in calls[after + 1 :]:
         if _same(current, output):
             break
@@ -142,7 +169,8 @@ def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[s
 
 
 def _same(found: Any, output: torch.Tensor) -> bool:
-    return found is output or (isinstance(found, torch.Tensor) and torch.equal(found, output))
+    """Whether this is the output already, apart from padding that a model adds and takes off again."""
+    return isinstance(found, torch.Tensor) and torch.equal(found[:, : output.shape[1]], output)
 
 
 def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
@@ -154,18 +182,12 @@ def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
 
 
 def _padding_is_neutral(model: PreTrainedModel, batch: Probe, output: torch.Tensor) -> bool:
-    """Whether the padded texts of the batch have the states that each has alone, up to rounding.
-
-    In half precision the typical token decides, since rounding may send single tokens to another expert.
-    """
-    errors = []
-    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
-        if length == batch.input_ids.shape[1]:
-            continue
+    """Whether the padded texts of the batch have the states that each has alone, up to rounding."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    for row, length in enumerate(lengths):
         part = Probe(batch.input_ids[row : row + 1, :length], batch.attention_mask[row : row + 1, :length])
-        alone = _forward(model, part)[0].double()
-        padded = output[row, :length].double()
-        errors.append((padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12))
-    typical = torch.cat(errors)
-    worst = typical.median() if model.dtype in _LOW_PRECISION else typical.max()
-    return bool(worst <= proof.tolerance(model.dtype))
+        if length < max(lengths) and not proof.is_rounding(
+            output[row : row + 1, :length], _forward(model, part)
+        ):
+            return False
+    return True

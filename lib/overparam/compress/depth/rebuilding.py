@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from overparam.models import blocks, proof
 from overparam.models.proof import NotExactError
+from overparam.models.structure import COUNTS
 
 # attributes by which a layer knows its own place
 PLACES = frozenset(
@@ -53,17 +54,32 @@ def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
         ) from error
 
 
-def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Compare the layers `kept` of `model`, and what is around them, with a model built from the shortened configuration.
+def lend_weights(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel:
+    """Let `built` compute with the tensors of `model`, an equal model; it takes no memory of its own."""
+    built.load_state_dict(model.state_dict(), assign=True)
+    ours = dict(model.named_buffers())
+    for path, module in built.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            found = ours.get(f"{path}.{name}".lstrip("."), buffer)
+            module._buffers[name] = found if found.shape == buffer.shape else buffer.to(model.device)
+    return built
+
+
+def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> bool:
+    """Compare the layers `kept` of `model`, and what is around them, with those of the model built for them.
 
     Names, shapes and classes of all parts are compared, plain attributes of the layers (a kind of attention, a window,
     a scale) and their buffers that are not saved. What differs before a cut as well, such as an attribute that
     somebody has set by hand, is no fault of the cut.
 
+    Returns:
+        Whether nothing differs, before the cut either.
+
     Raises:
         NotExactError: If there is a difference; names the first.
     """
     found = differences(model, built, kept)
+    equal = not found
     if found:
         every = range(len(blocks(model).layers))
         known = {(item.layer, item.name) for item in differences(model, rebuilt(model, model.config), every)}
@@ -72,21 +88,23 @@ def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence
         layer, name, ours, theirs = found[0]
         where = "around the layers" if layer is None else f"layer {layer}"
         raise NotExactError(
-            f"{type(model).__name__}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: reloaded from "
-            f"the configuration of this architecture, {name} ({where}) would be {theirs} instead of {ours}. "
+            f"{type(model).__name__}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: reloaded "
+            f"from a configuration of this architecture, {name} ({where}) would be {theirs} instead of {ours}. "
             f"Keep {'other layers, such as leading ones' if list(kept) != list(range(len(kept))) else 'another number'}"
         )
+    return equal
 
 
 def differences(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> list[Difference]:
     """List what differs between `built` and `model` with the layers `kept` alone."""
-    ours, theirs = blocks(model), blocks(built)
+    ours, theirs, total = blocks(model), blocks(built), len(blocks(model).layers)
     if len(theirs.layers) != len(kept):
         return [Difference(None, "the number of layers", len(kept), len(theirs.layers))]
     found = [
         Difference(index, name, left, right)
         for index, layer in zip(kept, theirs.layers, strict=True)
         for name, left, right in _unequal(_facts(ours.layers[index]), _facts(layer))
+        if not _follows(name, left, right, kept, total)
     ]
     around = _unequal(_around(model, ours.path), _around(built, theirs.path))
     found += [Difference(None, name, left, right) for name, left, right in around]
@@ -95,6 +113,14 @@ def differences(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[i
     if {tie for tie in left_ties if len(tie) > 1} != set(_ties(built)):
         found.append(Difference(None, "what shares weights", _ties(model), _ties(built)))
     return found
+
+
+def _follows(name: str, left: Any, right: Any, kept: Sequence[int], total: int) -> bool:
+    """Whether an attribute only repeats what the configuration says of all layers: their number, or a list of them."""
+    if name.rpartition(".")[2] in COUNTS:
+        return bool((left, right) == (total, len(kept)))
+    listed = isinstance(left, list | tuple) and isinstance(right, list | tuple) and len(left) == total
+    return listed and [left[index] for index in kept] == list(right)
 
 
 def _unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -112,7 +138,7 @@ def _agree(left: Any, right: Any) -> bool:
         if left.is_meta or right.is_meta or not left.is_floating_point():
             return left.shape == right.shape
         return left.shape == right.shape and proof.difference(left, right) <= proof.tolerance(torch.bfloat16)
-    return bool(left == right)
+    return bool(_tuples(left) == _tuples(right))
 
 
 def _facts(layer: nn.Module) -> dict[str, Any]:
@@ -136,6 +162,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples: a configuration that is read again has lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _shape(tensor: torch.Tensor) -> Any:

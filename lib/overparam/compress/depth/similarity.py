@@ -55,7 +55,7 @@ def layer_similarity(
 
     def visit(depth: int, hidden: torch.Tensor) -> None:
         nonlocal previous
-        hidden = hidden.flatten(2)  # several streams of a token count as one
+        hidden = hidden[:, : mask.shape[1]].flatten(2)  # several streams of a token count as one
         if depth:
             cosine = torch.nn.functional.cosine_similarity(previous.float(), hidden.float(), dim=-1)
             if len(cosine_sums) < depth:

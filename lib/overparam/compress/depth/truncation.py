@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.depth.positions import adopt, shortened
-from overparam.compress.depth.rebuilding import PLACES, check_rebuilt, rebuilt
+from overparam.compress.depth.rebuilding import PLACES, check_rebuilt, lend_weights, rebuilt
 from overparam.compress.depth.states import no_cache
 from overparam.models import blocks, proof, sharing_copy
 from overparam.models.proof import NotExactError
+from overparam.models.structure import COUNTS
 
 _proved: set[tuple[str, tuple[int, ...]]] = set()  # (signature, layers that stay)
 
@@ -59,9 +60,13 @@ def cut(model: PreTrainedModel, kept: Sequence[int], *, renumber: bool = True) -
     stack = blocks(model)
     config = shortened(model.config, stack.counts, kept, len(stack.layers))
     leading = list(kept) == list(range(len(kept)))
-    layers = nn.ModuleList(stack.layers[index] for index in kept)
+    layers = nn.ModuleList(stack.layers[index] for index in kept).train(stack.layers.training)
     if renumber and not leading:
         _renumber(layers, blocks(rebuilt(model, config)).layers)
+    for module in layers.modules():
+        for name in vars(module).keys() & set(COUNTS):
+            if getattr(module, name) == len(stack.layers):
+                setattr(module, name, len(kept))
     model.set_submodule(stack.path, layers)
     adopt(model.config, config)
     return model
@@ -103,30 +108,44 @@ def _check(model: PreTrainedModel, kept: Sequence[int]) -> None:
             f"{type(model).__name__} has {len(stack.layers)} layers, but no field of its configuration says so"
         )
     config = shortened(model.config, stack.counts, kept, len(stack.layers))
-    check_rebuilt(model, rebuilt(model, config), kept)
-    if list(kept) != list(range(len(kept))):
-        _check_places(model, kept)
+    built = rebuilt(model, config)
+    equal = check_rebuilt(model, built, kept) and getattr(model, "hf_quantizer", None) is None
+    _check_outputs(model, kept, built if equal else None)
     _proved.add(name)
 
 
-def _check_places(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Run the layers that stay under their new and under their old numbers, which should only matter to a cache."""
-    batch = proof.probe(model)
-    states = []
-    for renumber in (True, False):
-        small = cut(sharing_copy(model), kept, renumber=renumber).eval()
-        try:
-            with torch.inference_mode():
-                output = small(batch.input_ids, attention_mask=batch.attention_mask, **no_cache(model))
-        except Exception as error:
-            if renumber:
-                raise NotExactError(
-                    f"{type(model).__name__} does not run with layers {list(kept)} alone: {error}"
-                ) from error
-            continue  # old numbers lie outside of the new model's lists
-        states.append(output[0])
-    if len(states) == 2 and proof.difference(*states, batch.attention_mask) > proof.tolerance(model.dtype):
+def _check_outputs(model: PreTrainedModel, kept: Sequence[int], built: PreTrainedModel | None) -> None:
+    """Compare outputs of the cut model, of the one built for it, and of layers that keep their old numbers."""
+    name, batch = type(model).__name__, proof.probe(model)
+
+    def run(small: PreTrainedModel) -> torch.Tensor:
+        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | no_cache(model)
+        with torch.inference_mode():
+            output: torch.Tensor = small.eval()(**arguments)[0]
+        return output
+
+    def differs(other: PreTrainedModel) -> bool:
+        return proof.difference(run(other), expected, batch.attention_mask) > proof.tolerance(model.dtype)
+
+    small = cut(sharing_copy(model), kept)
+    try:
+        expected = run(small)
+        unlike = built is not None and differs(lend_weights(small, built))
+    except Exception as error:
+        raise NotExactError(f"{name} does not run with layers {list(kept)} alone: {error}") from error
+    if unlike:
         raise NotExactError(
-            f"{type(model).__name__}: its layers compute with their own position, so that layers {list(kept)} are "
-            "others once they have moved; keep leading layers"
+            f"{name}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: a model that is built from "
+            "their configuration computes otherwise with the same weights; keep another number of leading layers"
+        )
+    if list(kept) == list(range(len(kept))):
+        return
+    try:
+        moved = differs(cut(sharing_copy(model), kept, renumber=False))
+    except Exception:  # an old number lies outside of the new model's lists
+        return
+    if moved:
+        raise NotExactError(
+            f"{name}: its layers compute with their own position, so that layers {list(kept)} are others once they "
+            "have moved; keep leading layers"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overparam import packages, progress
+from overparam.compress import depth
 from overparam.studies.distillation_retention.general import DISTILLED, Students, Suite
 from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import Taught
@@ -34,8 +35,7 @@ def export(study: Study, students: Students, suite: Suite, taught: Taught) -> li
     for name, model, text in models:
         run = f"{study.params.slug()}-{study.recorder.record.key[:8]}"
         folder = packages.cache_dir() / "encoders" / run / f"student-{name}"
-        model.save(str(folder), create_model_card=False)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        depth.save_encoder(model, folder, card=text, replace=True)
         found.append(folder)
     progress.note(f"saved {len(found)} students in {folder.parent}")
     return found

@@ -120,9 +120,9 @@ def _memory_jobs(
     """Save one model after the other and ask for its peak memory; bytes of the weights go to `saved`."""
     for model in pruned.values():
         with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-            model.save_pretrained(folder)
-            saved.append(disk.disk_bytes(Path(folder)))
-            study.tokenizer.save_pretrained(folder)
+            depth.save(model, study.tokenizer, folder)
+            files = (Path(folder) / "config.json", *Path(folder).glob("model*"))  # without the tokenizer
+            saved.append(sum(disk.disk_bytes(file) for file in files))
             yield {
                 "folder": folder,
                 "texts": texts,

@@ -172,7 +172,9 @@ def start(params: Params) -> Study:
     for keep in params.extra_depths:
         if keep > total:
             raise ValueError(f"extra_depths must be in 1..{total} for {params.model}, got {keep}")
-    if total < 4:
+    if total >= 4:
+        depth.truncated(model, total // 2)  # an architecture that no cut leaves as it is, is refused at once
+    else:
         raise ValueError(f"the study needs a model of at least 4 blocks, {params.model} has {total}")
     local = set(params.tasks) & set(LOCAL_TASKS) or params.training_data is None
     recorder = record.start(
@@ -271,6 +273,8 @@ def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
     study.recorder.metric("pick_large", cuts.large, "blocks")
     study.recorder.metric("pick_small_interior", cuts.interior_small)
     study.recorder.metric("pick_large_interior", cuts.interior_large)
+    for keep in (cuts.small, cuts.large):
+        depth.truncated(study.model, keep)  # a cut that cannot be saved is refused before anything is trained
     return loss, cuts
 
 

@@ -108,12 +108,11 @@ def _export(study: Study, encoder: SentenceTransformer, keep: int) -> None:
     params = study.params
     folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
     if params.recipe == "plain":
-        _as_measured(study, encoder).save(str(folder))
+        depth.save_encoder(_as_measured(study, encoder), folder, replace=True)
         progress.note(f"saved the encoder with {keep} layers at {folder}")
         return
     folder = folder.with_name(f"{folder.name}-published")
-    encoder[0].model.save_pretrained(folder)
-    study.tokenizer.save_pretrained(folder)
+    depth.save(encoder[0].model, study.tokenizer, folder, replace=True)
     progress.note(
         f"saved the model with {keep} layers at {folder}, a folder of transformers: sentence-transformers cannot pool "
         "as the published recipe does; embed with depth.layer_embeddings(..., recipe=depth.PUBLISHED)"

@@ -1,0 +1,158 @@
+"""Saved models that are read back and compared before their folder is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from overparam.compress.depth.states import no_cache
+from overparam.compress.folders import new_folder
+from overparam.models import proof, quiet
+from overparam.models.proof import NotExactError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_TEXTS = (
+    "A short text.",
+    "In the beginning God created the heavens and the earth, and the earth was without form.",
+)
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Save `model` and `tokenizer` to a new folder which ``AutoModel`` loads as the same model, or leave nothing.
+
+    What was written is loaded again: all weights must be the same to the bit, and the hidden states of a small padded
+    batch the same up to rounding (a matrix that lies elsewhere in memory is multiplied in another order).
+
+    Args:
+        model: A text encoder or a decoder without its head, truncated or not.
+        tokenizer: Its tokenizer.
+        path: A folder that does not exist yet, or is empty.
+        replace: Put it in the place of an older folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If something is there, and is not to be replaced.
+        NotExactError: If the reloaded model is another one; nothing is left on disk.
+    """
+    with new_folder(path, replace=replace) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _check_reload(model, folder)
+    return Path(path)
+
+
+def save_encoder(
+    encoder: SentenceTransformer, path: str | os.PathLike[str], *, card: str = "", replace: bool = False
+) -> Path:
+    """Save a sentence-transformers encoder to a new folder which gives the same embeddings again, or leave nothing.
+
+    Args:
+        encoder: With its pooling and all that follows.
+        path: A folder that does not exist yet, or is empty.
+        card: Text of its README.
+        replace: Put it in the place of an older folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If something is there, and is not to be replaced.
+        NotExactError: If the reloaded encoder gives other embeddings; nothing is left on disk.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    dtype = next(encoder.parameters()).dtype
+    with new_folder(path, replace=replace) as folder:
+        encoder.save(str(folder), create_model_card=False)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        again = SentenceTransformer(
+            str(folder), device=str(encoder.device), model_kwargs={"dtype": dtype}, local_files_only=True
+        )
+        _check_same_weights("the encoder", encoder, again)
+        found, expected = (one.encode(list(_TEXTS), convert_to_tensor=True) for one in (again, encoder))
+        _check_close("the encoder", found, expected)
+    return Path(path)
+
+
+def _check_reload(model: PreTrainedModel, folder: Path) -> None:
+    name = type(model).__name__
+    try:
+        with quiet():
+            again = _loader(model).from_pretrained(
+                folder, dtype=model.dtype, use_safetensors=True, local_files_only=True
+            )
+        again = again.to(model.device).eval()
+    except Exception as error:
+        raise NotExactError(f"{name} cannot be loaded again from what it saves: {error}") from error
+    _check_same_weights(name, model, again)
+    _lend_unsaved(model, again)
+    batch = proof.probe(model)
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | no_cache(model)
+    training = model.training
+    with torch.inference_mode():
+        expected, found = model.eval()(**arguments)[0], again(**arguments)[0]
+    model.train(training)
+    _check_close(name, found, expected, batch.attention_mask)
+
+
+def _loader(model: PreTrainedModel) -> type:
+    """AutoModel, where it gives the class of `model`; else that class, such as T5EncoderModel."""
+    if AutoModel._model_mapping.get(type(model.config), None) is type(model):
+        return AutoModel
+    return type(model)
+
+
+def _lend_unsaved(model: nn.Module, again: nn.Module) -> None:
+    """Give `again` the unsaved buffers of `model`, such as frequencies of positions, where they differ by rounding.
+
+    A model that was cast after it had been built has rounded them.
+    """
+    ours = dict(model.named_buffers())
+    for path, module in again.named_modules():
+        for name in module._non_persistent_buffers_set:
+            theirs, found = module._buffers[name], ours.get(f"{path}.{name}".lstrip("."))
+            if theirs is None or found is None or not theirs.is_floating_point():
+                continue
+            if proof.difference(found, theirs) <= proof.tolerance(torch.bfloat16):
+                module._buffers[name] = found
+
+
+def _check_same_weights(name: str, model: nn.Module, again: nn.Module) -> None:
+    ours, theirs = model.state_dict(), again.state_dict()
+    unequal = [
+        key
+        for key in ours | theirs
+        if key not in ours or key not in theirs or not torch.equal(ours[key], theirs[key])
+    ]
+    if unequal:
+        raise NotExactError(
+            f"{name} does not come back from what it saves: {len(unequal)} of its {len(ours)} tensors are others, "
+            f"such as {unequal[0]}; its configuration does not describe it"
+        )
+
+
+def _check_close(
+    name: str, found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
+) -> None:
+    if not proof.is_rounding(found, expected, mask):
+        raise NotExactError(
+            f"{name} does not come back from what it saves: with the same weights, its outputs differ by "
+            f"{proof.difference(found, expected, mask):.1g} of their size; something that is set on the model is not "
+            "part of its configuration"
+        )
