@@ -137,6 +137,8 @@ def _prove(model: PreTrainedModel, layer: MoeLayer, call: _Call, real: torch.Ten
             found = _run(small, call)
     except (RuntimeError, IndexError, ValueError) as error:
         raise _refusal(model, layer, f"the sliced layer fails ({error})") from error
+    if bool((found.indices >= len(kept)).any()):
+        raise _refusal(model, layer, "the sliced router chooses experts that are not there")
     ids = torch.tensor(kept, device=found.indices.device)
     chosen = ids[found.indices].sort(dim=1).values == expected.indices.sort(dim=1).values
     alike = chosen.all(dim=1) & real.to(chosen.device)
