@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from overparam.compress.depth.states import each_depth, first, no_cache
 from overparam.compress.depth.truncation import cut
 from overparam.models import blocks, proof, sharing_copy
 from overparam.models.proof import NotExactError, Probe
+
+_FLOAT32_BLOCKS = 4
+_FLOAT32_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _prove(model: PreTrainedModel) -> Reading:
                     f"{name}: depth {depth} of {total}, read from one pass, differs from {what} by {error:.1g} of its "
                     "size; embed with truncated models instead"
                 )
-        return Reading(tail, _padding_is_neutral(model, batch, output))
+        return Reading(tail, _padding_is_neutral(model, batch))
 
 
 def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
@@ -178,12 +182,13 @@ def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None or hidden.shape[:2] != batch.input_ids.shape:
         raise NotExactError(f"{type(model).__name__} does not return a hidden state for each token")
-    return hidden
+    return torch.as_tensor(hidden)
 
 
-def _padding_is_neutral(model: PreTrainedModel, batch: Probe, output: torch.Tensor) -> bool:
+def _padding_is_neutral(model: PreTrainedModel, batch: Probe) -> bool:
     """Whether the padded texts of the batch have the states that each has alone, up to rounding."""
-    lengths = batch.attention_mask.sum(1).tolist()
+    model = _in_float32(model, batch)
+    output, lengths = _forward(model, batch), batch.attention_mask.sum(1).tolist()
     for row, length in enumerate(lengths):
         part = Probe(batch.input_ids[row : row + 1, :length], batch.attention_mask[row : row + 1, :length])
         if length < max(lengths) and not proof.is_rounding(
@@ -191,3 +196,19 @@ def _padding_is_neutral(model: PreTrainedModel, batch: Probe, output: torch.Tens
         ):
             return False
     return True
+
+
+def _in_float32(model: PreTrainedModel, batch: Probe) -> PreTrainedModel:
+    """The first blocks of a model in half precision, whose rounding is as large as what padding does; if they fit."""
+    if model.dtype == torch.float32:
+        return model
+    count = min(_FLOAT32_BLOCKS, len(blocks(model).layers))
+    try:
+        small = cut(sharing_copy(model), range(count))
+        if 4 * sum(parameter.numel() for parameter in small.parameters()) > _FLOAT32_BYTES:
+            return model
+        small = copy.deepcopy(small).float()
+        _forward(small, batch)
+    except Exception:  # of many kinds, wherever a part around the blocks depends on their number
+        return model
+    return small

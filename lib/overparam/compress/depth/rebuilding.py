@@ -127,8 +127,13 @@ def _unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str
     for name in ours | theirs:
         left, right = ours.get(name, "absent"), theirs.get(name, "absent")
         if not _agree(left, right):
-            shown = [value.shape if isinstance(value, torch.Tensor) else value for value in (left, right)]
-            yield name, *(value.__name__ if isinstance(value, type) else value for value in shown)
+            yield name, _shown(left), _shown(right)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return value.__name__ if isinstance(value, type) else value
 
 
 def _agree(left: Any, right: Any) -> bool:
