@@ -4,9 +4,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from overparam import models
 from overparam.compress import quantize
 from overparam.report import stats
-from overparam.studies.quantization_accuracy import Params, bits, costs, quality, training, verdicts
+from overparam.studies.quantization_accuracy import Params, bits, costs, plots, quality, training, verdicts
 from overparam.studies.quantization_accuracy import study as steps
 
 SMALL = {
@@ -80,6 +81,11 @@ def test_an_encoder_from_end_to_end(begin):
     sizes = by_scheme.set_index("scheme")["disk_bytes"]
     assert sizes["torchao-int8"] < sizes["fp32"]
     assert (by_scheme["resident_bytes"] > 0).all()
+    shares = study.as_quantized.set_index("scheme")["quantized_share"]
+    assert shares["openvino-int8"] == pytest.approx(100)
+    assert shares["torchao-int8"] == pytest.approx(64, abs=1)  # embedding tables stay
+    assert set(study.as_quantized["computes_in"]) == {"float32"}
+    assert by_scheme["computes_in"].str.startswith(("float32", "bfloat16")).all()
     claims = verdicts.verdicts(study, found, curve, trained, by_scheme, faster)
     ids = {claim.id for claim in claims}
     assert {"quantization-8-bits-torchao-int8", "quantization-speed", "quantization-mixed-4"} <= ids
@@ -110,6 +116,35 @@ def test_a_decoder_from_end_to_end(begin):
     by_scheme, faster = costs.costs(study)
     verdicts.verdicts(study, found, curve, trained, by_scheme, faster)
     study.finish()
+
+
+def test_schemes_that_do_not_reach_experts_are_listed_before_long_work(begin, tmp_path):
+    folder = tmp_path / "mixtral"
+    models.tiny_twin("mixtral", num_hidden_layers=2, causal=True).save_pretrained(folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    study = begin(
+        **DECODER | {"model": str(folder), "schemes": ["bf16", "torchao-int8", "openvino-int8-weights"]}
+    )
+    assert study.running == ["fp32", "bf16"]
+    reasons = study.schemes.set_index("scheme")["not_run"]
+    assert "MixtralExperts" in reasons["torchao-int8"]
+    assert reasons["openvino-int8-weights"].startswith("MixtralForCausalLM cannot be exported")
+    assert "ModuleList are not in linear layers but in MixtralExperts" in study.not_trained
+    trained = training.train(study)
+    assert trained.table.empty
+    assert plots.plot_training(study, trained) is None
+    as_quantized = study.as_quantized.set_index("scheme")
+    assert as_quantized.loc["bf16", ["computes_in", "cache_in", "quantized_share"]].tolist() == [
+        "bfloat16",
+        "bfloat16",
+        100,
+    ]
+    parts = bits.parts(study.model)
+    assert "model.layers.0.mlp.experts.down_proj" in parts["block 1, feed-forward"]
+    claims = verdicts._against(
+        study, quality.Quality(pd.DataFrame(), {}), trained, pd.DataFrame({"scheme": []})
+    )
+    assert "MixtralExperts" in next(claim for claim in claims if claim.id == "quantization-flips").note
 
 
 def test_perplexity_after_a_context_is_that_of_the_whole_text(begin):

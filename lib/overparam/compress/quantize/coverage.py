@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -151,31 +152,41 @@ def bits_of(parameter: torch.Tensor) -> int:
 
 
 def of_openvino(found: Any, model: PreTrainedModel) -> list[Held]:
-    """List the weights of an `openvino.Model`: constants that are multiplied or looked up, decompressed or not."""
+    """List the weights of an `openvino.Model`: constants that are multiplied or looked up, decompressed or not.
+
+    NNCF takes the last product of any model for its output layer; without a head, this is a matrix of the last block.
+    """
     head = _name_of_head(model)
     routers = [w.name for w in weights(model) if is_router(w, model)]
-    listed = []
+    listed: list[tuple[Held, str]] = []
     for node in found.get_ops():
-        if node.get_type_name() != "Constant":
-            continue
-        shape = [size for size in node.get_output_shape(0) if size > 1]
-        role = _role_in_graph(node) if len(shape) >= 2 else None
-        if role is None:
-            continue
-        name = node.get_friendly_name()
-        if role == "matrix" and head is not None and name.endswith(f".{head}"):
-            role = "head"
-        if role == "matrix" and any(name.endswith(f".{router}") for router in routers):
-            role = "router"
-        numbers = 1
-        for size in shape:
-            numbers *= size
-        listed.append(Held(name, numbers, node.get_element_type().bitwidth, role))
-    return listed
+        shape = [size for size in node.get_output_shape(0) if size > 1] if _constant(node) else []
+        role, product = _use(node) if len(shape) >= 2 else (None, "")
+        if role is not None:
+            name = node.get_friendly_name()
+            if role == "matrix" and any(name.endswith(f".{router}") for router in routers):
+                role = "router"
+            if role == "matrix" and head is not None and name.endswith(f".{head}"):
+                role = "head"
+            listed.append((Held(name, prod(shape), node.get_element_type().bitwidth, role), product))
+    if head is None and any(held.role == "matrix" for held, _ in listed):
+        order = {node.get_friendly_name(): place for place, node in enumerate(found.get_ordered_ops())}
+        last = max(
+            (product for held, product in listed if held.role == "matrix"), key=lambda each: order[each]
+        )
+        listed = [
+            (replace(held, role="head") if held.role == "matrix" and product == last else held, product)
+            for held, product in listed
+        ]
+    return [held for held, _ in listed]
 
 
-def _role_in_graph(constant: Any) -> str | None:
-    """What a constant is for, by the operations that it goes into; None where it is a scale, a mask or the like."""
+def _constant(node: Any) -> bool:
+    return bool(node.get_type_name() == "Constant")
+
+
+def _use(constant: Any) -> tuple[str | None, str]:
+    """What a constant is for, by the operation that it goes into, and the name of that; None for scales and masks."""
     compressed = constant.get_element_type().get_type_name() in (
         "i8",
         "u8",
@@ -185,19 +196,21 @@ def _role_in_graph(constant: Any) -> str | None:
         "nf4",
         "f8e4m3",
     )
-    roles = set()
+    found: dict[str, str] = {}
     fresh = [constant]
     while fresh:
-        node = fresh.pop()
-        for target in node.output(0).get_target_inputs():
-            kind, place = target.get_node().get_type_name(), target.get_index()
+        for target in fresh.pop().output(0).get_target_inputs():
+            node, place = target.get_node(), target.get_index()
+            kind = node.get_type_name()
             if kind in _PRODUCTS:
-                roles.add("matrix")
+                found["matrix"] = node.get_friendly_name()
             elif kind == "Gather" and place == 0:
-                roles.add("table" if len(constant.get_output_shape(0)) == 2 else "matrix")
+                role = "table" if len(constant.get_output_shape(0)) == 2 else "matrix"
+                found[role] = node.get_friendly_name()
             elif kind in _BETWEEN and place == 0 and (kind not in ("Subtract", "Multiply") or compressed):
-                fresh.append(target.get_node())
-    return "table" if "table" in roles else next(iter(roles), None)
+                fresh.append(node)
+    role = "table" if "table" in found else next(iter(found), None)
+    return role, found.get(role or "", "")
 
 
 def _roles(model: nn.Module) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from overparam.compress.quantize import tracing
 from overparam.compress.quantize.openvino import Decoder, Encoder
 from overparam.models import proof
 
-_ORDINARY = 48  # tokens of the longest text, where no window is longer
+_ORDINARY = 24  # tokens of the longest text, where no window is longer
+_OTHERS = (9, 16)  # of the other texts of a batch
 _BEYOND = 8  # tokens that the longest text has more than a window
-_AT_ONCE = 128  # tokens that a decoder reads at once, for the sake of memory: logits are large
-_LONGEST = 1024  # of a window that the longest text exceeds; wider ones are narrowed in PyTorch
+_WORK = 5e10  # weights times tokens: what the longest text may take; a wider window is narrowed in PyTorch
+_COLUMNS = 4096  # of logits that are compared
 _NARROW = 16
 _SWITCHING = ("dynamic", "longrope")  # rotary embeddings that change with the length of the text
 _TOLERANCE = 1e-3  # kernels of OpenVINO approximate exponentials
@@ -30,8 +30,9 @@ seconds = {"proof": 0.0}
 def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
     """Return a model as `openvino.Model`, compared with PyTorch once for each architecture in a process.
 
-    Compared are a padded batch of unequal lengths, on either side for a decoder, and a text that exceeds the window of
-    attention, which a decoder reads in steps and at once.
+    Compared is a padded batch of unequal lengths, whose longest text exceeds the window of attention; for a decoder,
+    padded on either side, and that text read in steps. Where the text would be too long for that, the window is
+    narrowed for a while, and what is traced is compared with the model in PyTorch.
 
     Args:
         model: An encoder, or a decoder with its head. One in other than float32 is exported as a float32 copy.
@@ -59,19 +60,21 @@ def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
 
 def _prove(model: PreTrainedModel, found: Any, decoder: bool) -> None:
     windows = _windows(model)
-    longest = max([_ORDINARY, *(window + _BEYOND for window in windows if window <= _LONGEST)])
+    size = sum(parameter.numel() for parameter in model.parameters())
+    wide = {window for window in windows if (window + _BEYOND) * size > _WORK}
+    longest = _within_positions(model, max([_ORDINARY, *(window + _BEYOND for window in windows - wide)]))
     with torch.inference_mode():
         if decoder:
             _prove_decoder(model, found, longest)
         else:
-            _prove_encoder(model, found, _within_positions(model, longest))
-        if wide := {window for window in windows if window > _LONGEST}:
+            _prove_encoder(model, found, longest)
+        if wide:
             with _narrowed(model, wide):
                 _prove_step(model, decoder)
 
 
 def _prove_encoder(model: PreTrainedModel, found: Any, longest: int) -> None:
-    batch = proof.probe(model, (longest, 9, 16))
+    batch = proof.probe(model, (longest, *_OTHERS))
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     states = Encoder(found)(batch.input_ids, batch.attention_mask)
     _agree("of a padded batch", states, expected, batch.attention_mask)
@@ -79,34 +82,33 @@ def _prove_encoder(model: PreTrainedModel, found: Any, longest: int) -> None:
 
 def _prove_decoder(model: PreTrainedModel, found: Any, longest: int) -> None:
     run = Decoder(found)
-    batch = proof.probe(model, (longest if longest <= _AT_ONCE else _ORDINARY, 9, 16))
-    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    batch = proof.probe(model, (longest, *_OTHERS))
+    ids, mask = batch.input_ids, batch.attention_mask
+    expected = _some(model(input_ids=ids, attention_mask=mask).logits)
+    _agree("of a padded batch", _some(run.batch(ids, mask)), expected, mask)
+    lengths = mask.sum(dim=1).tolist()
+
+    def on_the_left(each: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(longest - n, 0) for row, n in zip(each, lengths, strict=True)])
+
+    left = on_the_left(mask)
     _agree(
-        "of a padded batch", run.batch(batch.input_ids, batch.attention_mask), expected, batch.attention_mask
+        "of a batch padded on the left", _some(run.batch(on_the_left(ids), left)), on_the_left(expected), left
     )
-    lengths = batch.attention_mask.sum(dim=1).tolist()
-    width = batch.input_ids.shape[1]
-    ids, mask = (
-        torch.stack([row.roll(width - length) for row, length in zip(each, lengths, strict=True)])
-        for each in (batch.input_ids, batch.attention_mask)
-    )
-    shifted = torch.stack(
-        [row.roll(width - length, 0) for row, length in zip(expected, lengths, strict=True)]
-    )
-    _agree("of a batch padded on the left", run.batch(ids, mask), shifted, mask)
-    text = proof.probe(model, (longest,)).input_ids
     run.reset()
-    steps = [*torch.split(text[:, :-3], _AT_ONCE, dim=1), *torch.split(text[:, -3:], 1, dim=1)]
-    read = torch.cat([run(step)[:, -_ORDINARY:] for step in steps], dim=1)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    whole = model(input_ids=text, **({"logits_to_keep": _ORDINARY} if keeps else {})).logits
-    several = min(read.shape[1], whole.shape[1], _ORDINARY if longest <= _AT_ONCE else _BEYOND)
-    _agree(f"of {longest} tokens, read in steps", read[:, -several:], whole[:, -several:])
+    steps = [*torch.split(ids[:1, :-3], longest // 2, dim=1), *torch.split(ids[:1, -3:], 1, dim=1)]
+    read = torch.cat([_some(run(step)) for step in steps], dim=1)
+    _agree(f"of {longest} tokens, read in steps", read, expected[:1])
+
+
+def _some(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of a part of the vocabulary, evenly spread: a large one would take longer to compare than to compute."""
+    return logits[..., :: -(-logits.shape[-1] // _COLUMNS)]
 
 
 def _prove_step(model: PreTrainedModel, decoder: bool) -> None:
     """Compare what is traced with the model, in PyTorch, on a text that exceeds its window."""
-    batch = proof.probe(model, (3 * _NARROW, 9, 16))
+    batch = proof.probe(model, (3 * _NARROW, *_OTHERS))
     ids, mask = batch.input_ids, batch.attention_mask
     plain = model(input_ids=ids, attention_mask=mask)
     if not decoder:

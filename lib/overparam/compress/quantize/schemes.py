@@ -21,7 +21,7 @@ class Scheme:
         about: What is done, in words.
         group_size: Neighbouring weights that share a scale; None: a row.
         calibrated: Whether it needs texts that show what activations look like.
-        tables: Bits of embedding tables and of the output layer.
+        tables: Bits of embedding tables and of the output layer; NNCF takes an encoder's last matrix for one.
     """
 
     name: str
@@ -82,7 +82,7 @@ SCHEMES = {
             "openvino",
             4,
             32,
-            "OpenVINO, NNCF weight compression, embeddings and head in 8 bits",
+            "OpenVINO, NNCF weight compression, embeddings and the last layer in 8 bits",
             32,
             tables=8,
         ),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from overparam.models import proof
 
 Role = Literal["matrix", "table", "other"]
+_LENGTHS = (8, 3)  # tokens of the texts that pass
 _STACKED = 3  # dimensions of experts in one tensor
 
 
@@ -94,7 +95,7 @@ def _seen(model: PreTrainedModel) -> dict[str, Use]:
 def _watched(model: PreTrainedModel) -> dict[str, Use]:
     watch = _Watch(model)
     was_training = model.training
-    batch = proof.probe(model)
+    batch = proof.probe(model, _LENGTHS)
     try:
         with torch.no_grad(), _experts_one_by_one(model), watch:
             model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

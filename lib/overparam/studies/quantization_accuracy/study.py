@@ -86,11 +86,8 @@ class Study:
     def not_trained(self) -> str:
         """Why the model cannot be trained with rounding; empty where it can."""
         group_size = self.params.group_size
-        if self.decoder:
-            layers = models.blocks(self.model.base_model).layers
-            reason = qat.reason_against(layers, group_size=group_size)
-        else:
-            reason = qat.reason_against(self.model, group_size=group_size)
+        body = models.blocks(self.model.base_model).layers if self.decoder else self.model
+        reason = qat.reason_against(body, group_size=group_size)
         return f"{type(self.model).__name__}: {reason}" if reason else ""
 
     @property
@@ -192,7 +189,7 @@ def start(params: Params) -> Study:
     """Load the model, find out which schemes run with it, and open the record.
 
     Raises:
-        ValueError: The model is quantized already, or its recipe has parts that are not known here.
+        ValueError: The model is quantized already, its blocks are not known, or its recipe has parts that are not.
         MemoryError: It does not fit beside its quantized copies.
     """
     copies = sum(max(16, quantize.SCHEMES[name].weights) / 32 for name in params.schemes)
@@ -202,6 +199,7 @@ def start(params: Params) -> Study:
     decoder = models.is_decoder(params.model, kind=params.kind)
     model, tokenizer = models.load(params.model, device=models.working_device(), causal=decoder)
     quantize.refuse_quantized(model)
+    models.blocks(model.base_model)  # whose parts are rounded one by one
     recipe = None if decoder else models.recipe(model)
     embedder = models.Embedder(recipe)
     keep_freed_memory()
@@ -219,6 +217,8 @@ def start(params: Params) -> Study:
     started = time.perf_counter()
     weights.weights(model)
     study.seconds_of_proofs += time.perf_counter() - started
+    if study.not_trained:
+        print(f"not trained with rounding: {study.not_trained}", flush=True)
     recorder.metric("schemes_that_run", len(study.running))
     recorder.metric("parameters", models.count_parameters(model).total)
     return study
