@@ -1,5 +1,6 @@
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -92,6 +93,53 @@ def test_allocation_properties():
         uniform = experts.allocate_uniform(total, layers, top_k, n_experts)
         assert sum(uniform) == total
         assert max(uniform) - min(uniform) <= 1
+
+
+def best_of_all(values, total, top_k, n_experts):
+    """The allocation nearest to the capped proportional shares, found by trying all of them, in exact arithmetic."""
+    weights = [Fraction(float(value)) for value in values]
+    spare, room = Fraction(total - len(values) * top_k), n_experts - top_k
+    positive = sorted((weight for weight in weights if weight), reverse=True)
+    shares = None
+    for full in range(len(positive) + 1):  # the largest weights fill up, the rest is proportional
+        left, rest = spare - full * room, sum(positive[full:])
+        if left < 0:
+            break
+        if not rest:
+            empty = weights.count(0)
+            shares = [
+                Fraction(room) if weight else (left / empty if empty else Fraction(0)) for weight in weights
+            ]
+        elif left / rest * positive[full] <= room:
+            shares = [min(Fraction(room), left / rest * weight) for weight in weights]
+        if shares is not None:
+            break
+    choices = itertools.product(range(room + 1), repeat=len(values))
+    distances = {
+        choice: sum((count - share) ** 2 for count, share in zip(choice, shares, strict=True))
+        for choice in choices
+        if sum(choice) == spare
+    }
+    nearest = min(distances.values())
+    first = max(
+        choice for choice, distance in distances.items() if distance == nearest
+    )  # ties to earlier layers
+    return [top_k + count for count in first]
+
+
+def test_allocation_is_the_best_of_all_allocations():
+    rng = np.random.default_rng(5)
+    for _ in range(250):
+        layers, top_k, room = (int(rng.integers(low, high)) for low, high in ((1, 5), (1, 3), (1, 6)))
+        values = rng.choice([0.0, 0.25, 0.5, 1.0, 3.0], layers) if rng.random() < 0.5 else rng.random(layers)
+        if not values.any():
+            continue
+        total = int(rng.integers(layers * top_k, layers * (top_k + room) + 1))
+        case = (values, total, top_k, top_k + room)
+        assert experts.allocate(*case) == best_of_all(*case), case
+        mirrored = values.max() + values.min() - values
+        if mirrored.any() and set(values) <= {0.0, 0.25, 0.5, 1.0, 3.0}:  # sums without rounding
+            assert experts.allocate_inverse(*case) == best_of_all(mirrored, *case[1:]), case
 
 
 def test_allocation_without_a_cap_is_the_proportional_share():

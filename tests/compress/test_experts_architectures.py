@@ -361,6 +361,8 @@ def test_top_k_of_the_configuration_cannot_differ_between_layers():
     model = tiny("gemma4_text", **MORE["gemma4_text"])
     with pytest.raises(ValueError, match=r"read top-k from the configuration.*\[1, 2\]"):
         experts.prune(model, [[0], [1, 2]], lower_top_k=True)
+    before = models.count_parameters(model)
+    assert (before.active - before.block) * 8 == before.expert * 2
     experts.prune(model, [[0], [1]], lower_top_k=True)
     assert model.config.top_k_experts == 1
     assert outputs(model).isfinite().all()

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from overparam import models
@@ -268,21 +268,24 @@ def test_models_with_adapters_are_refused_with_advice(wrapped):
     assert len(experts.layers(model.merge_and_unload())) == 4
 
 
-def test_unknown_layouts_name_their_tensors():
-    config = AutoConfig.for_model(
-        "phimoe", vocab_size=50, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1,
-        num_hidden_layers=1, num_local_experts=4,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=r"unknown layout.*experts\.gate_up_proj \[4, 24, 8\]"):
-        experts.prune(model, [[0, 1]])
-
-
-def test_known_names_with_other_tensors_are_refused():
+def test_layers_whose_tensors_disagree_are_refused():
     model = twin("mixtral")
-    experts.layers(model)[2].experts.scales = torch.nn.Parameter(torch.ones(8))
-    with pytest.raises(ValueError, match="unknown layout"):
+    layer = experts.layers(model)[2]
+    layer.experts.down_proj = torch.nn.Parameter(layer.experts.down_proj[:7].detach())
+    with pytest.raises(
+        ValueError, match=r"layer 2 has tensors for \[7, 8\] experts.*gate_up_proj \[8, 96, 32\]"
+    ):
         experts.prune(model, [[0, 1]] * 4)
+
+
+def test_more_tensors_with_a_slice_for_each_expert_are_sliced_too():
+    model = twin("mixtral")
+    layer = experts.layers(model)[2]
+    layer.experts.scales = torch.nn.Parameter(torch.arange(8.0))
+    layer.experts.shared = torch.nn.Parameter(torch.ones(3))
+    experts.prune(model, [[1, 5]] * 4)
+    assert layer.experts.scales.tolist() == [1, 5]
+    assert layer.experts.shared.tolist() == [1, 1, 1]
 
 
 def test_native_mxfp4_is_refused_with_advice():

@@ -50,7 +50,7 @@ def record(inputs, index, _, args):
 def naive(model, texts):
     """Router and expert computation of every layer, token by token, from the inputs of the blocks."""
     found = experts.layers(model)
-    mass, routed, norms, top1, gate = (np.zeros((len(found), 8)) for _ in range(5))
+    mass, routed, norms, own, top1, gate = (np.zeros((len(found), 8)) for _ in range(6))
     for text in texts:
         inputs = {}
         hooks = [
@@ -66,22 +66,23 @@ def naive(model, texts):
                 for token in hidden:
                     logits, weights, indices = layer.router(token[None])
                     shares = (weights[0] / weights[0].sum()).double().numpy()
-                    for share, expert in zip(shares, indices[0].tolist(), strict=True):
+                    for share, weight, expert in zip(shares, weights[0], indices[0].tolist(), strict=True):
                         one = torch.tensor([[expert]]), torch.ones(1, 1)
                         output = layer.experts(token[None], *one)
                         mass[i, expert] += share / len(text) / len(texts)
                         routed[i, expert] += 1
                         norms[i, expert] += share * output.norm().item()
+                        own[i, expert] += (weight * output).norm().item()
                     first = indices[0, shares.argmax()].item()
                     top1[i, first] += 1
                     gate[i, first] += logits[0].softmax(dim=0)[first].item()
-    return mass, routed, norms, top1, gate
+    return mass, routed, norms, own, top1, gate
 
 
 def test_statistics_equal_a_naive_computation(twin):
     texts = sequences()
     statistics = experts.collect(twin, [padded(texts[:2]), padded(texts[2:])], reap=True)
-    mass, routed, norms, top1, gate = naive(twin, texts)
+    mass, routed, norms, own, top1, gate = naive(twin, texts)
     assert statistics.tokens == sum(LENGTHS)
     assert statistics.sequences == len(LENGTHS)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
@@ -89,29 +90,111 @@ def test_statistics_equal_a_naive_computation(twin):
     np.testing.assert_array_equal(statistics.routed, routed)
     np.testing.assert_array_equal(statistics.top1, top1)
     seen = np.maximum(routed, 1)
-    close(experts.scores(statistics, "reap"), norms / seen)
+    close(experts.scores(statistics, "reap"), own / seen)
+    close(experts.scores(statistics, "reap_renormalised"), norms / seen)
     close(experts.scores(statistics, "frequency"), routed / sum(LENGTHS))
     close(experts.scores(statistics, "koishekenov"), top1 / sum(LENGTHS) * np.exp(gate / np.maximum(top1, 1)))
     np.testing.assert_allclose(statistics.routing_mass.sum(axis=1), 1, rtol=1e-12)
     np.testing.assert_allclose(statistics.frequency.sum(axis=1), 2, rtol=1e-12)
 
 
+def softmax(values):
+    powers = np.exp(values - values.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss"])
-def test_routing_mass_equals_that_of_the_router_logits_of_transformers(name):
+def test_scores_of_the_routing_equal_those_of_the_router_logits_of_transformers(name):
+    """Routing mass, frequency and Koishekenov's score once more, in NumPy, without our code for them."""
     model = models.tiny_twin(name, causal=True)
     batch = padded(sequences())
     with torch.no_grad():
-        logits = model(**batch, output_router_logits=True).router_logits
-    mask = batch["attention_mask"].double()
-    expected = []
-    for each in logits:
-        chosen = each.double().topk(2, dim=-1)
-        weights = torch.zeros_like(each, dtype=torch.float64).scatter(
-            1, chosen.indices, chosen.values.softmax(-1)
+        found = model(**batch, output_router_logits=True).router_logits
+    mask = batch["attention_mask"].bool().numpy()
+    logits = np.stack([each.double().numpy().reshape(*mask.shape, 8) for each in found])
+    order = np.argsort(-logits, axis=-1)
+    mass, frequency, koishekenov = (np.zeros((len(found), 8)) for _ in range(3))
+    for layer, rated in enumerate(logits):
+        sentences = []
+        firsts = []
+        for row, length in enumerate(LENGTHS):
+            chosen = order[layer, row, :length, :2]
+            weights = np.zeros((length, 8))
+            np.put_along_axis(
+                weights, chosen, softmax(np.take_along_axis(rated[row, :length], chosen, -1)), -1
+            )
+            sentences.append(weights.mean(axis=0))
+            frequency[layer] += (weights > 0).sum(axis=0) / sum(LENGTHS)
+            firsts += [
+                (first, softmax(token)[first]) for first, token in zip(chosen[:, 0], rated[row], strict=False)
+            ]
+        mass[layer] = np.mean(sentences, axis=0)
+        for expert in range(8):
+            gates = [gate for first, gate in firsts if first == expert]
+            koishekenov[layer, expert] = len(gates) / len(firsts) * np.exp(np.mean(gates)) if gates else 0
+    statistics = experts.collect(model, [batch])
+    np.testing.assert_allclose(experts.scores(statistics, "routing_mass"), mass, atol=1e-6)
+    np.testing.assert_allclose(experts.scores(statistics, "frequency"), frequency, atol=1e-12)
+    np.testing.assert_allclose(experts.scores(statistics, "koishekenov"), koishekenov, atol=1e-6)
+
+
+def test_scores_of_sigmoid_routers_equal_those_of_their_logits():
+    """The same for DeepSeek-V3, whose router adds a bias to the sigmoid to choose, and weighs without it."""
+    model = models.tiny_twin("deepseek_v3", causal=True, n_group=1, topk_group=1)
+    batch = {"input_ids": torch.stack([torch.arange(5, 30), torch.arange(60, 85)])}
+    found = experts.layers(model)
+    seen = [[] for _ in found]
+    for layer, into in zip(found, seen, strict=True):
+        layer.router.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].clone()))
+    statistics = experts.collect(model, [batch])
+    for index, layer in enumerate(found):
+        hidden = seen[index][-1].reshape(-1, 32).double().numpy()
+        logits = hidden @ layer.router.weight.detach().double().numpy().T
+        scores = 1 / (1 + np.exp(-logits))
+        chosen = np.argsort(-(scores + layer.router.e_score_correction_bias.double().numpy()), axis=-1)[:, :2]
+        gates = np.take_along_axis(scores, chosen, -1)
+        mass, top1, gate = np.zeros(8), np.zeros(8), np.zeros(8)
+        for token, (experts_of, weights) in enumerate(zip(chosen, gates, strict=True)):
+            mass[experts_of] += weights / weights.sum() / len(hidden)
+            first = experts_of[weights.argmax()]
+            top1[first] += 1
+            gate[first] += softmax(logits[token])[first]
+        np.testing.assert_allclose(statistics.routing_mass[index], mass, atol=1e-6)
+        expected = np.where(top1 > 0, top1 / len(hidden) * np.exp(gate / np.maximum(top1, 1)), 0)
+        np.testing.assert_allclose(experts.scores(statistics, "koishekenov")[index], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "alike"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": True}, True),  # as the bundled moe-translator
+        ("mixtral", {}, True),
+        ("gpt_oss", {}, True),
+        ("granitemoe", {}, True),
+        ("qwen3_moe", {"norm_topk_prob": False}, False),
+        ("olmoe", {}, False),
+        ("qwen2_moe", {}, False),
+        ("deepseek_v2", {}, False),
+    ],
+)
+def test_both_scores_of_reap_are_one_where_the_model_normalises_its_gates(name, options, alike):
+    statistics = experts.collect(models.tiny_twin(name, **options), [padded(sequences())], reap=True)
+    own, renormalised = (experts.scores(statistics, method) for method in ("reap", "reap_renormalised"))
+    assert np.allclose(own, renormalised, rtol=1e-6, atol=0) == alike
+    assert np.array_equal(own.argsort(axis=1), renormalised.argsort(axis=1)) or not alike
+
+
+def test_factors_of_the_router_are_part_of_the_gate():
+    plain, scaled = (
+        experts.collect(
+            models.tiny_twin("deepseek_v3", routed_scaling_factor=factor, num_hidden_layers=2),
+            [padded(sequences())],
+            reap=True,
         )
-        by_token = weights.view(*mask.shape, -1) * mask[..., None]  # [sequences, tokens, experts]
-        expected.append((by_token.sum(1) / mask.sum(1, keepdim=True)).mean(0))
-    np.testing.assert_allclose(experts.routing_mass(model, [batch]), torch.stack(expected), atol=1e-6)
+        for factor in (1.0, 2.5)
+    )
+    np.testing.assert_allclose(scaled.gated_norm_sum, 2.5 * plain.gated_norm_sum, rtol=1e-5)
+    np.testing.assert_allclose(scaled.renormalised_norm_sum, plain.renormalised_norm_sum, rtol=1e-5)
 
 
 def test_statistics_add_up_over_batches(twin):

@@ -62,6 +62,7 @@ def _active_experts(model: PreTrainedModel) -> int:
         count = len(experts) if isinstance(experts, nn.ModuleList) else tensors[0].shape[0]
         top_k = next((part.top_k for part in (*block.children(), block) if hasattr(part, "top_k")), None)
         if top_k is None:
-            top_k = model.config.get_text_config().num_experts_per_tok
+            config = model.config.get_text_config()
+            top_k = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
         active += sum(tensor.numel() for tensor in tensors) // count * int(top_k)
     return active

@@ -154,6 +154,8 @@ def _of_decoder(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any
 
 def _check_rebuilds(model: PreTrainedModel, found: Sequence[MoeLayer]) -> None:
     """Build the model from its configuration once more, without weights, and compare the tensors' shapes."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # its tensors come from the checkpoint, not from the configuration
     counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
     alike = is_uniform(counts) and is_uniform(top_ks)
     cls = type(model) if alike else _shrinking(type(model), counts, top_ks)

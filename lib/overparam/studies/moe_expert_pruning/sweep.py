@@ -26,7 +26,11 @@ from overparam.studies.moe_expert_pruning.study import (
 
 PUBLISHED = ("routing_mass", "divergence")  # score and layer budget of the paper
 GUARDED = ("routing_mass_super", "uniform")  # the same score with super experts kept: not the paper's
-_PEERS = ("frequency", "koishekenov", "reap")  # published with equal budgets
+_PEERS = (
+    "frequency",
+    "koishekenov",
+    "reap",
+)  # published with equal budgets; REAP with the gates that the model applies
 _DEEP = 0.75  # share at which peer and chance are translated with once more
 
 
