@@ -205,8 +205,9 @@ def _use(constant: Any) -> tuple[str | None, str]:
             if kind in _PRODUCTS:
                 found["matrix"] = node.get_friendly_name()
             elif kind == "Gather" and place == 0:
-                role = "table" if len(constant.get_output_shape(0)) == 2 else "matrix"
-                found[role] = node.get_friendly_name()
+                found["table" if len(constant.get_output_shape(0)) == 2 else "matrix"] = (
+                    node.get_friendly_name()
+                )
             elif kind in _BETWEEN and place == 0 and (kind not in ("Subtract", "Multiply") or compressed):
                 fresh.append(node)
     role = "table" if "table" in found else next(iter(found), None)
