@@ -108,8 +108,9 @@ def test_weights_are_known_by_what_they_do():
     assert columns(gpt2())["transformer.h.0.mlp.c_fc.weight"] == (0,)
     tables = [w.name for w in weights.weights(gpt2()) if w.role == "table"]
     assert tables == ["transformer.wte.weight", "transformer.wpe.weight"]
-    routers = [w.name for w in weights.weights(mixtral) if weights.is_router(w, mixtral)]
-    assert routers == ["model.layers.0.mlp.gate.weight"]
+    assert weights.routers(mixtral) == {"model.layers.0.mlp.gate.weight"}
+    shared = models.tiny_twin("qwen2_moe", num_hidden_layers=1, mlp_only_layers=[], causal=True)
+    assert weights.routers(shared) == {"model.layers.0.mlp.gate.weight"}
 
 
 def test_stacks_of_experts_and_transposed_layers_are_rounded_along_their_inputs():

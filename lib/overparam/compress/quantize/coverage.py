@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.quantize.schemes import Scheme
-from overparam.compress.quantize.weights import Weight, is_router, weights
+from overparam.compress.quantize.weights import Weight, routers, weights
 from overparam.models.proof import NotExactError
 
 _TOLERATED = (
@@ -157,14 +157,14 @@ def of_openvino(found: Any, model: PreTrainedModel) -> list[Held]:
     NNCF takes the last product of any model for its output layer; without a head, this is a matrix of the last block.
     """
     head = _name_of_head(model)
-    routers = [w.name for w in weights(model) if is_router(w, model)]
+    choosing = routers(model)
     listed: list[tuple[Held, str]] = []
     for node in found.get_ops():
         shape = [size for size in node.get_output_shape(0) if size > 1] if _constant(node) else []
         role, product = _use(node) if len(shape) >= 2 else (None, "")
         if role is not None:
             name = node.get_friendly_name()
-            if role == "matrix" and any(name.endswith(f".{router}") for router in routers):
+            if role == "matrix" and any(name.endswith(f".{router}") for router in choosing):
                 role = "router"
             if role == "matrix" and head is not None and name.endswith(f".{head}"):
                 role = "head"
@@ -205,9 +205,8 @@ def _use(constant: Any) -> tuple[str | None, str]:
             if kind in _PRODUCTS:
                 found["matrix"] = node.get_friendly_name()
             elif kind == "Gather" and place == 0:
-                found["table" if len(constant.get_output_shape(0)) == 2 else "matrix"] = (
-                    node.get_friendly_name()
-                )
+                looked_up = len(constant.get_output_shape(0)) == 2
+                found["table" if looked_up else "matrix"] = node.get_friendly_name()
             elif kind in _BETWEEN and place == 0 and (kind not in ("Subtract", "Multiply") or compressed):
                 fresh.append(node)
     role = "table" if "table" in found else next(iter(found), None)
@@ -215,12 +214,12 @@ def _use(constant: Any) -> tuple[str | None, str]:
 
 
 def _roles(model: nn.Module) -> dict[str, str]:
-    head = _name_of_head(model)
+    head, choosing = _name_of_head(model), routers(model)
 
     def role(weight: Weight) -> str:
         if weight.role == "matrix" and weight.name == head:
             return "head"
-        return "router" if is_router(weight, model) else weight.role
+        return "router" if weight.name in choosing else weight.role
 
     return {weight.name: role(weight) for weight in weights(model)}
 

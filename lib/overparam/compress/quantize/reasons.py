@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from overparam.compress.quantize import coverage, exporting
 from overparam.compress.quantize.schemes import SCHEMES
-from overparam.compress.quantize.weights import is_router, weights
+from overparam.compress.quantize.weights import routers, weights
 from overparam.models.proof import NotExactError
 
 
@@ -57,9 +57,10 @@ def reason_against(
     ):
         return reason
     if scheme.group_size and scheme.library != "bitsandbytes":
+        choosing = routers(model)
         for weight in weights(model):
             columns = prod(weight.parameter.shape[dim] for dim in weight.columns)
-            if weight.role == "matrix" and columns % scheme.group_size and not is_router(weight, model):
+            if weight.role == "matrix" and columns % scheme.group_size and weight.name not in choosing:
                 layer = weight.name.removesuffix(".weight")
                 return f"groups of {scheme.group_size} do not divide the {columns} columns of {layer}"
     if scheme.library == "openvino":

@@ -58,16 +58,26 @@ def weights(model: nn.Module) -> list[Weight]:
     return listed
 
 
-def is_router(weight: Weight, model: nn.Module) -> bool:
-    """Whether a matrix chooses among experts: one of its sides is as long as a stack of experts is high.
+def routers(model: nn.Module) -> set[str]:
+    """Name the matrices that choose among experts: those with as many outputs as there are experts in a stack.
 
-    Routers are few weights, and libraries leave them in full precision.
+    Routers are few weights, and libraries leave those that are no linear layers in full precision.
     """
     config = getattr(model, "config", None)
     fields = vars(config.get_text_config()) if config is not None else {}
-    experts = {value for name, value in fields.items() if "expert" in name and isinstance(value, int)}
-    experts |= {each.shape[0] for each in model.parameters() if each.ndim == _STACKED}
-    return weight.role == "matrix" and weight.parameter.ndim == 2 and weight.parameter.shape[0] in experts
+    listed = [weight for weight in weights(model) if weight.role == "matrix"]
+    experts = {
+        value
+        for name, value in fields.items()
+        if name.endswith("experts") and "shared" not in name and isinstance(value, int)
+    }
+    experts |= {
+        weight.parameter.shape[0]
+        for weight in listed
+        if weight.parameter.ndim == _STACKED and len(weight.columns) == 1
+    }
+    flat = [weight for weight in listed if weight.parameter.ndim == 2]
+    return {weight.name for weight in flat if weight.parameter.shape[0] in experts and weight.columns == (1,)}
 
 
 Use = tuple[Role, tuple[int, ...]]
