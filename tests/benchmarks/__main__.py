@@ -6,13 +6,23 @@ import sys
 os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
 
 from tests.benchmarks import (
+    architectures,
     bench_distill,
     bench_experts,
+    bench_proofs,
     bench_quantize,
     bench_runner,
     trailing_layer_pruning,
 )
 
 if __name__ == "__main__":
-    every = (bench_distill, bench_experts, bench_quantize, bench_runner, trailing_layer_pruning)
+    every = (
+        architectures,
+        bench_distill,
+        bench_experts,
+        bench_proofs,
+        bench_quantize,
+        bench_runner,
+        trailing_layer_pruning,
+    )
     sys.exit(max([benchmark.main() for benchmark in every]))

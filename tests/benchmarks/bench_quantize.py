@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from overparam.models import proof
 from overparam.studies.quantization_accuracy import Params, costs, quality, training
 from overparam.studies.quantization_accuracy import study as steps
 
@@ -79,7 +80,7 @@ def _encoder() -> int:
         missed += _print(f"MiniLM, suite kept by {name}, %", kept[name].value, 99)
         missed += _print(f"MiniLM, suite kept by {name}, lower end, %", kept[name].low, 98)
     trained = training.train(study)
-    share = study.seconds_of_proofs / (time.perf_counter() - started)
+    share = proof.seconds() / (time.perf_counter() - started)
     missed += _print("MiniLM, proofs as a share of these steps", share, -0.03)
     for bits in study.params.qat_bits:
         if bits in trained.gap_closed:
@@ -100,7 +101,7 @@ def _decoder() -> int:
     best = seconds.idxmin()
     # a study measures quality as well, which takes several times as long
     print(
-        f"Gemma, proofs took {study.seconds_of_proofs:.1f} s of {time.perf_counter() - started:.0f}",
+        f"Gemma, proofs took {proof.seconds():.1f} s of {time.perf_counter() - started:.0f}",
         flush=True,
     )
     missed = _print(

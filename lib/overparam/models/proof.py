@@ -7,7 +7,9 @@ plain counterpart on `probe`, once for each architecture in a process, before lo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,9 @@ _SPECIAL_IDS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"),
     *("unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id"),
 )
+
+_spent = 0.0
+_running = False
 
 
 class NotExactError(ValueError):
@@ -37,6 +42,26 @@ class Probe:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Count the time of a proof, for `seconds`; also a decorator. A proof within a proof counts once."""
+    global _spent, _running
+    if _running:
+        yield
+        return
+    started, _running = time.perf_counter(), True
+    try:
+        yield
+    finally:
+        _running = False
+        _spent += time.perf_counter() - started
+
+
+def seconds() -> float:
+    """Return what all proofs of this process have taken."""
+    return _spent
 
 
 def probe(model: PreTrainedModel, lengths: Sequence[int] = (24, 9, 16)) -> Probe:

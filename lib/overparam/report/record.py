@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -224,6 +225,8 @@ class Recorder:
             names = [name for name, column in kept.items() if pd.api.types.is_string_dtype(column)]
             self.items("items", kept.astype(dict.fromkeys(names, "category")))
         self.record.seconds = round(time.monotonic() - self._clock, 3)
+        if proofs := sys.modules.get("overparam.models.proof"):  # loaded where a study has models
+            self.record.provenance["proof_seconds"] = round(proofs.seconds(), 3)
         self.record.status = "complete"
         self.record.provenance |= machine()  # again: by now torch is loaded, and knows GPUs and threads
         write(self.record, self.directory)

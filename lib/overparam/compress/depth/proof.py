@@ -70,6 +70,7 @@ def apply_tail(model: PreTrainedModel, tail: Sequence[str], hidden: torch.Tensor
     return hidden
 
 
+@proof.timed()
 def _prove(model: PreTrainedModel) -> Reading:
     name, total = type(model).__name__, len(blocks(model).layers)
     batch = proof.probe(model)

@@ -90,6 +90,7 @@ def save_encoder(
     return Path(path)
 
 
+@proof.timed()
 def _check_reload(model: PreTrainedModel, folder: Path) -> None:
     name = type(model).__name__
     try:

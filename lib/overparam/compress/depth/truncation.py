@@ -97,6 +97,7 @@ def _renumber(layers: nn.ModuleList, reference: nn.ModuleList) -> None:
                 setattr(module, name, getattr(theirs.get(path), name, getattr(module, name)))
 
 
+@proof.timed()
 def _check(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """Refuse a cut that cannot be saved, or whose layers compute otherwise in their new places."""
     name = (proof.signature(model), tuple(kept))

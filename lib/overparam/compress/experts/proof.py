@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from overparam.compress.experts.layout import MoeLayer, decoder_of, layers
 from overparam.compress.experts.slicing import masked, sliced
 from overparam.compress.experts.watching import Routing, evaluating, forward, not_called, not_finite, watched
-from overparam.models.proof import NotExactError, Probe, difference, probe, signature, tolerance
+from overparam.models.proof import NotExactError, Probe, difference, probe, signature, timed, tolerance
 
 _proven: set[str] = set()
 # Share of the tokens that must choose alike. Where numbers have few bits, experts are often rated equal, and which of
@@ -44,7 +44,7 @@ def prove(model: PreTrainedModel) -> None:
     found = sorted(kinds.values(), key=lambda layer: layer.index)
     decoder = decoder_of(model)
     text = probe(decoder)
-    with torch.no_grad(), evaluating(model):
+    with timed(), torch.no_grad(), evaluating(model):
         for layer, call in zip(found, _calls(decoder, found, text), strict=True):
             _prove(model, layer, call, text.attention_mask.flatten().bool())
     _proven.add(key)

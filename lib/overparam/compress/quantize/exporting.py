@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +22,6 @@ _NARROW = 16
 _SWITCHING = ("dynamic", "longrope")  # rotary embeddings that change with the length of the text
 _TOLERANCE = 1e-3  # kernels of OpenVINO approximate exponentials
 _proved: set[str] = set()
-seconds = {"proof": 0.0}
-"""What all proofs of this process took."""
 
 
 def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
@@ -45,12 +42,10 @@ def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
     try:
         _refuse_switching(model)
         found = tracing.traced_decoder(model) if decoder else tracing.traced_encoder(model)
-        started = time.perf_counter()
         key = f"{decoder} {proof.signature(model)}"
         if key not in _proved:
             _prove(tracing.in_float32(model), found, decoder)
             _proved.add(key)
-        seconds["proof"] += time.perf_counter() - started
     except proof.NotExactError as error:
         raise proof.NotExactError(f"{name} is not exported to OpenVINO: {error}") from error
     except Exception as error:
@@ -58,6 +53,7 @@ def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
     return found
 
 
+@proof.timed()
 def _prove(model: PreTrainedModel, found: Any, decoder: bool) -> None:
     windows = _windows(model)
     size = sum(parameter.numel() for parameter in model.parameters())

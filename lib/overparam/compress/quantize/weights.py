@@ -102,6 +102,7 @@ def _seen(model: PreTrainedModel) -> dict[str, Use]:
     return _uses[key]
 
 
+@proof.timed()
 def _watched(model: PreTrainedModel) -> dict[str, Use]:
     watch = _Watch(model)
     was_training = model.training

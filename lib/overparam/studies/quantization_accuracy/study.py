@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from overparam import models, progress
 from overparam.allocator import keep_freed_memory
 from overparam.compress import quantize
-from overparam.compress.quantize import exporting, openvino, qat, weights
+from overparam.compress.quantize import openvino, qat
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.models import proof
 from overparam.models.proof import NotExactError
 from overparam.report import record
 from overparam.studies import recipes
@@ -29,11 +30,7 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 @dataclass
 class Study:
-    """A started study: what every step needs.
-
-    Attributes:
-        seconds_of_proofs: What it took to compare exports with PyTorch, and to see what weights do.
-    """
+    """A started study: what every step needs."""
 
     params: Params
     recorder: record.Recorder
@@ -43,7 +40,6 @@ class Study:
     embedder: models.Embedder
     systems: dict[str, quantize.Quantized] = field(default_factory=dict)
     seconds_to_quantize: dict[str, float] = field(default_factory=dict)
-    seconds_of_proofs: float = 0.0
 
     @cached_property
     def schemes(self) -> pd.DataFrame:
@@ -103,14 +99,12 @@ class Study:
 
     @cached_property
     def _export(self) -> tuple[Any, float] | NotExactError:
-        started, proved = time.perf_counter(), exporting.seconds["proof"]
+        started, proved = time.perf_counter(), proof.seconds()
         try:
             found = quantize.export(self.model, decoder=self.decoder)
         except NotExactError as error:
             return error
-        proof = exporting.seconds["proof"] - proved
-        self.seconds_of_proofs += proof
-        return found, time.perf_counter() - started - proof
+        return found, time.perf_counter() - started - (proof.seconds() - proved)
 
     def quantized(self, name: str) -> quantize.Quantized:
         """The model under a scheme, made when first asked for; calibrated on texts of the training parts.
@@ -214,9 +208,6 @@ def start(params: Params) -> Study:
     if not decoder:
         here = embedder.recipe.describe() | {"tokens at most": str(study.length)}
         recipes.keep(recorder, params.model, recipe, here)
-    started = time.perf_counter()
-    weights.weights(model)
-    study.seconds_of_proofs += time.perf_counter() - started
     if study.not_trained:
         print(f"not trained with rounding: {study.not_trained}", flush=True)
     recorder.metric("schemes_that_run", len(study.running))
