@@ -84,9 +84,9 @@ def save_encoder(
         again = SentenceTransformer(
             str(folder), device=str(encoder.device), model_kwargs={"dtype": dtype}, local_files_only=True
         )
-        _check_same_weights("the encoder", encoder, again)
+        _lend_unsaved(encoder, again)
         found, expected = (one.encode(list(_TEXTS), convert_to_tensor=True) for one in (again, encoder))
-        _check_close("the encoder", found, expected)
+        _check_same("the encoder", (encoder, again), (found, expected))
     return Path(path)
 
 
@@ -101,7 +101,6 @@ def _check_reload(model: PreTrainedModel, folder: Path) -> None:
         again = again.to(model.device).eval()
     except Exception as error:
         raise NotExactError(f"{name} cannot be loaded again from what it saves: {error}") from error
-    _check_same_weights(name, model, again)
     _lend_unsaved(model, again)
     batch = proof.probe(model)
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | no_cache(model)
@@ -109,7 +108,7 @@ def _check_reload(model: PreTrainedModel, folder: Path) -> None:
     with torch.inference_mode():
         expected, found = model.eval()(**arguments)[0], again(**arguments)[0]
     model.train(training)
-    _check_close(name, found, expected, batch.attention_mask)
+    _check_same(name, (model, again), (found, expected), batch.attention_mask)
 
 
 def _loader(model: PreTrainedModel) -> Any:
@@ -134,33 +133,39 @@ def _lend_unsaved(model: nn.Module, again: nn.Module) -> None:
                 module._buffers[name] = found
 
 
-def _check_same_weights(name: str, model: nn.Module, again: nn.Module) -> None:
-    ours, theirs = model.state_dict(), again.state_dict()
-    unequal = [
-        key
-        for key in ours | theirs
-        if key not in ours or key not in theirs or not _identical(ours[key], theirs[key])
-    ]
+def _check_same(
+    name: str,
+    pair: tuple[nn.Module, nn.Module],
+    outputs: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Compare what is saved and what comes back: all common weights, and the outputs.
+
+    A part that only one of them has, such as a pooler that nobody calls, is none of the outputs.
+    """
+    ours, theirs = (module.state_dict() for module in pair)
+    unequal = [key for key in ours if key in theirs and not _identical(ours[key], theirs[key])]
     if unequal:
         raise NotExactError(
             f"{name} does not come back from what it saves: {len(unequal)} of its {len(ours)} tensors are others, "
-            f"such as {unequal[0]}; its configuration does not describe it"
+            f"such as {unequal[0]}"
         )
+    found, expected = (torch.nan_to_num(output) for output in outputs)  # a broken model is saved as it is
+    if proof.is_rounding(found, expected, mask):
+        return
+    missing = sorted(ours.keys() ^ theirs.keys())
+    reason = (
+        f"its configuration does not describe {missing[0]} and {len(missing) - 1} more tensors"
+        if missing
+        else "something that is set on the model is not part of its configuration"
+    )
+    raise NotExactError(
+        f"{name} does not come back from what it saves: its outputs differ by "
+        f"{proof.difference(found, expected, mask):.1g} of their size; {reason}"
+    )
 
 
 def _identical(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     return torch.equal(ours, theirs) or torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
-
-
-def _check_close(
-    name: str, found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
-) -> None:
-    found, expected = torch.nan_to_num(found), torch.nan_to_num(expected)  # a broken model is saved as it is
-    if not proof.is_rounding(found, expected, mask):
-        raise NotExactError(
-            f"{name} does not come back from what it saves: with the same weights, its outputs differ by "
-            f"{proof.difference(found, expected, mask):.1g} of their size; something that is set on the model is not "
-            "part of its configuration"
-        )
