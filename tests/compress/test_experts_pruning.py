@@ -47,9 +47,9 @@ def masked(model, keep):
         def without(*args, **kwargs):
             return linear(*args, **kwargs).index_fill(-1, dropped, float("-inf"))
 
-        def forward(hidden_states):
+        def forward(*args, **kwargs):
             with mock.patch.object(torch.nn.functional, "linear", without):
-                return original(hidden_states)
+                return original(*args, **kwargs)
 
         return forward
 

@@ -7,6 +7,7 @@ plain counterpart on `probe`, once for each architecture in a process, before lo
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Largest relative difference that rounding alone explains, where both sides compute in this dtype.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -23,6 +24,8 @@ _SPECIAL_IDS = (
     *("unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id"),
 )
 
+_LOOKS = re.compile("window|chunk|index_topk|local_attention|block_size|landmark|stride")
+_LONGEST = 128  # tokens of a window that the probe exceeds: it must be cheap
 _spent = 0.0
 _running = False
 
@@ -64,14 +67,16 @@ def seconds() -> float:
     return _spent
 
 
-def probe(model: PreTrainedModel, lengths: Sequence[int] = (24, 9, 16)) -> Probe:
+def probe(model: PreTrainedModel, lengths: Sequence[int] | None = None) -> Probe:
     """Draw a padded batch for `model`, on its device.
 
     Args:
         model: Its configuration gives the vocabulary and the special tokens, which are left out.
-        lengths: Tokens of each text. The longest should exceed a window of attention that is to be tested.
+        lengths: Tokens of each text. By default two of three exceed what attention looks at once (a window, a chunk,
+            the keys of a sparse kind), where that is at most 128 tokens.
     """
     config = model.config.get_text_config()
+    lengths = lengths or _lengths(config)
     special: set[int | None] = set()
     for owner in (config, model.config):
         for name in _SPECIAL_IDS:
@@ -143,6 +148,18 @@ def signature(model: PreTrainedModel) -> str:
     config.pop("_name_or_path", None)
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     return json.dumps([type(model).__qualname__, str(model.dtype), attention, config], sort_keys=True)
+
+
+def _lengths(config: PreTrainedConfig) -> tuple[int, int, int]:
+    looks = [
+        value
+        for name, value in vars(config).items()
+        if _LOOKS.search(name) and not isinstance(value, bool) and isinstance(value, int) and value <= _LONGEST
+    ]
+    reach = max([16, *looks])
+    most = getattr(config, "max_position_embeddings", None)
+    longest = reach + 16 if not isinstance(most, int) or most < 24 else min(reach + 16, most - 4)
+    return max(longest, 20), 9, max(longest - 8, 12)
 
 
 def _padding(model: PreTrainedModel) -> int:
