@@ -55,7 +55,7 @@ def load(
 
     Raises:
         ValueError: If the name is neither bundled, nor a folder, nor a hub id; or if the checkpoint lacks weights that
-            the model computes with, or holds more blocks than its configuration says.
+            the model computes with, holds more blocks than its configuration says, or is an adapter.
         OSError: If a hub model is neither cached nor within reach, or a model that the suite trains is not there.
     """
     dtype = dtype or torch.float32
