@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
@@ -200,3 +201,22 @@ def test_saved_encoders_give_the_same_embeddings_or_leave_nothing(tmp_path):
         depth.save_encoder(encoder, tmp_path / "encoder", replace=True)
     assert (tmp_path / "encoder" / "README.md").read_text() == "# An encoder"
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_a_cast_model_with_weights_that_stay_in_float32_is_saved(tmp_path):
+    model = models.tiny_twin("deepseek_v3").bfloat16()
+    depth.save(model, models.tiny_tokenizer(), tmp_path / "saved")
+    again, _ = models.load(str(tmp_path / "saved"), dtype=torch.bfloat16)
+    for name, ours in model.state_dict().items():
+        assert torch.equal(ours.float(), again.state_dict()[name].float()), name
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    settings = LoraConfig(r=2, target_modules=["q_proj"])
+    added = models.tiny_twin("qwen3")
+    added.add_adapter(settings)
+    for model in (added, get_peft_model(models.tiny_twin("qwen3"), settings)):
+        with pytest.raises(NotExactError, match=r"has adapters.*merge_and_unload"):
+            depth.save(model, models.tiny_tokenizer(), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    depth.save(model.merge_and_unload(), models.tiny_tokenizer(), tmp_path / "saved")

@@ -8,7 +8,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as kinds
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from overparam import models
 from overparam.compress import causal, distill
@@ -132,6 +140,31 @@ def test_texts_longer_than_a_students_positions_are_refused():
     student = distill.new_student(config, seed=0, tokenizer=models.tiny_tokenizer())
     with pytest.raises(ValueError, match="at most 32, the positions of the student, got 64"):
         distill.as_encoder(student, models.tiny_tokenizer(), width=16, max_length=64)
+
+
+def test_positions_that_begin_after_the_paddings_are_not_counted():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    roberta = RobertaModel(
+        RobertaConfig(vocab_size=260, max_position_embeddings=66, pad_token_id=1, **sizes)
+    ).eval()
+    ids = torch.full((1, 64), 5)
+    assert roberta(input_ids=ids).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 65), 5))
+    distill.check_fits(roberta, max_length=64)
+    with pytest.raises(ValueError, match="at most 64, the positions of the student, got 65"):
+        distill.check_fits(roberta, max_length=65)
+    config = distill.student_config(roberta, 0.5)
+    assert config.max_position_embeddings == 64
+    assert distill.cut_student(roberta, config).config.pad_token_id == 1
+
+
+def test_a_teacher_without_a_number_of_positions_has_students():
+    sizes = {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16, "num_layers": 4}
+    teacher = T5EncoderModel(T5Config(vocab_size=1200, pad_token_id=0, **sizes))
+    config = distill.student_config(teacher, 0.3, vocabulary=600)
+    assert config.max_position_embeddings in (128, 256)
+    distill.new_student(config, seed=0)
 
 
 def test_a_decoder_whose_end_token_is_its_teachers_is_refused():

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -13,6 +15,7 @@ from transformers import (
     MPNetConfig,
     MPNetModel,
     MPNetTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 from overparam import models
@@ -295,6 +298,22 @@ def test_other_kinds_keep_their_special_tokens_and_template(make, size):
     assert ours[0] == theirs[0]
     assert new.decode(ids, skip_special_tokens=True) == text
     assert len(ours) < len(theirs)
+
+
+def test_a_unigram_tokenizer_is_trained_with_a_word_of_warning(capsys):
+    backend = Tokenizer(tokenizer_models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<unk>", "<pad>"]
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.UnigramTrainer(
+            vocab_size=68, special_tokens=specials, unk_token="<unk>", show_progress=False
+        ),
+    )
+    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    small = distill.retrained_tokenizer(teacher, TEXTS, 60)
+    assert len(small) == 60
+    assert "Unigram" in "".join(capsys.readouterr())
 
 
 def test_rare_characters_beyond_the_limit_become_unknown(minilm):

@@ -242,6 +242,31 @@ def test_a_chat_template_gives_one_bos_and_no_answer():
     assert recipes.frame(models.tiny_tokenizer(), "own") == ("", "")
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{{ strftime_now('%Y-%m-%d') }}",
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}",
+        "{%- set day = strftime_now('%B %d, %Y') %}{{ day }}",
+    ],
+)
+def test_a_template_that_names_the_day_is_the_same_tomorrow(asks):
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.chat_template = asks + " {{ messages[0]['content'] }}"
+    head, _ = recipes.frame(tokenizer, "own")
+    assert "2024" in head
+    assert "26" in head
+
+
+def test_a_template_that_refuses_a_user_alone_is_said():
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role required') }}"
+    with pytest.raises(
+        ValueError, match=r"no message of the user alone: System role required; give a template"
+    ):
+        batches(tokenizer, ["light"], recipe=depth.PUBLISHED)
+
+
 RECIPE = contrastive.Recipe(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=1, max_length=96)
 
 

@@ -1,9 +1,11 @@
 """Loading refuses checkpoints that lack what the model computes with, and those whose blocks would be dropped."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from overparam import models
+from overparam.models import weights
 
 
 def saved(model, folder, **fields):
@@ -302,3 +305,55 @@ def test_architectures_without_a_next_token_head_of_their_own(model_type, decode
 def test_an_encoder_decoder_is_no_decoder():
     assert not models.decodes(AutoConfig.for_model("t5"))
     assert not models.decodes(AutoConfig.for_model("bart"))
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.safetensors")])
+def test_an_adapter_is_no_model(beside, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "adapter"
+    saved(models.tiny_twin("qwen3"), whole)
+    base = AutoModel.from_pretrained(whole)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    for name in beside:
+        shutil.copy(whole / name, folder / name)
+    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\) of .*whole"):
+        models.load(str(folder))
+    with pytest.raises(ValueError, match="holds an adapter"):
+        models.is_decoder(str(folder))
+
+
+def test_an_adapter_that_transformers_finds_is_refused_too(tmp_path):
+    base = AutoModel.from_pretrained(saved(models.tiny_twin("qwen3"), tmp_path / "whole"))
+    folder = tmp_path / "adapter"
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    with pytest.raises(ValueError, match="holds an adapter, no whole model"):
+        weights.read(AutoModel, folder)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3_moe"])
+def test_whole_numbers_without_a_scale_are_refused(name, tmp_path):
+    twin = models.tiny_twin(name)
+    saved(twin, tmp_path)
+    part = "up_proj.weight" if name == "qwen3_moe" else "query.weight"
+    edited(
+        tmp_path,
+        lambda tensors: {n: (100 * t).to(torch.int8) if n.endswith(part) else t for n, t in tensors.items()},
+    )
+    with pytest.raises(ValueError, match=r"weights as whole numbers.*no quantization_config"):
+        models.load(str(tmp_path))
+
+
+def test_integers_that_are_integers_in_the_model_are_no_fault(tmp_path):
+    folder = saved(models.tiny_twin("bert"), tmp_path)
+    positions = torch.arange(512)[None]
+    edited(tmp_path, lambda tensors: tensors | {"embeddings.position_ids": positions})
+    models.load(folder)
+
+
+def test_a_folder_without_a_transformer_is_said(tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json \(the folder is incomplete\)"):
+        models.load(str(tmp_path))
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.StaticEmbedding"}
+    (tmp_path / "modules.json").write_text(json.dumps([module]))
+    with pytest.raises(ValueError, match="holds no transformer: its modules are StaticEmbedding"):
+        models.load(str(tmp_path))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from overparam import models
 from overparam.compress import depth, distill, quantize
@@ -139,9 +139,27 @@ def test_what_is_not_known_is_refused_by_name_and_nothing_else_is(change, messag
             embeds()
 
 
+def test_texts_are_cut_to_the_positions_that_can_be_used(tmp_path, sentence_folder):
+    config = RobertaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    name = sentence_folder()
+    RobertaModel(config).save_pretrained(name)
+    models.tiny_tokenizer().save_pretrained(name)
+    settings = tmp_path / "model/sentence_bert_config.json"
+    said = json.loads(settings.read_text()) | {"max_seq_length": None}
+    settings.write_text(json.dumps(said))
+    model, tokenizer = models.load(name)
+    assert models.recipe(model).max_length == tokenizer.model_max_length == 64
+    encoder = distill.as_encoder(model, tokenizer, max_length=512)
+    assert np.isfinite(distill.outputs(encoder, ["word " * 100])).all()
+
+
 def test_a_dense_layer_without_safetensors_is_refused(tmp_path, sentence_folder):
     name = sentence_folder(dense=[(24, TANH)])
     (tmp_path / "model/2_Dense/model.safetensors").unlink()
+    assert list(models.provenance(name)) == ["model.safetensors"]
     model, tokenizer = models.load(name)
     with pytest.raises(OSError, match=r"2_Dense/model\.safetensors"):
         distill.as_encoder(model, tokenizer, max_length=64)

@@ -55,7 +55,7 @@ def load(
 
     Raises:
         ValueError: If the name is neither bundled, nor a folder, nor a hub id; or if the checkpoint lacks weights that
-            the model computes with, or holds more blocks than its configuration says.
+            the model computes with, holds more blocks than its configuration says, or is an adapter.
         OSError: If a hub model is neither cached nor within reach, or a model that the suite trains is not there.
     """
     dtype = dtype or torch.float32
@@ -96,7 +96,8 @@ def provenance(name: str) -> dict[str, str]:
     if isinstance(root, Path):
         own = recipe(name)
         files = sorted(Path(sources.source(name)).glob("*.safetensors"))
-        files += [root / dense.path / "model.safetensors" for dense in (own.dense if own else ())]
+        heads = [root / dense.path / "model.safetensors" for dense in (own.dense if own else ())]
+        files += [head for head in heads if head.is_file()]  # without it, who needs the head refuses
         return {str(file.relative_to(root)): _sha256(file) for file in files}
     return {name: f"hub commit {getattr(sources.config(name), '_commit_hash', None)}"}
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from overparam import progress
 from overparam.catalogue import TINY
 from overparam.models import source
+from overparam.models.tables import usable_positions
 
 POOLINGS = {  # our names -> sentence-transformers'
     "cls": "cls",
@@ -234,9 +235,9 @@ def check(recipe: Recipe) -> None:
 
 def follow(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a tokenizer cut and write texts as the recipe says, and let the model know its recipe."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    positions = usable_positions(model)
     own = int(tokenizer.model_max_length)
-    limit = recipe.max_length or (min(own, positions) if positions > 0 else own)
+    limit = recipe.max_length or (own if positions is None else min(own, positions))
     tokenizer.model_max_length = limit
     if recipe.lower and tokenizer.is_fast:
         normalizer = tokenizer.backend_tokenizer.normalizer

@@ -15,6 +15,7 @@ from overparam.models import gguf
 from overparam.models.twins import tiny_twin
 
 _MODULES = "modules.json"  # of sentence-transformers
+_ADAPTER = "adapter_config.json"  # of peft
 
 
 def root(name: str) -> Path | str:
@@ -47,15 +48,40 @@ def source(name: str) -> Path | str:
 
 
 def config(name: str) -> PreTrainedConfig:
-    """Return the configuration of `name`; no weights are read."""
+    """Return the configuration of `name`; no weights are read.
+
+    Raises:
+        ValueError: If it is a folder of a LoRA adapter, or of a sentence-transformers model without a transformer.
+        OSError: If it is a folder without a configuration, or a hub model that is out of reach.
+    """
     if name.startswith(TINY):
         return tiny_twin(name.removeprefix(TINY), num_hidden_layers=6).config
     found = source(name)
     local = isinstance(found, Path)
+    if isinstance(found, Path):
+        _check_folder(found)
     loaded: PreTrainedConfig = AutoConfig.from_pretrained(
         found, trust_remote_code=False, local_files_only=local
     )
     return loaded
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no whole model; transformers takes an adapter's base from elsewhere."""
+    adapter = read_json(folder, _ADAPTER)
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} holds an adapter ({_ADAPTER}) of {adapter.get('base_model_name_or_path')!r}, no whole model: "
+            "merge it with merge_and_unload() of peft and save the result; if the folder has the merged weights too, "
+            f"remove {_ADAPTER}"
+        )
+    if (folder / "config.json").is_file():
+        return
+    modules = read_json(folder, _MODULES)
+    if modules:
+        names = ", ".join(str(each["type"]).rpartition(".")[2] for each in modules)
+        raise ValueError(f"{folder} holds no transformer: its modules are {names}")
+    raise OSError(f"{folder} has no config.json")
 
 
 def file(where: Path | str, name: str) -> Path | None:

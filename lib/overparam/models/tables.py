@@ -1,8 +1,10 @@
-"""Embedding tables that begin from vectors of a larger model."""
+"""Embedding tables: how many positions they hold, and rows that begin from vectors of a larger model."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 
 def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int = 0) -> torch.Tensor:
@@ -40,3 +42,16 @@ def _rotation(width: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     orthogonal, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
     return torch.as_tensor(orthogonal)
+
+
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens of a text a model has positions for; None where its configuration says no number.
+
+    RoBERTa and its like number positions from the padding's on, so that a table of 514 rows is for 512 tokens.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:
+        return None
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    return most if padding is None else most - padding - 1

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from overparam.models.proof import probe
+from overparam.models.source import read_json
 
 _SHOWN = 4  # names in an error
 _GROUPS = 8  # parts of a model that are tried one by one
 _MOST = 0.5  # of the weights: a checkpoint that lacks more of them is another model's
+_INTEGERS = ("I", "U")  # what dtypes of safetensors begin with: I8, U8, I32
 _INSIDE = re.compile(r"^(?P<list>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 
@@ -46,12 +48,23 @@ def read(kind: Any, source: Path | str, **arguments: Any) -> PreTrainedModel:
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model = cast(PreTrainedModel, model).eval()
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{source} holds an adapter, no whole model: merge it with merge_and_unload() of peft, save the result and "
+            "load that"
+        )
     shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"]}
     missing = sorted({*report["missing_keys"], *shapes})
     if missing and (used := _used(model, missing)):
         raise ValueError(_lacking(model, source, used, shapes))
     if left := _left_over(model, source, sorted(report["unexpected_keys"])):
         raise ValueError(left)
+    if whole := _whole_numbers(model, source, set(report["unexpected_keys"])):
+        raise ValueError(
+            f"{source} stores {len(whole)} weights as whole numbers, such as {', '.join(whole[:_SHOWN])}, and its "
+            "config.json has no quantization_config that says what they stand for. Save the model again in floating "
+            "point, or with its quantization_config."
+        )
     return model
 
 
@@ -234,6 +247,25 @@ def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]
         f"{source} holds {len(wrong)} weights of blocks that {type(model).__name__} has no place for: "
         f"{', '.join(wrong[:_SHOWN])}{_more(len(wrong))}. {advice}"
     )
+
+
+def _whole_numbers(model: PreTrainedModel, source: Path | str, unexpected: set[str]) -> list[str]:
+    """Stored weights that are integers where the model computes with real numbers, and nothing says their scale."""
+    if (read_json(source, "config.json") or {}).get("quantization_config"):
+        return []
+    state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
+    found = []
+    for file in _files(source):
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - it is no dictionary
+                if key in unexpected or not str(stored.get_slice(key).get_dtype()).startswith(_INTEGERS):
+                    continue
+                ours = next(
+                    (state[n] for n in (key, key.removeprefix(prefix), prefix + key) if n in state), None
+                )
+                if ours.is_floating_point() if ours is not None else key.endswith("weight"):
+                    found.append(key)
+    return found
 
 
 def _holds_numbers(source: Path | str, key: str) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from typing import Literal
+from unittest.mock import patch
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from overparam.compress.triplets import Triplet
 
 _PLACE = "{text}"
 _SENTINEL = "PLACEOFTHETEXT"
-_DATE = "26 Jul 2024"  # templates that name the day would otherwise give other numbers tomorrow
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,12 @@ def frame(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str
         template: See `TextRecipe`.
 
     Raises:
-        ValueError: If the template does not hold the text exactly once.
+        ValueError: If the template does not hold the text exactly once, or refuses a message of the user alone.
     """
     if template is None or (template == "own" and not tokenizer.chat_template):
         return "", ""
     if template == "own":
-        message = {"role": "user", "content": _SENTINEL}
-        whole, place = (
-            str(tokenizer.apply_chat_template([message], tokenize=False, date_string=_DATE)),
-            _SENTINEL,
-        )
+        whole, place = _rendered(tokenizer), _SENTINEL
     else:
         whole, place = template, _PLACE
     parts = whole.split(place)
@@ -81,6 +80,28 @@ def frame(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str
     if template == "own" and bos and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         head = head.removeprefix(bos)
     return head, tail
+
+
+class _FixedDay(datetime):
+    """What templates take for today: those that name the day would otherwise give other numbers tomorrow."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _FixedDay:
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template around a sentinel, on a fixed day, however the template asks for it."""
+    message = {"role": "user", "content": _SENTINEL}
+    day = _FixedDay.now().strftime("%d %b %Y")
+    try:
+        with patch.object(chat_template_utils, "datetime", _FixedDay):  # of its strftime_now
+            return str(tokenizer.apply_chat_template([message], tokenize=False, date_string=day))
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template takes no message of the user alone: {error}; give a template with "
+            f"{_PLACE}, or None"
+        ) from error
 
 
 def instructions_of(

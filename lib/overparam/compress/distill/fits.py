@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from overparam.models.tables import usable_positions
+
 _IDS = re.compile(r"(^|_)token_ids?$")
 _TEXTS = ("", " ", "a", "Two words, 3 signs.", "Ünïcode 神 🙂\n\t")
 _SHOWN = 4
@@ -56,8 +58,8 @@ def check_fits(
                 f"the student's padding is token {padding}, which is never trained, its tokenizer's is "
                 f"{tokenizer.pad_token_id}; build it with new_student(config, tokenizer=…)"
             )
-    positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if max_length is not None and positions and 0 < positions < max_length:
+    positions = usable_positions(student)
+    if max_length is not None and positions is not None and positions < max_length:
         raise ValueError(
             f"max_length must be at most {positions}, the positions of the student, got {max_length}"
         )

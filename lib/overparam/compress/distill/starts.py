@@ -13,7 +13,7 @@ from overparam.compress.distill.fits import check_fits
 from overparam.compress.distill.students import new_student
 from overparam.compress.distill.vocabulary import inside_word_prefix
 from overparam.models import blocks
-from overparam.models.tables import principal_rows
+from overparam.models.tables import principal_rows, usable_positions
 
 # the names of a block's parts: BERT's, and what MPNet calls them
 _BERT = {
@@ -242,12 +242,11 @@ def _check_cut(teacher: PreTrainedModel, config: BertConfig) -> None:
     layers = blocks(teacher).layers
     _names(layers[0])
     theirs = teacher.config
-    positions = theirs.max_position_embeddings - _first_position(teacher)
     for name, student_has, teacher_has in (
         ("hidden size", config.hidden_size, theirs.hidden_size),
         ("layers", config.num_hidden_layers, len(layers)),
         ("heads", config.num_attention_heads, theirs.num_attention_heads),
-        ("positions", config.max_position_embeddings, positions),
+        ("positions", config.max_position_embeddings, usable_positions(teacher) or 0),
     ):
         if student_has > teacher_has:
             raise ValueError(

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedToken
 
 from overparam.compress.distill.fits import check_fits
 from overparam.models import count_parameters
+from overparam.models.tables import usable_positions
 
 # (hidden size, layers), widest first: few layers, because a shallow encoder is the faster one of two equal in size
 _SHAPES = (
@@ -182,7 +183,8 @@ def _vocabularies(teacher: PreTrainedModel) -> list[int]:
 def _positions(teacher: PreTrainedModel, hidden: int, budget: float) -> int:
     longer, shorter = _POSITIONS
     wished = longer if longer * hidden <= budget / 25 else shorter
-    return min(wished, int(teacher.config.get_text_config().max_position_embeddings))
+    theirs = usable_positions(teacher)
+    return wished if theirs is None else min(wished, theirs)
 
 
 def _head_width(teacher: PreTrainedModel, hidden: int) -> int:

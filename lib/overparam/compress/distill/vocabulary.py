@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
+from overparam import progress
 from overparam.compress.distill.fits import emitted
 
 _ALPHABET = 1000  # characters at most, the limit of the WordPiece trainer; the rarest become unknown
@@ -43,10 +45,11 @@ def retrained_tokenizer(
     The special tokens come first, in the order that they have in `tokenizer`. The same texts give the same tokens
     in every process: the library's WordPiece trainer numbers the first pieces inside words in the order of a hash
     map, and breaks ties by these numbers (https://github.com/huggingface/tokenizers/issues/1794), so these pieces
-    are numbered here. Padding and truncation that `tokenizer` comes with are left out.
+    are numbered here. Only the library's Unigram trainer (XLM-RoBERTa, T5) gives slightly other scores each time, which
+    is said: keep such a tokenizer and use it again. Padding and truncation that `tokenizer` comes with are left out.
 
     Args:
-        tokenizer: A fast tokenizer: WordPiece or byte-level BPE.
+        tokenizer: A fast tokenizer: WordPiece, BPE or Unigram.
         texts: What it is trained on.
         size: Tokens, the special ones included.
         max_length: Its ``model_max_length``: what the student has positions for.
@@ -62,6 +65,10 @@ def retrained_tokenizer(
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError("there are no texts to train a tokenizer on")
+    if isinstance(tokenizer.backend_tokenizer.model, Unigram):
+        progress.note(
+            "a Unigram tokenizer is another each time it is trained: figures with it differ a little by run"
+        )
     alphabet, inside = _first_pieces(tokenizer, texts)
     fixed = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)} if alphabet else {}
     trained = tokenizer.train_new_from_iterator(
