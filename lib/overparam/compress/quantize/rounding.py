@@ -11,7 +11,9 @@ from math import prod
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from overparam.compress.quantize.schemes import refuse_quantized
 from overparam.compress.quantize.weights import Weight, weights
 
 GROUP_SIZE = 32
@@ -33,10 +35,10 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
     Raises:
         ValueError: `bits` or `group_size` out of range, or no matrix.
     """
-    if not 1 <= bits <= 16 or group_size < 1 or weight.ndim != 2:
+    _check_bits(bits)
+    if group_size < 1 or weight.ndim != 2:
         raise ValueError(
-            f"a matrix is rounded to 1..16 bits in groups of at least 1, got shape {list(weight.shape)}, {bits} bits, "
-            f"groups of {group_size}"
+            f"a matrix is rounded in groups of at least 1, got shape {list(weight.shape)}, groups of {group_size}"
         )
     rows, columns = weight.shape
     missing = -columns % group_size
@@ -48,15 +50,25 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
     return rounded.reshape(rows, -1)[:, :columns].to(weight.dtype)
 
 
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"a matrix is rounded to 1..16 bits, got {bits}")
+
+
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that quantization is about: matrices of any kind and embedding tables, by name, tied ones once.
 
     Stacks of experts, transposed linear layers and convolutions are among them: see `weights.weights`.
+
+    Raises:
+        ValueError: The model is quantized already.
     """
     return {name: weight.parameter for name, weight in _matrices(model).items()}
 
 
 def _matrices(model: nn.Module) -> dict[str, Weight]:
+    if isinstance(model, PreTrainedModel):
+        refuse_quantized(model)
     return {weight.name: weight for weight in weights(model) if weight.role != "other"}
 
 
@@ -69,7 +81,8 @@ def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size
         group_size: See `round_to_nearest`; neighbours are weights that one output sums over.
 
     Raises:
-        ValueError: A name is no matrix of the model, it has none, or as `round_to_nearest`.
+        ValueError: A name is no matrix of the model, it has none, it is quantized already, or as `round_to_nearest`;
+            the model is then unchanged.
     """
     found = _matrices(model)
     given = _by_name(found, bits)
@@ -159,6 +172,8 @@ def _by_name(found: Mapping[str, Weight], bits: int | Mapping[str, int]) -> Mapp
     if not found:
         raise ValueError("the model has no matrix and no embedding table: there is nothing to round")
     given = bits if isinstance(bits, Mapping) else dict.fromkeys(found, bits)
+    for each in given.values():
+        _check_bits(each)
     if unknown := sorted(given.keys() - found.keys()):
         raise ValueError(
             f"{unknown[0]!r} is no matrix of the model; there are {', '.join(list(found)[:4])} …"
