@@ -297,10 +297,10 @@ def _prove(model: PreTrainedModel) -> None:
             alone = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False)
             expected[row, :length] = alone.logits[0]
     if not proof.is_rounding(found, expected, batch.attention_mask):
-        error = proof.difference(found, expected, batch.attention_mask)
+        apart = proof.difference(found, expected, batch.attention_mask)
         raise NotExactError(
             f"{type(model).__name__} is not trained here: the logits of packed rows differ from its own by "
-            f"{error:.1g} of their size, so that it does something else with hidden states or masks than is known"
+            f"{apart:.1g} of their size, so that it does something else with hidden states or masks than is known"
         )
     _proved.add(name)
 

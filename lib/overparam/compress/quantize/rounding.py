@@ -35,10 +35,10 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
     Raises:
         ValueError: `bits` or `group_size` out of range, or no matrix.
     """
-    _check_bits(bits)
-    if group_size < 1 or weight.ndim != 2:
+    if not 1 <= bits <= 16 or group_size < 1 or weight.ndim != 2:
         raise ValueError(
-            f"a matrix is rounded in groups of at least 1, got shape {list(weight.shape)}, groups of {group_size}"
+            f"a matrix is rounded to 1..16 bits in groups of at least 1, got shape {list(weight.shape)}, {bits} bits, "
+            f"groups of {group_size}"
         )
     rows, columns = weight.shape
     missing = -columns % group_size
@@ -48,11 +48,6 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
     step = (largest - least) / (2**bits - 1)
     rounded = torch.where(step > 0, least + ((groups - least) / step).round() * step, groups)
     return rounded.reshape(rows, -1)[:, :columns].to(weight.dtype)
-
-
-def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 16:
-        raise ValueError(f"a matrix is rounded to 1..16 bits, got {bits}")
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -172,8 +167,8 @@ def _by_name(found: Mapping[str, Weight], bits: int | Mapping[str, int]) -> Mapp
     if not found:
         raise ValueError("the model has no matrix and no embedding table: there is nothing to round")
     given = bits if isinstance(bits, Mapping) else dict.fromkeys(found, bits)
-    for each in given.values():
-        _check_bits(each)
+    if outside := [each for each in given.values() if not 1 <= each <= 16]:
+        raise ValueError(f"matrices are rounded to 1..16 bits, got {outside[0]}")
     if unknown := sorted(given.keys() - found.keys()):
         raise ValueError(
             f"{unknown[0]!r} is no matrix of the model; there are {', '.join(list(found)[:4])} …"
