@@ -9,6 +9,7 @@ from overparam import models
 from overparam.compress import causal
 from overparam.compress.causal import Recipe, load_balance, train
 from overparam.data.packing import Tree, pack
+from overparam.models.proof import NotExactError
 
 
 def batches(number, predicts=True):
@@ -165,3 +166,42 @@ def test_rate_warms_up_stays_and_falls_to_zero():
         [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0, 4 / 3, 2 / 3]
     )
     assert Recipe(steps=5, learning_rate=2.0, warmup=0).rate(0) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("gemma2", {"final_logit_softcapping": 0.05}), ("cohere", {"logit_scale": 0.5}), ("granite", {})],
+)
+def test_logits_are_scaled_and_capped_as_the_model_does(name, fields):
+    model = models.tiny_twin(name, causal=True, **fields)
+    tree = Tree([1, 7, 9], [[20, 30, 40, 50]])
+    (batch,) = pack([tree], rows=1, length=16)
+    ids = torch.tensor([[*tree.prefix, *tree.branches[0]]])
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits[0, len(tree.prefix) : -1]
+    expected = float(torch.nn.functional.cross_entropy(found, ids[0, len(tree.prefix) + 1 :]))
+    log = causal.train(model, [batch], causal.Recipe(steps=1, warmup=1))
+    assert log.loss == pytest.approx([expected], abs=1e-6)
+
+
+def test_a_model_that_makes_its_logits_otherwise_is_refused_before_it_is_trained():
+    model = models.tiny_twin("llama", causal=True, rms_norm_eps=1.3e-5)
+    forward = model.forward
+
+    def doubled(*args, **kwargs):
+        found = forward(*args, **kwargs)
+        found.logits = 2 * found.logits
+        return found
+
+    model.forward = doubled
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = pack([Tree([1, 7], [[20, 30, 40]])], rows=1, length=16)
+    with pytest.raises(NotExactError, match="LlamaForCausalLM is not trained here"):
+        causal.train(model, batches, causal.Recipe(steps=1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_decoder_that_takes_no_mask_of_its_own_is_refused_by_name():
+    batches = pack([Tree([1, 7], [[20, 30, 40]])], rows=1, length=16)
+    with pytest.raises(NotExactError, match="BloomForCausalLM cannot read packed rows"):
+        causal.train(models.tiny_twin("bloom", causal=True), batches, causal.Recipe(steps=1))

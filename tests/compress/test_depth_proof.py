@@ -214,3 +214,15 @@ def test_one_proof_of_a_cut_serves_all_models_of_its_architecture(monkeypatch):
     for seed in range(3):
         depth.truncate(models.tiny_twin("qwen3", seed=seed, rms_norm_eps=1.9e-6), 2)
     assert len(built) == 1
+
+
+def test_a_model_in_training_is_read_without_dropout_and_stays_in_training():
+    model, tokenizer = models.tiny_twin("bert"), models.tiny_tokenizer()
+    expected = depth.layer_embeddings(model, tokenizer, TEXTS)
+    influence = depth.layer_similarity(model, tokenizer, TEXTS).block_influence
+    model.train()
+    model.embeddings.eval()
+    assert np.array_equal(depth.layer_embeddings(model, tokenizer, TEXTS), expected)
+    assert np.array_equal(depth.layer_similarity(model, tokenizer, TEXTS).block_influence, influence)
+    assert model.encoder.layer[0].training
+    assert not model.embeddings.training

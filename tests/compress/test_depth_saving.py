@@ -220,3 +220,18 @@ def test_a_model_with_adapters_is_not_saved(tmp_path):
             depth.save(model, models.tiny_tokenizer(), tmp_path / "saved")
     assert not list(tmp_path.iterdir())
     depth.save(model.merge_and_unload(), models.tiny_tokenizer(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma", "jamba"])
+def test_layers_without_attention_run_as_anybody_calls_them(name, tmp_path):
+    model = depth.truncate(models.tiny_twin(name), 1)
+    depth.save(model, models.tiny_tokenizer(), tmp_path / "cut")
+    again = AutoModel.from_pretrained(tmp_path / "cut")
+    batch = probe(model)
+    with torch.no_grad():
+        states = [each(batch.input_ids, batch.attention_mask).last_hidden_state for each in (model, again)]
+    assert torch.equal(*states)
+
+
+def test_a_cut_that_keeps_attention_keeps_its_cache():
+    assert depth.truncate(models.tiny_twin("qwen3_next"), [0, 3]).config.use_cache is True

@@ -207,7 +207,7 @@ def test_balance_is_that_of_each_layer_by_hand():
 
 
 def test_balance_needs_experts():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no routers"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has none; train it with balance 0"):
         causal.train(models.tiny_twin("llama", causal=True), batches(), RECIPE)
     with pytest.raises(ValueError, match="is dense"):
         experts.recover(models.tiny_twin("llama", causal=True), batches(), RECIPE)

@@ -289,3 +289,40 @@ def test_an_export_is_proved_once(monkeypatch):
     quantize.export(model, decoder=False)
     monkeypatch.setattr(exporting, "_prove", lambda *_: pytest.fail("proved again"))
     quantize.export(model, decoder=False)
+
+
+def test_a_model_in_training_is_quantized_without_dropout_and_stays_in_training():
+    model = models.tiny_twin("bert")
+    ids, mask = padded(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    model.train()
+    for scheme in ("fp32", "bf16", "openvino-fp32"):
+        assert quantize.reason_against(scheme, model, decoder=False) is None
+        found = quantize.quantize(model, scheme).run(ids, mask)
+        assert difference(found.float(), expected, mask) < (5e-2 if scheme == "bf16" else 1e-4)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_quantized_model_is_not_quantized_or_rounded_again():
+    model = quantize.quantize(models.tiny_twin("bert"), "torchao-int8").model
+    for scheme in ("fp32", "torchao-int8", "openvino-fp32"):
+        reason = quantize.reason_against(scheme, model, decoder=False)
+        assert reason is not None
+        assert "is quantized already (torchao)" in reason
+    for tried in (
+        quantize.matrices,
+        lambda m: quantize.round_weights(m, 4),
+        lambda m: quantize.stored_bytes(m, 4),
+    ):
+        with pytest.raises(ValueError, match="is quantized already"):
+            tried(model)
+
+
+def test_bits_that_cannot_be_are_refused_before_any_matrix_is_rounded():
+    model = models.tiny_twin("bert")
+    first, second, *_ = quantize.matrices(model)
+    before = quantize.matrices(model)[first].detach().clone()
+    with pytest.raises(ValueError, match="got 17"):
+        quantize.round_weights(model, {first: 3, second: 17})
+    assert torch.equal(quantize.matrices(model)[first], before)

@@ -19,8 +19,11 @@ from transformers import PreTrainedModel
 from overparam import progress
 from overparam.compress import checkpoint as checkpoints
 from overparam.compress.muon import Muon
+from overparam.models import proof
+from overparam.models.proof import NotExactError
 
 IGNORED = -100
+_proved: set[str] = set()  # signatures
 
 
 class Batch(Protocol):
@@ -141,10 +144,12 @@ def train(
 
     Raises:
         ValueError: Too few batches, or one without anything to predict; a model whose attention cannot be told who
-            sees whom, or a balance without a mixture of experts; a checkpoint of another recipe or model, or of
-            more steps.
+            sees whom, or a balance without a mixture of experts that says how many experts a token uses; a checkpoint
+            of another recipe or model, or of more steps.
+        NotExactError: If packed rows do not give the model's own logits.
         FloatingPointError: If the loss is not finite; says at which step.
     """
+    _prove(model)
     optimizers = optimizers_of(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
@@ -207,9 +212,7 @@ def _gradients(
         )
         labels = torch.from_numpy(batch.labels).to(model.device).flatten()
         at = (labels != IGNORED).nonzero().squeeze(1)
-        logits = model.get_output_embeddings()(hidden.flatten(0, 1)[at]).float()  # [predicted, vocabulary]
-        if (scaling := getattr(model.config.get_text_config(), "logits_scaling", 1.0)) != 1:  # Granite's
-            logits = logits / scaling
+        logits = _logits(model, hidden.flatten(0, 1)[at])
         smooth = functional.cross_entropy(
             logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
         )
@@ -260,6 +263,66 @@ def hidden_states(
         **({"output_router_logits": True} if router_logits else {}),
     )
     return out.last_hidden_state, out.router_logits if router_logits else ()
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what the head makes of hidden states, float32 [predicted, vocabulary]."""
+    config = model.config.get_text_config()
+    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+    if (scaling := getattr(config, "logits_scaling", None) or 1.0) != 1:  # Granite's
+        logits = logits / scaling
+    if (scale := getattr(config, "logit_scale", None) or 1.0) != 1:  # Cohere's
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma's
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@proof.timed()
+def _prove(model: PreTrainedModel) -> None:
+    """Refuse a model of which logits are made in another way than here, once for each architecture in a process."""
+    if (name := proof.signature(model)) in _proved:
+        return
+    batch = proof.probe(model)
+    lengths = batch.attention_mask.sum(1).tolist()
+    rows = _Rows(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy())
+    _masks(model, rows)
+    with torch.inference_mode(), proof.evaluating(model):
+        try:
+            found = _logits(model, hidden_states(model, rows)[0])
+        except Exception as error:  # of many kinds, wherever a decoder takes no mask of its own
+            raise NotExactError(f"{type(model).__name__} cannot read packed rows: {error}") from error
+        expected = torch.zeros_like(found, dtype=model.dtype)
+        for row, length in enumerate(lengths):
+            alone = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False)
+            expected[row, :length] = alone.logits[0]
+    if not proof.is_rounding(found, expected, batch.attention_mask):
+        apart = proof.difference(found, expected, batch.attention_mask)
+        raise NotExactError(
+            f"{type(model).__name__} is not trained here: the logits of packed rows differ from its own by "
+            f"{apart:.1g} of their size, so that it does something else with hidden states or masks than is known"
+        )
+    _proved.add(name)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows with one sequence each."""
+
+    input_ids: NDArray[np.int64]
+    tree: NDArray[np.int64]
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        return np.tile(np.arange(self.tree.shape[1]), (len(self.tree), 1))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.full_like(self.input_ids, IGNORED)
+
+    def attends(self) -> NDArray[np.bool_]:
+        length = self.tree.shape[1]
+        return np.asarray(np.tri(length, dtype=bool) & (self.tree > 0)[:, None, :])
 
 
 def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) -> torch.Tensor:
@@ -320,7 +383,10 @@ def _top_ks(model: PreTrainedModel) -> list[int]:
         if name.endswith((".gate", ".router")) and isinstance(getattr(module, "top_k", None), int)
     ]
     if not found:
-        raise ValueError(f"balance needs a mixture of experts, {type(model).__name__} has no routers")
+        raise ValueError(
+            f"balance needs a mixture of experts whose routers say how many experts a token uses, and "
+            f"{type(model).__name__} has none; train it with balance 0"
+        )
     return found
 
 

@@ -62,6 +62,18 @@ def timed() -> Iterator[None]:
         _spent += time.perf_counter() - started
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and router noise; each module goes back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def seconds() -> float:
     """Return what all proofs of this process have taken."""
     return _spent

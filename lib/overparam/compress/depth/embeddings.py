@@ -15,6 +15,7 @@ from overparam.compress.depth.recipe import PLAIN, TextRecipe
 from overparam.compress.depth.states import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.models import blocks
+from overparam.models.proof import evaluating
 
 POOLINGS = ("weighted_mean", "mean", "last", "cls")
 
@@ -37,7 +38,7 @@ def layer_embeddings(
     norms or projects the last block's output, every depth is treated so. Each depth is pooled as soon as it is
     computed, so that memory does not grow with the number of layers. That this holds is proved on a small batch, once
     for each architecture in a process (`proof.reading`); where padding would change a model's numbers, only texts of
-    the same length share a batch.
+    the same length share a batch. A model that is being trained is read without its dropout.
 
     Args:
         model: A text encoder or a decoder without its head (`models.load`).
@@ -84,7 +85,7 @@ def layer_embeddings(
         states = apply_tail(model, found.tail, hidden)[:, : weights.shape[2]]  # [texts, tokens, hidden]
         pooled.append(torch.bmm(weights, states.to(weights.dtype)).squeeze(1))
 
-    with torch.inference_mode(), each_depth(model, pool, wanted):
+    with torch.inference_mode(), evaluating(model), each_depth(model, pool, wanted):
         for batch in progress.track(prepared, "embedding every depth"):
             weights = pooling_weights(pooling, batch.attention_mask, batch.pooled_mask, recipe).to(
                 model.device

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +51,7 @@ def reading(model: PreTrainedModel) -> Reading:
         NotExactError: If one pass does not give what the truncated models give.
     """
     layers = blocks(model).layers
-    state = (id(layers), len(layers), model.dtype, model.config._attn_implementation, model.training)
+    state = (id(layers), len(layers), model.dtype, model.config._attn_implementation)
     known = _known.get(model)
     if known is not None and known[0] == state:
         return known[1]
@@ -75,7 +74,7 @@ def _prove(model: PreTrainedModel) -> Reading:
     name, total = type(model).__name__, len(blocks(model).layers)
     batch = proof.probe(model)
     states: dict[int, torch.Tensor] = {}
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), proof.evaluating(model):
         with each_depth(model, states.__setitem__):
             output, tail = _traced(model, batch)
         if len(states) != total + 1:
@@ -110,17 +109,6 @@ def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:

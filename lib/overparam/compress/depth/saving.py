@@ -108,10 +108,8 @@ def _check_reload(model: PreTrainedModel, folder: Path) -> None:
     _lend_unsaved(model, again)
     batch = proof.probe(model)
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | no_cache(model)
-    training = model.training
-    with torch.inference_mode():
-        expected, found = model.eval()(**arguments)[0], again(**arguments)[0]
-    model.train(training)
+    with torch.inference_mode(), proof.evaluating(model):
+        expected, found = model(**arguments)[0], again(**arguments)[0]
     _check_same(name, (model, again), (found, expected), batch.attention_mask)
 
 

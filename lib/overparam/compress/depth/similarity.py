@@ -15,6 +15,7 @@ from overparam.compress.depth.proof import reading
 from overparam.compress.depth.states import each_depth, no_cache
 from overparam.compress.depth.tokens import batches
 from overparam.compress.depth.truncation import kept_indices
+from overparam.models.proof import evaluating
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def layer_similarity(
         last = mask.sum(1).long() - 1
         states.append(hidden[torch.arange(len(last), device=last.device), last].double())
 
-    with torch.inference_mode(), each_depth(model, visit):
+    with torch.inference_mode(), evaluating(model), each_depth(model, visit):
         for batch in progress.track(
             batches(tokenizer, texts, batch_tokens=batch_tokens, max_length=max_length, padded=padded),
             "comparing layers",

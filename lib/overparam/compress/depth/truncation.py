@@ -15,7 +15,8 @@ from overparam.models import blocks, proof, sharing_copy
 from overparam.models.proof import NotExactError
 from overparam.models.structure import COUNTS
 
-_proved: set[tuple[str, tuple[int, ...]]] = set()  # (signature, layers that stay)
+# (signature, layers that stay) -> whether these run with a cache of keys and values
+_proved: dict[tuple[str, tuple[int, ...]], bool] = {}
 
 
 def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
@@ -24,7 +25,9 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
     Changes `model` in place and keeps its configuration consistent (number of layers, lists with an entry for each
     layer such as ``layer_types``, counts such as ``first_k_dense_replace``), so that `save`, or ``save_pretrained``
     and ``AutoModel.from_pretrained``, give the same model again. Before anything is changed, a model built from the new
-    configuration is compared with the layers that stay, once for each architecture and choice in a process.
+    configuration is compared with the layers that stay, once for each architecture and choice in a process. Where no
+    layer with attention stays, and the model cannot count tokens in its cache, the new configuration says
+    ``use_cache: false``, so that it runs.
 
     Args:
         model: A text encoder or a decoder without its head.
@@ -43,8 +46,11 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
     kept = kept_indices(keep_layers, total)
     if len(kept) == total:
         return model
-    _check(model, kept)
-    return cut(model, kept)
+    caches = _check(model, kept)
+    cut(model, kept)
+    if not caches:
+        model.config.use_cache = False
+    return model
 
 
 def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
@@ -98,11 +104,15 @@ def _renumber(layers: nn.ModuleList, reference: nn.ModuleList) -> None:
 
 
 @proof.timed()
-def _check(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Refuse a cut that cannot be saved, or whose layers compute otherwise in their new places."""
+def _check(model: PreTrainedModel, kept: Sequence[int]) -> bool:
+    """Refuse a cut that cannot be saved, or whose layers compute otherwise in their new places.
+
+    Returns:
+        Whether it runs as it is called by default, with a cache where the model has one.
+    """
     name = (proof.signature(model), tuple(kept))
     if name in _proved:
-        return
+        return _proved[name]
     stack = blocks(model)
     if not stack.counts:
         raise NotExactError(
@@ -112,7 +122,22 @@ def _check(model: PreTrainedModel, kept: Sequence[int]) -> None:
     built = rebuilt(model, config)
     equal = check_rebuilt(model, built, kept) and getattr(model, "hf_quantizer", None) is None
     _check_outputs(model, kept, built if equal else None)
-    _proved.add(name)
+    _proved[name] = _runs_by_default(model, kept)
+    return _proved[name]
+
+
+def _runs_by_default(model: PreTrainedModel, kept: Sequence[int]) -> bool:
+    if not no_cache(model):
+        return True
+    batch = proof.probe(model)
+    try:
+        with torch.inference_mode():
+            cut(sharing_copy(model), kept).eval()(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            )
+    except Exception:  # layers without attention alone: their cache does not count tokens
+        return False
+    return True
 
 
 def _check_outputs(model: PreTrainedModel, kept: Sequence[int], built: PreTrainedModel | None) -> None:

@@ -17,8 +17,17 @@ from transformers import PreTrainedModel
 
 from overparam.compress.experts.layout import MoeLayer, decoder_of, layers
 from overparam.compress.experts.slicing import masked, sliced
-from overparam.compress.experts.watching import Routing, evaluating, forward, not_called, not_finite, watched
-from overparam.models.proof import NotExactError, Probe, difference, probe, signature, timed, tolerance
+from overparam.compress.experts.watching import Routing, forward, not_called, not_finite, watched
+from overparam.models.proof import (
+    NotExactError,
+    Probe,
+    difference,
+    evaluating,
+    probe,
+    signature,
+    timed,
+    tolerance,
+)
 
 _proven: set[str] = set()
 # Share of the tokens that must choose alike. Where numbers have few bits, experts are often rated equal, and which of

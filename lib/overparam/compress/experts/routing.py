@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from overparam.compress.experts.layout import MoeLayer, decoder_of, layers
 from overparam.compress.experts.proof import prove
-from overparam.compress.experts.watching import Routing, evaluating, forward, not_called, not_finite, watched
+from overparam.compress.experts.watching import Routing, forward, not_called, not_finite, watched
+from overparam.models.proof import evaluating
 
 
 @dataclass(frozen=True)

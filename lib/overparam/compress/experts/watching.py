@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.experts.layout import MoeLayer
@@ -127,18 +126,6 @@ def forward(decoder: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tenso
         position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0).to(decoder.device),
         use_cache=False,
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and router noise; each module goes back to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def not_called(layer: MoeLayer) -> RuntimeError:

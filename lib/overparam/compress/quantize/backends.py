@@ -26,11 +26,11 @@ def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
         name: A scheme of "torch", "torchao" or "bitsandbytes".
     """
     if name == "fp32":
-        return model
+        return models.sharing_copy(model).eval()
     if name == "bf16":
-        return copy.deepcopy(model).to(torch.bfloat16)
+        return copy.deepcopy(model).to(torch.bfloat16).eval()
     if name == "fp32-compiled":
-        return compiled(models.sharing_copy(model))
+        return compiled(models.sharing_copy(model).eval())
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         model.save_pretrained(folder)
         return load(folder, type(model), config=_config(name), device=model.device)

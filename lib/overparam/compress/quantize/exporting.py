@@ -41,11 +41,12 @@ def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
     name = type(model).__name__
     try:
         _refuse_switching(model)
-        found = tracing.traced_decoder(model) if decoder else tracing.traced_encoder(model)
-        key = f"{decoder} {proof.signature(model)}"
-        if key not in _proved:
-            _prove(tracing.in_float32(model), found, decoder)
-            _proved.add(key)
+        with proof.evaluating(model):
+            found = tracing.traced_decoder(model) if decoder else tracing.traced_encoder(model)
+            key = f"{decoder} {proof.signature(model)}"
+            if key not in _proved:
+                _prove(tracing.in_float32(model), found, decoder)
+                _proved.add(key)
     except proof.NotExactError as error:
         raise proof.NotExactError(f"{name} is not exported to OpenVINO: {error}") from error
     except Exception as error:

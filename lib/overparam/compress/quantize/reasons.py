@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overparam.compress.quantize import coverage, exporting
-from overparam.compress.quantize.schemes import SCHEMES
+from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
 from overparam.compress.quantize.weights import routers, weights
 from overparam.models.proof import NotExactError
 
@@ -32,6 +32,10 @@ def reason_against(
         exported: Gives what `export` makes of the model, where the caller keeps it; None: it is exported here.
     """
     scheme, cuda = SCHEMES[name], model.device.type == "cuda"
+    try:
+        refuse_quantized(model)
+    except ValueError as error:
+        return str(error)
     if scheme.library == "bitsandbytes" and not cuda:
         return "bitsandbytes is measured on a CUDA device, and the model is on the CPU"
     if scheme.library == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:

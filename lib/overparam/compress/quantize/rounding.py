@@ -11,7 +11,9 @@ from math import prod
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from overparam.compress.quantize.schemes import refuse_quantized
 from overparam.compress.quantize.weights import Weight, weights
 
 GROUP_SIZE = 32
@@ -52,11 +54,16 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that quantization is about: matrices of any kind and embedding tables, by name, tied ones once.
 
     Stacks of experts, transposed linear layers and convolutions are among them: see `weights.weights`.
+
+    Raises:
+        ValueError: The model is quantized already.
     """
     return {name: weight.parameter for name, weight in _matrices(model).items()}
 
 
 def _matrices(model: nn.Module) -> dict[str, Weight]:
+    if isinstance(model, PreTrainedModel):
+        refuse_quantized(model)
     return {weight.name: weight for weight in weights(model) if weight.role != "other"}
 
 
@@ -69,7 +76,8 @@ def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size
         group_size: See `round_to_nearest`; neighbours are weights that one output sums over.
 
     Raises:
-        ValueError: A name is no matrix of the model, it has none, or as `round_to_nearest`.
+        ValueError: A name is no matrix of the model, it has none, it is quantized already, or as `round_to_nearest`;
+            the model is then unchanged.
     """
     found = _matrices(model)
     given = _by_name(found, bits)
@@ -159,6 +167,8 @@ def _by_name(found: Mapping[str, Weight], bits: int | Mapping[str, int]) -> Mapp
     if not found:
         raise ValueError("the model has no matrix and no embedding table: there is nothing to round")
     given = bits if isinstance(bits, Mapping) else dict.fromkeys(found, bits)
+    if outside := [each for each in given.values() if not 1 <= each <= 16]:
+        raise ValueError(f"matrices are rounded to 1..16 bits, got {outside[0]}")
     if unknown := sorted(given.keys() - found.keys()):
         raise ValueError(
             f"{unknown[0]!r} is no matrix of the model; there are {', '.join(list(found)[:4])} …"

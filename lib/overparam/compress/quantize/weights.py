@@ -105,15 +105,12 @@ def _seen(model: PreTrainedModel) -> dict[str, Use]:
 @proof.timed()
 def _watched(model: PreTrainedModel) -> dict[str, Use]:
     watch = _Watch(model)
-    was_training = model.training
     batch = proof.probe(model, _LENGTHS)
     try:
-        with torch.no_grad(), _experts_one_by_one(model), watch:
-            model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        with torch.no_grad(), proof.evaluating(model), _experts_one_by_one(model), watch:
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, KeyError, IndexError):
         pass  # a model that reads no plain text, or a library without a rule for the watch: what was seen counts
-    finally:
-        model.train(was_training)
     return watch.uses
 
 
