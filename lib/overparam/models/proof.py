@@ -166,7 +166,10 @@ def _lengths(config: PreTrainedConfig) -> tuple[int, int, int]:
     looks = [
         value
         for name, value in vars(config).items()
-        if _LOOKS.search(name) and not isinstance(value, bool) and isinstance(value, int) and value <= _LONGEST
+        if _LOOKS.search(name)
+        and not isinstance(value, bool)
+        and isinstance(value, int)
+        and value <= _LONGEST
     ]
     reach = max([16, *looks])
     most = getattr(config, "max_position_embeddings", None)
