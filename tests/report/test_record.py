@@ -143,8 +143,14 @@ def test_names_cannot_leave_the_folder(tmp_path, make_record):
 def test_provenance_names_code_machine_and_no_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("OVERPARAM_CACHE", str(tmp_path))
     monkeypatch.setenv("OVERPARAM_LEVEL", "7")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = provenance.provenance()
-    assert found["environment"] == {"OVERPARAM_CACHE": "(path)", "OVERPARAM_LEVEL": "7"}
+    named = {
+        name: found["environment"][name]
+        for name in ("OVERPARAM_CACHE", "OVERPARAM_LEVEL", "ONEDNN_MAX_CPU_ISA")
+    }
+    assert named == {"OVERPARAM_CACHE": "(path)", "OVERPARAM_LEVEL": "7", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert "HOME" not in found["environment"]
     assert found["hardware"]["ram_gib"] > 0
     assert found["packages"]["papermill"]
     assert str(tmp_path) not in json.dumps(found)
