@@ -24,7 +24,7 @@ _SPECIAL_IDS = (
     *("unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id"),
 )
 
-_LOOKS = re.compile("window|chunk|index_topk|local_attention|block_size|landmark|stride")
+_LOOKS = re.compile("^(?!.*layer).*(window|chunk|index_topk|local_attention|block_size|landmark|stride)")
 _LONGEST = 128  # tokens of a window that the probe exceeds: it must be cheap
 _spent = 0.0
 _running = False
