@@ -326,3 +326,13 @@ def test_bits_that_cannot_be_are_refused_before_any_matrix_is_rounded():
     with pytest.raises(ValueError, match="got 17"):
         quantize.round_weights(model, {first: 3, second: 17})
     assert torch.equal(quantize.matrices(model)[first], before)
+
+
+def test_layers_that_multiply_in_a_way_of_their_own_are_tried_before_long_work():
+    model = models.tiny_twin("falcon", causal=True)
+    reason = quantize.reason_against("torchao-int8", model, decoder=True)
+    assert reason is not None
+    assert reason.startswith("FalconLinear multiplies in a way of its own, which torchao does not know")
+    assert (
+        quantize.reason_against("torchao-int8", models.tiny_twin("llama", causal=True), decoder=True) is None
+    )

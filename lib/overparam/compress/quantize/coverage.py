@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -126,6 +127,38 @@ def unreached(model: nn.Module, library: str) -> str | None:
         f"{100 * many / total:.3g} % of the weights between the embedding tables of {type(model).__name__} are not in "
         f"linear layers but in {owner} ({largest.name}), which {library} does not reach"
     )
+
+
+def failing(model: nn.Module, config: Any) -> str | None:
+    """Say which linear layers multiply in a way that torchao's weights do not support; None where all work.
+
+    A layer of each class with a forward of its own, such as Falcon's, is quantized and tried.
+
+    Args:
+        model: A model, or a part of one.
+        config: Of torchao.
+    """
+    from torchao.quantization import quantize_
+
+    kinds = {
+        type(module): module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and not type(module).__module__.startswith("torchao.")
+    }
+    for kind, module in kinds.items():
+        layer = nn.Sequential(copy.deepcopy(module))
+        try:
+            quantize_(layer, config)
+            with torch.no_grad():
+                layer(
+                    torch.zeros(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+                )
+        except Exception as error:
+            said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            return f"{kind.__name__} multiplies in a way of its own, which torchao does not know: {said}"
+    return None
 
 
 def of_module(found: nn.Module, model: PreTrainedModel) -> list[Held]:

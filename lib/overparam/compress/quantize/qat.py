@@ -21,7 +21,7 @@ def reason_against(model: nn.Module, *, group_size: int = GROUP_SIZE) -> str | N
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.in_features % group_size:
             return f"groups of {group_size} do not divide the {module.in_features} columns of {name}"
-    return None
+    return coverage.failing(model, _config(8, group_size))
 
 
 def prepare(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overparam.compress.quantize import coverage, exporting
-from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
+from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized, torchao_config
 from overparam.compress.quantize.weights import routers, weights
 from overparam.models.proof import NotExactError
 
@@ -67,6 +67,8 @@ def reason_against(
             if weight.role == "matrix" and columns % scheme.group_size and weight.name not in choosing:
                 layer = weight.name.removesuffix(".weight")
                 return f"groups of {scheme.group_size} do not divide the {columns} columns of {layer}"
+    if scheme.library == "torchao":
+        return coverage.failing(model, torchao_config(name))
     if scheme.library == "openvino":
         try:
             exported() if exported else exporting.exported(model, decoder=decoder)
