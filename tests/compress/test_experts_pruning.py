@@ -59,7 +59,11 @@ def masked(model, keep):
             stack.enter_context(mock.patch.object(layer.router, "forward", masking(layer.router, dropped)))
             bias = getattr(layer.router, "e_score_correction_bias", None)
             if bias is not None:  # added after the sigmoid, so that it would bring a dropped expert back
-                layer.router.e_score_correction_bias = bias.index_fill(0, dropped, float("-inf"))
+                lowered = bias.detach().index_fill(0, dropped, float("-inf"))
+                kind = type(bias)
+                layer.router.e_score_correction_bias = (
+                    kind(lowered) if kind is torch.nn.Parameter else lowered
+                )
                 stack.callback(setattr, layer.router, "e_score_correction_bias", bias)
         yield model
 

@@ -336,3 +336,13 @@ def test_layers_that_multiply_in_a_way_of_their_own_are_tried_before_long_work()
     assert (
         quantize.reason_against("torchao-int8", models.tiny_twin("llama", causal=True), decoder=True) is None
     )
+
+
+def test_weights_that_are_not_seen_to_be_multiplied_are_not_passed_over():
+    model = models.tiny_twin("zamba", causal=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(
+        NotExactError, match="20 % of the weights of ZambaForCausalLM are not seen to be multiplied"
+    ):
+        quantize.round_weights(model, 2)
+    assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())

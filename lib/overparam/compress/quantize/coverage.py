@@ -13,14 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.quantize.schemes import Scheme
-from overparam.compress.quantize.weights import Weight, routers, weights
+from overparam.compress.quantize.weights import UNKNOWN, Weight, routers, weights
 from overparam.models.proof import NotExactError
 
 _TOLERATED = (
     0.01  # share of the matrices' weights that may be left, such as a gate that a library passes over
-)
-_UNKNOWN = (
-    0.1  # share of all weights that may be neither multiplied nor looked up, such as the biases of experts
 )
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 _BETWEEN = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "FakeQuantize", "Unsqueeze", "Squeeze")
@@ -92,7 +89,7 @@ def checked(held: Iterable[Held], scheme: Scheme, model: PreTrainedModel) -> Cov
             )
     unknown = [each for each in listed if each.role == "other" and each.bits > scheme.weights]
     share = sum(each.numbers for each in unknown) / total
-    if share > _UNKNOWN:
+    if share > UNKNOWN:
         raise NotExactError(
             f"{100 * share:.0f} % of the weights of {type(model).__name__} are in {_names(unknown)}, which "
             f"{scheme.name} does not reach"
@@ -116,7 +113,7 @@ def unreached(model: nn.Module, library: str) -> str | None:
     missed += [w for w in weights(model) if roles[w.name] == "other"]
     total = sum(w.parameter.numel() for w in weights(model) if roles[w.name] in ("matrix", "other"))
     many = sum(w.parameter.numel() for w in missed)
-    limit = _TOLERATED if any(roles[w.name] == "matrix" for w in missed) else _UNKNOWN
+    limit = _TOLERATED if any(roles[w.name] == "matrix" for w in missed) else UNKNOWN
     if not total:
         return f"{type(model).__name__} has no linear layers, and {library} quantizes nothing else"
     if many <= limit * total:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.quantize.schemes import refuse_quantized
-from overparam.compress.quantize.weights import Weight, weights
+from overparam.compress.quantize.weights import UNKNOWN, Weight, weights
+from overparam.models.proof import NotExactError
 
 GROUP_SIZE = 32
 _ROWS = 65536  # that are rounded at once
@@ -57,6 +58,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         ValueError: The model is quantized already.
+        NotExactError: Many of its weights are not seen to be multiplied or looked up.
     """
     return {name: weight.parameter for name, weight in _matrices(model).items()}
 
@@ -64,7 +66,16 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 def _matrices(model: nn.Module) -> dict[str, Weight]:
     if isinstance(model, PreTrainedModel):
         refuse_quantized(model)
-    return {weight.name: weight for weight in weights(model) if weight.role != "other"}
+    found = weights(model)
+    others = [weight for weight in found if weight.role == "other"]
+    share = sum(w.parameter.numel() for w in others) / max(sum(w.parameter.numel() for w in found), 1)
+    if share > UNKNOWN:
+        largest = max(others, key=lambda weight: weight.parameter.numel())
+        raise NotExactError(
+            f"{100 * share:.0f} % of the weights of {type(model).__name__} are not seen to be multiplied or looked up, "
+            f"such as {largest.name}: they would not be rounded"
+        )
+    return {weight.name: weight for weight in found if weight.role != "other"}
 
 
 def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size: int = GROUP_SIZE) -> None:

@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from overparam.models import proof
 
 Role = Literal["matrix", "table", "other"]
+UNKNOWN = (
+    0.15  # share of all weights that may be neither multiplied nor looked up, such as the biases of experts
+)
 _LENGTHS = (8, 3)  # tokens of the texts that pass
 _STACKED = 3  # dimensions of experts in one tensor
 
