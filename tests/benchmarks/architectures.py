@@ -255,6 +255,8 @@ def in_eight_bits(name: str) -> Iterator[str]:
 
     decoder = _decodes(name)
     model = _causal(name) if decoder else _built(name)
+    if model.config.is_encoder_decoder:  # no study quantizes one
+        raise NotApplicableError
     if reason := quantize.reason_against("torchao-int8", model, decoder=decoder):
         raise ValueError(reason)
     found = quantize.quantize(model, "torchao-int8", decoder=decoder)
