@@ -142,6 +142,7 @@ _NO_TEXT = {
     "layoutlmv2": "reads boxes and images",
     "layoutlmv3": "reads boxes and images",
     "lxmert": "reads visual features",
+    "qwen4_exp_text": "keeps sizes of its own for its attention: no tiny model",
     "seamless_m4t": "reads speech",
     "seamless_m4t_v2": "reads speech",
     "udop": "reads boxes",

@@ -20,7 +20,7 @@ from overparam.compress.folders import new_folder
 from overparam.compress.quantize import backends, coverage, exporting, openvino
 from overparam.compress.quantize.coverage import Coverage
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
-from overparam.models import Embedder
+from overparam.models import Embedder, proof
 from overparam.models.proof import NotExactError
 
 _NOTE = "quantization.json"
@@ -126,7 +126,27 @@ def quantize(
         raise NotExactError(f"{name}: {reason}")
     found = backends.in_torch(model, name)
     covered = coverage.checked(coverage.of_module(found, model), scheme, model)
-    return _in_torch(name, found, decoder, covered)
+    system = _in_torch(name, found, decoder, covered)
+    if scheme.library == "torchao":
+        _check_runs(system, model, decoder)
+    return system
+
+
+def _check_runs(system: Quantized, model: PreTrainedModel, decoder: bool) -> None:
+    """Let a quantized model read a few tokens: some architectures change their weights while they run."""
+    batch = proof.probe(model, (4, 3))
+    try:
+        with torch.inference_mode():
+            if decoder:
+                system.run.reset()
+                system.run(batch.input_ids[:1])
+                system.run.reset()
+            else:
+                system.run(batch.input_ids, batch.attention_mask)
+    except NotImplementedError as error:
+        raise NotExactError(
+            f"{type(model).__name__} does not run in {system.scheme}: {str(error).splitlines()[0][:160]}"
+        ) from error
 
 
 def export(model: PreTrainedModel, *, decoder: bool) -> Any:
