@@ -16,6 +16,7 @@ import pytest
 
 from overparam import packages, unpack
 from overparam.packages import PackageError, PackageSet, Wheel
+from tests.waiting import wait_for
 
 MEMBERS = {"a": b"first " * 1000, "b": b"second " * 2000}
 
@@ -113,13 +114,6 @@ def toy_again(folder: Path) -> PackageSet:
         Wheel(f"toy-{x}==1.0", packages._sha256(folder / f"toy_{x}-1.0-py3-none-any.whl"), 0.1) for x in "ab"
     ]
     return PackageSet("a toy", tuple(wheels), take_all)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_members_are_unpacked_with_a_manifest_and_the_wheels_deleted(shop):

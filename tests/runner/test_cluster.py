@@ -1,10 +1,9 @@
 import io
-import json
 import subprocess
 import sys
-import time
 
 import pytest
+from tests.waiting import complete_json, wait_for
 
 from overparam.report import record
 from overparam.runner import cluster, execute
@@ -27,10 +26,7 @@ def started(project):
     file = project / "scheduler.json"
     processes = [dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))]
     try:
-        deadline = time.monotonic() + 500
-        while not file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        address = json.loads(file.read_text())["address"]
+        address = wait_for(lambda: complete_json(file))["address"]
         processes += [
             dask("worker", address, "--nthreads", "1", "--no-nanny", "--name", name) for name in "ab"
         ]

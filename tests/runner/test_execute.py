@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.waiting import wait_for
 
 from overparam.report import record
 from overparam.runner import attempt, execute
@@ -274,9 +275,7 @@ def asleep(project, monkeypatch):
         text=True,
     )
     try:
-        deadline = time.monotonic() + 500
-        while not pids.exists() and time.monotonic() < deadline and runner.poll() is None:
-            time.sleep(0.1)
+        wait_for(lambda: pids.exists() or runner.poll() is not None)
         family = [int(pid) for pid in pids.read_text().split()]
         assert all(psutil.pid_exists(pid) for pid in family)
         yield runner, family
