@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from overparam import cache
-from overparam.runner import execute, options, show
+from overparam.cli import options, show
+from overparam.runner import execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
 from overparam.runner.pool import Local, Pool
+from overparam.support import cache
 
 ROOT = Path(__file__).resolve().parent
 COMMANDS = ("report", "verify", "compare", "cite")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_p
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in COMMANDS:
-            from overparam import commands  # loads pandas, which a run does without
+            from overparam.cli import commands  # loads pandas, which a run does without
 
             return commands.main(given, root)
         args = _parser().parse_args(given[1:] if given[:1] == ["run"] else given)

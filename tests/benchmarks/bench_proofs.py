@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overparam.report import record
+from overparam.record import record
 
 RESULTS = Path(__file__).parents[2] / "results"
 GOAL = 0.03

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner import execute
-from overparam.runner.plan import Job, Profile, plan
+from overparam.runner.job import Job
+from overparam.runner.plan import Profile, plan
 from overparam.runner.pool import Local
 from tests.runner import conftest as toy
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from overparam import models
-from overparam.compress import contrastive, depth
+from overparam.compress import depth
 from overparam.data import corpora
 from overparam.evaluate import embedding
 from overparam.measure import memory, speed
+from overparam.train import contrastive
 
 MODEL = "gemma-3-270m"
 TEXTS = 48
@@ -110,7 +111,7 @@ def step_every_depth() -> Iterator[None]:
 
 def step_plain_forward() -> Iterator[None]:
     """The same batches through the model alone."""
-    from overparam.compress.depth.tokens import batches
+    from overparam.models.reading.tokens import batches
 
     model, tokenizer = models.load(MODEL)
     texts = sample()

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from overparam.support.folders import new_folder
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from overparam import models
-from overparam.compress import contrastive, depth
+from overparam.compress import depth
 from overparam.compress.depth.states import no_cache
-from overparam.compress.folders import new_folder
 from overparam.models.proof import NotExactError, probe
+from overparam.train import contrastive
 
 LAYERS = {"num_hidden_layers": 6}
 POSITIONAL = [  # architectures whose configuration counts positions, and layers that are not leading

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from overparam import models
-from overparam.compress.causal import Recipe
 from overparam.compress.distill import decoder, losses
 from overparam.compress.distill.decoder import distill_decoder
+from overparam.train.causal import Recipe
 
 LOSSES = {"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl, "jsd": losses.generalized_jsd}
 RECIPE = Recipe(steps=6, warmup=2, decay=6, learning_rate=1e-2)

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from overparam import models
-from overparam.compress import causal, distill
+from overparam.compress import distill
 from overparam.compress.distill import fits
+from overparam.train import causal
 
 WORDS = ["king", "queen", "potato", "prince", "river", "carrot", "doctor", "ocean", "violin", "winter"]
 TEXTS = [

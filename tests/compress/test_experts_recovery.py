@@ -8,8 +8,9 @@ from peft.tuners.lora import LoraModel
 from torch.nn import functional
 
 from overparam import models
-from overparam.compress import causal, experts
+from overparam.compress import experts
 from overparam.data.packing import Packed, Tree, pack
+from overparam.train import causal
 
 COUNTS = [3, 7, 2, 8]
 RECIPE = causal.Recipe(steps=8, learning_rate=1e-2, warmup=1, balance=0.01)

@@ -5,7 +5,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from overparam import packages
+from overparam.assets import packages
 from overparam.data import corpora
 
 COUNTS = {
@@ -132,9 +132,9 @@ def test_lee_is_the_mirrored_upper_triangle():
 
 
 def test_unknown_names_give_the_nearest():
-    with pytest.raises(ValueError, match="unknown translation 'kjw'; did you mean 'kjv'"):
+    with pytest.raises(ValueError, match="unknown translation 'kjw': did you mean 'kjv'"):
         corpora.verses("kjw")
-    with pytest.raises(ValueError, match="unknown version of Reuters 'R8'; did you mean 'r8'"):
+    with pytest.raises(ValueError, match="unknown version of Reuters 'R8': did you mean 'r8'"):
         corpora.reuters("R8", "train")
     with pytest.raises(ValueError, match="unknown split 'tets'; did you mean 'test'"):
         corpora.newsgroups("tets")

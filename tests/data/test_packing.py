@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from overparam import models
-from overparam.compress import causal
 from overparam.data.packing import IGNORED, Tree, pack
+from overparam.train import causal
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import polib
 import pytest
 
-from overparam import packages
+from overparam.assets import packages
 from overparam.data import corpora, parallel, splits
 from overparam.data.parallel import Pair
 

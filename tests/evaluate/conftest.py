@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from overparam import packages
+from overparam.assets import packages
 from overparam.evaluate.embedding import bag_of_words, evaluate, task_names
 
 

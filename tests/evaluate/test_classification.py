@@ -8,10 +8,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from overparam import packages
+from overparam.assets import packages
 from overparam.data import corpora
 from overparam.evaluate import classification, embedding
-from overparam.report import stats
+from overparam.record import stats
 
 PROBABILITIES = np.array(
     [

@@ -276,7 +276,7 @@ def test_hub_task_without_network_says_so(no_network, embedder, monkeypatch):
         ([], {}, "tasks must be a list of names"),
         ("LeeSTS", {}, "tasks must be a list of names"),
         (["LeeSTS", "LeeSTS"], {}, "differ from each other"),
-        (["leests"], {}, r"unknown task 'leests'; did you mean 'LeeSTS'\? Local tasks: LeeSTS, ReutersR8"),
+        (["leests"], {}, r"unknown task 'leests': did you mean 'LeeSTS'\? Local tasks: LeeSTS, ReutersR8"),
         (["Banking77Clasification"], {}, "did you mean 'Banking77Classification'"),
         (["SummEval"], {}, r"'SummEval' \(Summarization, scored by .*\) has no per-item scores"),
         (["LeeSTS"], {"max_items": 19}, "max_items must be a whole number from 20 on, or None, got 19"),

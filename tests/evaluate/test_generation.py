@@ -216,9 +216,9 @@ def test_bad_input_is_named(twin):
         generate(*twin, ["a"], num_beams=0)
     with pytest.raises(ValueError, match="at least one example"):
         prompts.few_shot([])
-    with pytest.raises(ValueError, match="unknown language 'frr'; did you mean 'fr'"):
+    with pytest.raises(ValueError, match="unknown language 'frr': did you mean 'fr'"):
         prompts.few_shot(EXAMPLES)(["a"], "en", "frr")
-    with pytest.raises(ValueError, match="unknown language 'xfr'; did you mean 'fr'"):
+    with pytest.raises(ValueError, match="unknown language 'xfr': did you mean 'fr'"):
         prompts.tagged()(["a"], "en", "xfr")
     with pytest.raises(ValueError, match="there are no sources"):
         translate(*twin, [], source_language="en", target_language="fr", prompter=prompts.tagged())

@@ -7,7 +7,7 @@ import torch
 
 from overparam import models
 from overparam.evaluate.likelihood import negative_log_likelihood, perplexity
-from overparam.report import stats
+from overparam.record import stats
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from overparam.data.corpora import verses
 from overparam.data.parallel import VERSIONS, interface_pairs, verse_pairs
 from overparam.data.splits import verses_in
 from overparam.evaluate import translation
-from overparam.report import stats
+from overparam.record import stats
 
 REFERENCE = "Au commencement, Dieu créa les cieux et la terre."
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from overparam import catalogue, models
+from overparam import models
+from overparam.assets import catalogue
 from overparam.models import gguf, proof
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner.plan import load_profile, plan
 
 ROOT = Path(__file__).parents[2]

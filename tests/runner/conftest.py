@@ -34,8 +34,8 @@ CELLS = (
         "code",
         """%xmode Plain
 import os, subprocess, sys, time
-from overparam.progress import note, track
-from overparam.report import record
+from overparam.support.progress import note, track
+from overparam.record import record
 from toystudies.toy import Params, steps
 params = Params(model=model, keep_layers=keep_layers, margin=margin, depths=depths, mode=mode)
 recorder = record.start("toy", params.model_dump(mode="json"), slug=params.model)

@@ -5,7 +5,7 @@ import sys
 import pytest
 from tests.waiting import complete_json, wait_for
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner import cluster, execute
 from overparam.runner.cluster import Cluster, mismatches
 from overparam.runner.errors import BadInput

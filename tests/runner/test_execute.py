@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tests.waiting import wait_for
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner import attempt, execute
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, plan

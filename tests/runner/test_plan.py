@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from filelock import FileLock
 
-from overparam.report import record
-from overparam.runner import execute, show
+from overparam.cli import show
+from overparam.record import record
+from overparam.runner import execute
 from overparam.runner import plan as planning
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import Profile, load_profile
@@ -195,7 +196,7 @@ def test_a_study_may_add_hashes_to_its_keys(project):
 
 def test_reachable_code_includes_ours(project):
     modules = make(project)[0].parts["modules"]
-    assert {"overparam.progress", "overparam.report.record", "overparam.report.stats"} <= set(modules)
+    assert {"overparam.support.progress", "overparam.record.record", "overparam.record.stats"} <= set(modules)
     assert {"toystudies", "toystudies.shared", "toystudies.toy.more", "toystudies.toy.steps"} <= set(modules)
     assert not {"toystudies.unrelated", "overparam.runner.plan", "json"} & set(modules)
 

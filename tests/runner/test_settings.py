@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner import execute, settings
 from overparam.runner.plan import Profile, plan
 from overparam.runner.pool import Local
@@ -11,7 +11,7 @@ from overparam.runner.pool import Local
 DRAWS = """
 import matplotlib.pyplot as plt
 import pandas as pd
-from overparam.report import figures
+from overparam.record import figures
 with figures.style():
     figure, axes = plt.subplots()
     axes.plot([1, 2, 3], [0.5, 0.25, 1.0], label="a")

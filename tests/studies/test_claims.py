@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from overparam.report import inventory, record
+from overparam.publish import inventory
+from overparam.record import record
 from overparam.studies.claims import Params, pareto, plots
 from overparam.studies.claims import study as steps
 

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 from sentence_transformers import SentenceTransformer
 
-from overparam.compress.distill import encoders, training
-from overparam.report import stats
+from overparam.compress.distill import encoders
+from overparam.record import stats
 from overparam.studies.distillation_retention import (
     Params,
     costs,
@@ -19,6 +19,7 @@ from overparam.studies.distillation_retention import (
     tasks,
     verdicts,
 )
+from overparam.train import distillation as training
 
 _FOLDER = study.Study.checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from overparam.compress import experts
-from overparam.report import ledger, stats
+from overparam.record import ledger, stats
 from overparam.studies.moe_expert_pruning import (
     Params,
     learned,

@@ -14,8 +14,8 @@ from overparam.data import splits
 from overparam.data.packing import Tree, pack
 from overparam.data.parallel import VERSIONS
 from overparam.models import translator
-from overparam.report import record
-from overparam.report.stats import Estimate
+from overparam.record import record
+from overparam.record.stats import Estimate
 from overparam.studies.moe_pretraining import (
     Params,
     card,

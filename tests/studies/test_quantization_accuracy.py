@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from overparam import models
 from overparam.compress import quantize
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.quantization_accuracy import Params, bits, costs, plots, quality, training, verdicts
 from overparam.studies.quantization_accuracy import study as steps
 

@@ -137,7 +137,7 @@ def test_a_pooling_that_no_inner_depth_has_is_refused_before_work(pooling, sente
 
 
 def test_an_exported_encoder_embeds_as_it_was_measured(sentence_folder):
-    from overparam.compress import contrastive
+    from overparam.train import contrastive
 
     name = sentence_folder(pooling="cls", prompts={"q": "ask: "}, default_prompt_name="q")
     study = start_trailing(name)

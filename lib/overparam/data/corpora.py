@@ -5,7 +5,6 @@ Every text is NFC-normalised, white space is collapsed, and texts without a lett
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import sqlite3
@@ -18,8 +17,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from numpy.typing import NDArray
 
-from overparam import packages
-from overparam.unpack import TRANSLATIONS
+from overparam.assets import packages
+from overparam.assets.unpack import TRANSLATIONS
+from overparam.support.suggest import hint
 
 Part = Literal["train", "test"]
 LANGUAGES = {"web": "en", "kjv": "en", "bbe": "en", "lsg": "fr", "elb": "de", "rv1909": "es", "diodati": "it"}
@@ -248,9 +248,9 @@ def known(name: str, names: Iterable[str], kind: str) -> str:
     """Return `name` when it is one of `names`; raises ValueError that gives the nearest."""
     choices = list(names)
     if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"unknown {kind} {name!r}{hint} known: {', '.join(choices)}")
+        raise ValueError(
+            f"unknown {kind} {name!r}: {hint(name, choices, cutoff=0.3)} known: {', '.join(choices)}"
+        )
     return name
 
 

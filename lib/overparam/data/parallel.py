@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import polib
 
-from overparam import packages
+from overparam.assets import packages
 from overparam.data.corpora import CORPORA, LANGUAGES, hub, known, normalise, verses
 from overparam.data.splits import SPLITS, verse_splits
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from overparam import cache, packages, unpack
+from overparam.assets import packages, unpack
 from overparam.data import corpora
 from overparam.data.corpora import LANGUAGES, Verse, known, normalise, verses
+from overparam.support import cache, files
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -53,7 +54,7 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
     except (OSError, ValueError):
         made = _verse_splits(test, validation)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time
-        cache.write(file, json.dumps(made).encode())
+        files.write_atomic(file, json.dumps(made).encode())
     return MappingProxyType(made)
 
 

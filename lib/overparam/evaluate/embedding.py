@@ -40,7 +40,7 @@ from overparam.evaluate.items import Items, items_of, statistic_of
 from overparam.evaluate.local import LocalTask
 from overparam.evaluate.registry import makers
 from overparam.evaluate.tasks import TASKS
-from overparam.progress import track
+from overparam.support.progress import track
 
 Embed = Callable[[list[str], str | None], NDArray[np.float32]]
 """(texts, instruction) -> float32 [texts, views, dim]; a view is, for example, a depth."""

@@ -15,8 +15,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from overparam import progress
 from overparam.evaluate.prompts import Prompter
+from overparam.support import progress
 
 _ROUND = 16  # tokens after which rows that are done leave a batch
 

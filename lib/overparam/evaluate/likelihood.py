@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
+from overparam.support import progress
 
 Items = NDArray[np.float64]
 

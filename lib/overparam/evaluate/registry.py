@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from mteb.abstasks import AbsTask
 from overparam.evaluate import LOCAL_TASKS
 from overparam.evaluate.items import statistic_of
 from overparam.evaluate.tasks import TASKS
+from overparam.support.suggest import hint
 
 FULL_SIZE = 1000
 SMALLEST_SIZE = 20
@@ -47,12 +47,10 @@ def check_task(name: str) -> None:
         if name not in TASKS:
             mteb.get_task(name)
     except KeyError as error:
-        lower = {task.lower(): task for task in LOCAL_TASKS}
-        near = [lower[task] for task in difflib.get_close_matches(str(name).lower(), lower, n=1)]
-        near += re.findall(r"Did you mean: '([^']+)'", str(error))  # mteb's nearest one
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        names = [*LOCAL_TASKS, *re.findall(r"Did you mean: '([^']+)'", str(error))]  # and mteb's nearest one
         raise ValueError(
-            f"unknown task {name!r}{hint} Local tasks: {_LOCAL}. Others are MTEB tasks on the model hub."
+            f"unknown task {name!r}: {hint(name, names)} Local tasks: {_LOCAL}. "
+            "Others are MTEB tasks on the model hub."
         ) from None
 
 

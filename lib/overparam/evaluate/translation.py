@@ -18,7 +18,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from overparam import progress
+from overparam.support import progress
 
 REASONS = ("empty", "loop", "no_end", "wrong_language")
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char"}  # others: 13a

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from overparam import progress
+from overparam.support import progress
 
 RESAMPLES = 2000
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from overparam import packages, progress
-from overparam.catalogue import PACKAGED
+from overparam.assets import packages
+from overparam.assets.catalogue import PACKAGED
+from overparam.support import cache, progress
 
 _VERSION = 1  # raise it when the conversion changes
 
@@ -20,7 +21,7 @@ def converted_folder() -> Path:
     The packaged weights are quantized (Q4_K_M): float32 here is their exact dequantization, not the
     weights that Google published. Reading the GGUF takes about 90 s, reading the folder 4 s.
     """
-    parent = packages.cache_dir() / "models"
+    parent = cache.directory() / "models"
     target = parent / f"gemma-3-270m-v{_VERSION}"
     if target.exists():
         return target

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from overparam.catalogue import TINY
+from overparam.assets.catalogue import TINY
 from overparam.models import source
 from overparam.models.recipe import recipe
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from overparam import packages
-from overparam.catalogue import PACKAGED, TINY
+from overparam.assets import packages
+from overparam.assets.catalogue import PACKAGED, TINY
 from overparam.models import source as sources
 from overparam.models import weights
 from overparam.models.kinds import has_encoder_of_its_own

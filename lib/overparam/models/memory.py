@@ -5,8 +5,8 @@ from __future__ import annotations
 import psutil
 import torch
 
-from overparam import progress
 from overparam.models.load import bf16_is_fast, required_memory
+from overparam.support import progress
 
 
 def working_dtype(choice: str) -> torch.dtype:

@@ -14,10 +14,10 @@ from tokenizers.normalizers import Sequence as Normalizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
-from overparam.catalogue import TINY
+from overparam.assets.catalogue import TINY
 from overparam.models import source
 from overparam.models.tables import usable_positions
+from overparam.support import progress
 
 POOLINGS = {  # our names -> sentence-transformers'
     "cls": "cls",

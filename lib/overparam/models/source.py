@@ -9,10 +9,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from overparam import packages, progress, trained
-from overparam.catalogue import PACKAGED, TINY, TRAINED, check_model_name
+from overparam.assets import packages, trained
+from overparam.assets.catalogue import PACKAGED, TINY, TRAINED, check_model_name
 from overparam.models import gguf
 from overparam.models.twins import tiny_twin
+from overparam.support import progress
 
 _MODULES = "modules.json"  # of sentence-transformers
 _ADAPTER = "adapter_config.json"  # of peft

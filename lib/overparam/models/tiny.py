@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
+
+from overparam.support.suggest import hint
 
 VOCABULARY = 260  # of `tiny_tokenizer`: 256 bytes and four special tokens
 _SPECIAL_IDS = {
@@ -166,9 +167,9 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
             refuses small sizes; the reason is in the message.
     """
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"transformers has no architecture {model_type!r}{hint}")
+        raise ValueError(
+            f"transformers has no architecture {model_type!r}: {hint(model_type, CONFIG_MAPPING.keys())}"
+        )
     kind = CONFIG_MAPPING[model_type]
     _check_reads_text(model_type, kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}

@@ -1,1 +1,9 @@
-"""What a run leaves behind: its record, statistics, figures and verdicts."""
+"""The old name of `overparam.record`, for scripts that import ``overparam.report.stats``."""
+
+import sys
+
+from overparam.record import stats
+
+sys.modules[f"{__name__}.stats"] = stats
+
+__all__ = ["stats"]

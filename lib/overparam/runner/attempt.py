@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from overparam import progress
-from overparam.report import files, record
+from overparam.record import record
 from overparam.runner import notebook as notebooks
 from overparam.runner import settings, state
-from overparam.runner.plan import Job
+from overparam.runner.job import Job
+from overparam.support import files, progress
 
 if TYPE_CHECKING:
     from overparam.runner.kernel import Family
@@ -118,7 +118,7 @@ def _locked(
         _execute(job, environment, token, family)
         _seal(job)
         family.hurry = True  # from here on the job is done: a signal comes too late
-        files.publish(job.partial, job.directory)
+        files.replace_folder(job.partial, job.directory)
         for old in state.replaced(job.directory, job.slug):
             shutil.rmtree(old)
             progress.note(f"replaced the older {old.name}")

@@ -13,7 +13,7 @@ from typing import Any
 from distributed import Client, LocalCluster, get_worker
 
 from overparam.runner.errors import BadInput
-from overparam.runner.plan import Job
+from overparam.runner.job import Job
 from overparam.runner.pool import Answer, Order, cores, in_child
 
 _CONNECT = 10.0  # seconds to reach the scheduler

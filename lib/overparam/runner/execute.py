@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner import state
 from overparam.runner.attempt import LOCK_WAIT, Ending, first_line, stopped_by
 from overparam.runner.display import Display, duration
 from overparam.runner.errors import BadInput
-from overparam.runner.plan import Job, columns
+from overparam.runner.job import Job
+from overparam.runner.plan import columns
 from overparam.runner.pool import Answer, Local, Pool
 
 ALL_DONE, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

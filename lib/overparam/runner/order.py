@@ -6,10 +6,11 @@ import graphlib
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from overparam.runner.errors import BadInput, nearest
+from overparam.runner.errors import BadInput
+from overparam.support.suggest import hint
 
 if TYPE_CHECKING:
-    from overparam.runner.plan import Job
+    from overparam.runner.job import Job
 
 
 def sort(jobs: Sequence[Job], studies: Collection[str]) -> list[Job]:
@@ -28,7 +29,7 @@ def sort(jobs: Sequence[Job], studies: Collection[str]) -> list[Job]:
     for job in jobs:
         for need, missing in job.needs.items():
             if need not in studies:
-                problems.append(f"{job.name} needs {need!r}: no such study: {nearest(need, studies)}")
+                problems.append(f"{job.name} needs {need!r}: no such study: {hint(need, studies)}")
             elif need in graph:
                 graph[job.study].add(need)
             elif missing:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from overparam.report import files
 from overparam.runner import notebook as notebooks
 from overparam.runner import order, state
-from overparam.runner.errors import BadInput, nearest
-from overparam.runner.state import Changes, State
+from overparam.runner.errors import BadInput
+from overparam.runner.job import Job
 from overparam.runner.validate import parameter_sets, problem_lines
+from overparam.support import files
+from overparam.support.suggest import hint
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 NOTEBOOKS = Path(__file__).resolve().parents[3] / "notebooks"
@@ -32,71 +33,6 @@ class Profile:
     source: str
     description: str
     jobs: dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One notebook with one validated parameter set.
-
-    Attributes:
-        study: Name of the study.
-        slug: Short name of the parameter set, unique within study and profile.
-        notebook: The notebook.
-        params: Every parameter, as plain JSON values.
-        profile: Name of the profile.
-        key: Identity of the run.
-        parts: What the key was made from: hashes by name, and the parameters.
-        directory: Folder of the finished record.
-        command: One shell line that runs this job again.
-        state: Whether a finished record with this key is there, or another process is making it.
-        reason: Why it is due, in a few words, or empty.
-        module: Full name of the study's module.
-        changes: What differs from the last record: part of the key → names.
-        resources: What it needs of a machine or a worker, such as {"GPU": 1}.
-        needs: Studies whose jobs must be done before → what of theirs is missing now, or nothing.
-        expected: Seconds that it took last time, if known.
-    """
-
-    study: str
-    slug: str
-    notebook: Path
-    params: dict[str, Any]
-    profile: str
-    key: str
-    parts: dict[str, Any] = field(repr=False)
-    directory: Path
-    command: str
-    state: State
-    reason: str
-    module: str = ""
-    changes: Changes = field(default_factory=dict, repr=False)
-    resources: dict[str, float] = field(default_factory=dict)
-    needs: dict[str, str] = field(default_factory=dict)
-    expected: float | None = None
-
-    @property
-    def name(self) -> str:
-        """The job's name on the command line: study/slug."""
-        return f"{self.study}/{self.slug}"
-
-    @property
-    def partial(self) -> Path:
-        """Where the job works until it is done."""
-        return self.directory.with_name(f".{self.directory.name}.partial")
-
-    def beside(self, ending: str) -> Path:
-        """Return a file of the runner that is no result: the job's "lock", its "log", its "progress"."""
-        return state.lock_of(self.directory).with_suffix(f".{ending}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the job as plain values."""
-        return asdict(self) | {"notebook": str(self.notebook), "directory": str(self.directory)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """Return the job that `to_dict` gave."""
-        paths = {name: Path(values[name]) for name in ("notebook", "directory")}
-        return cls(**{**values, **paths})
 
 
 class _ProfileFile(BaseModel, extra="forbid"):
@@ -117,7 +53,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         if not path.is_file():
             names = [found.stem for found in PROFILES.glob("*.yaml")]
             raise BadInput(
-                f"unknown profile {given!r}: {nearest(given, names)} (or give a path to a .yaml file)"
+                f"unknown profile {given!r}: {hint(given, names)} (or give a path to a .yaml file)"
             )
     try:
         content = _ProfileFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -169,14 +105,14 @@ def plan(
     changes, problems = _overrides(overrides, profile, found)
     wanted_studies = [name.partition("/")[0] for name in only]
     problems += [
-        f"--only {name}: the profile {profile.name!r} has no such study: {nearest(study, profile.jobs)}"
+        f"--only {name}: the profile {profile.name!r} has no such study: {hint(study, profile.jobs)}"
         for name, study in zip(only, wanted_studies, strict=True)
         if study not in profile.jobs
     ]
     jobs: list[Job] = []
     for study, sets in profile.jobs.items():
         if study not in found:
-            problems.append(f"profile {profile.name}: unknown study {study!r}: {nearest(study, found)}")
+            problems.append(f"profile {profile.name}: unknown study {study!r}: {hint(study, found)}")
         elif not only or study in wanted_studies:
             try:
                 module = f"{studies_package}.{study}"
@@ -190,7 +126,7 @@ def plan(
                 problems += error.problems
     names = [job.name for job in jobs]
     problems += [
-        f"--only {name}: no such job: {nearest(name, names)}"
+        f"--only {name}: no such job: {hint(name, names)}"
         for name, study in zip(only, wanted_studies, strict=True)
         if "/" in name and study in profile.jobs and name not in names and not problems
     ]
@@ -231,7 +167,7 @@ def _overrides(
             problems.append(f"--set {text}: must look like STUDY.PARAM=VALUE")
         elif study not in profile.jobs:
             what = f"profile {profile.name!r} has no jobs of" if study in studies else "unknown study"
-            problems.append(f"--set {text}: {what} {study!r}: {nearest(study, profile.jobs)}")
+            problems.append(f"--set {text}: {what} {study!r}: {hint(study, profile.jobs)}")
         else:
             try:
                 changes.setdefault(study, {})[param] = yaml.safe_load(value)

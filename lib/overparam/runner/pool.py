@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from overparam.runner.attempt import Ending, JobError, keep_failure
 from overparam.runner.errors import BadInput
-from overparam.runner.plan import Job
+from overparam.runner.job import Job
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 _GRACE = 20.0  # seconds in which a process that was told to stop ends by itself

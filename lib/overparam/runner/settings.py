@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from overparam import packages
+from overparam.support import cache
 
 # Matplotlib's and IPython's personal files, start-up code, and switches that make libraries compute in another way.
 _IGNORED = (
@@ -52,8 +52,8 @@ def environment(private: Path, own: Mapping[str, str] | None = None) -> dict[str
     places = {
         "IPYTHONDIR": private / "ipython",
         "JUPYTER_CONFIG_DIR": private / "jupyter",
-        "MTEB_CACHE": packages.cache_dir() / "mteb",
-        "MPLCONFIGDIR": packages.cache_dir() / "matplotlib",  # its cache of fonts takes seconds to build
+        "MTEB_CACHE": cache.directory() / "mteb",
+        "MPLCONFIGDIR": cache.directory() / "matplotlib",  # its cache of fonts takes seconds to build
     }
     return {**_DEFAULTS, **kept, **_FIXED, **{name: str(path) for name, path in places.items()}}
 

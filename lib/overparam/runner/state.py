@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from overparam.report import record
+from overparam.record import record
 from overparam.runner.errors import BadInput
 
 State = Literal["up to date", "due", "running elsewhere"]

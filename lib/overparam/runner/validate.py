@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from overparam.runner import notebook as notebooks
-from overparam.runner.errors import BadInput, nearest
+from overparam.runner.errors import BadInput
+from overparam.support.suggest import hint
 
 
 def parameter_sets(
@@ -59,7 +60,7 @@ def _disagreements(notebook: Path, params_class: type[BaseModel]) -> list[str]:
         return list(error.problems)
     fields = params_class.model_fields
     problems = [
-        f"{notebook}: parameter {name!r} is not in Params: {nearest(name, fields)}"
+        f"{notebook}: parameter {name!r} is not in Params: {hint(name, fields)}"
         for name in cell.keys() - fields
     ]
     problems += [
@@ -87,7 +88,7 @@ def problem_lines(where: str, error: ValidationError, model: type[BaseModel]) ->
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown parameter {name!r}: {nearest(name, model.model_fields)}")
+            lines.append(f"{where}: unknown parameter {name!r}: {hint(name, model.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"{where}: {name!r} is missing")
         else:

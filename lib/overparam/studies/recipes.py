@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from overparam import progress
 from overparam.models import Recipe
-from overparam.report import record
+from overparam.record import record
+from overparam.support import progress
 
 _PLAIN = "no recipe"  # of a model that is no sentence-transformers folder
 

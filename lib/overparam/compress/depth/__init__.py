@@ -5,8 +5,7 @@ Depth counts blocks: depth 0 is the embedding layer, depth L the whole model of 
 of Gromov et al. (arXiv 2403.17887).
 """
 
-from overparam.compress.depth.embeddings import POOLINGS, layer_embeddings
-from overparam.compress.depth.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe, frame, instructions_of
+from overparam.compress.depth.embeddings import layer_embeddings
 from overparam.compress.depth.saving import save, save_encoder
 from overparam.compress.depth.selection import (
     Cuts,
@@ -24,6 +23,8 @@ from overparam.compress.depth.similarity import (
     layer_similarity,
 )
 from overparam.compress.depth.truncation import truncate, truncated
+from overparam.models.reading.recipe import PLAIN, PUBLISHED, RECIPES, TextRecipe, frame, instructions_of
+from overparam.models.reading.weights import POOLINGS
 
 __all__ = [
     "PLAIN",

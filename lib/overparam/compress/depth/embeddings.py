@@ -9,15 +9,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
 from overparam.compress.depth.proof import apply_tail, reading
-from overparam.compress.depth.recipe import PLAIN, TextRecipe
 from overparam.compress.depth.states import each_depth, no_cache
-from overparam.compress.depth.tokens import batches
 from overparam.models import blocks
 from overparam.models.proof import evaluating
-
-POOLINGS = ("weighted_mean", "mean", "last", "cls")
+from overparam.models.reading.recipe import PLAIN, TextRecipe
+from overparam.models.reading.tokens import batches
+from overparam.models.reading.weights import POOLINGS, pooling_weights
+from overparam.support import progress
 
 
 def layer_embeddings(
@@ -106,19 +105,3 @@ def layer_embeddings(
             f"embeddings are not finite from depth {depth} on; load the model in float32 or bfloat16"
         )
     return out
-
-
-def pooling_weights(
-    pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor, recipe: TextRecipe = PLAIN
-) -> torch.Tensor:
-    """Pooling weights that sum to one. float32 [texts, 1, tokens]."""
-    mask = pooled_mask.float()
-    if pooling == "weighted_mean":
-        counted = attention_mask if recipe.weights_from == "first token" else pooled_mask
-        mask = mask * counted.cumsum(1)
-    elif pooling == "last":
-        last = attention_mask.sum(1, keepdim=True) - 1
-        mask = torch.zeros_like(mask).scatter_(1, last, 1.0)
-    elif pooling == "cls":
-        mask = torch.zeros_like(mask).scatter_(1, pooled_mask.argmax(1, keepdim=True), 1.0)
-    return (mask / mask.sum(1, keepdim=True)).unsqueeze(1)

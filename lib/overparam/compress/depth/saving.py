@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.depth.states import no_cache
-from overparam.compress.folders import new_folder
 from overparam.models import proof, quiet
 from overparam.models.proof import NotExactError
+from overparam.support.files import new_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.depth.embeddings import layer_embeddings
-from overparam.compress.depth.recipe import PLAIN, TextRecipe, instructions_of
-from overparam.compress.triplets import Triplet
+from overparam.data.triplets import Triplet
+from overparam.models.reading.recipe import PLAIN, TextRecipe, instructions_of
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
 from overparam.compress.depth.proof import reading
 from overparam.compress.depth.states import each_depth, no_cache
-from overparam.compress.depth.tokens import batches
 from overparam.compress.depth.truncation import kept_indices
 from overparam.models.proof import evaluating
+from overparam.models.reading.tokens import batches
+from overparam.support import progress
 
 
 @dataclass(frozen=True)

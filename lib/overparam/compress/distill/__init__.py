@@ -14,8 +14,8 @@ from overparam.compress.distill.encoders import as_classifier, as_encoder, outpu
 from overparam.compress.distill.fits import check_fits
 from overparam.compress.distill.starts import borrow_token_vectors, cut_student
 from overparam.compress.distill.students import new_student, student_config
-from overparam.compress.distill.training import Recipe
 from overparam.compress.distill.vocabulary import VocabularyCost, cost, retrained_tokenizer
+from overparam.train.distillation import Recipe
 
 __all__ = [
     "Recipe",

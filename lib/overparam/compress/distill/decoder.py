@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import progress
-from overparam.compress import causal
-from overparam.compress import checkpoint as checkpoints
 from overparam.compress.distill import losses
 from overparam.compress.distill.fits import check_fits
+from overparam.support import progress
+from overparam.train import causal
+from overparam.train import checkpoint as checkpoints
 
 Objective = Literal["forward_kl", "reverse_kl", "jsd"]
 Ids = Sequence[int]

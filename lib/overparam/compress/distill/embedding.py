@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from overparam.compress.distill import losses
 from overparam.compress.distill.encoders import forward, token_ids
-from overparam.compress.distill.training import Log, Recipe, fit
+from overparam.train.distillation import Log, Recipe, fit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

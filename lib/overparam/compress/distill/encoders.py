@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
-from overparam.compress import contrastive
 from overparam.compress.distill.fits import check_fits
 from overparam.models.recipe import POOLINGS, Dense, check, dense_weights
+from overparam.train import contrastive
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
-from overparam import progress
 from overparam.compress.distill.fits import emitted
+from overparam.support import progress
 
 _ALPHABET = 1000  # characters at most, the limit of the WordPiece trainer; the rarest become unknown
 _SETTINGS_OF_THE_TEACHER = (  # of its last or packaged use; they would cut or pad the student's texts

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from overparam.compress import causal
 from overparam.compress.experts.layout import layers
+from overparam.train import causal
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from overparam.compress.experts.layout import TOP_K_FIELDS, MoeLayer, decoder_of, fields_of, layers
 from overparam.compress.experts.pruning import COUNTS_FIELD, TOP_KS_FIELD, count_fields, describe, is_uniform
 from overparam.compress.experts.slicing import shrink
-from overparam.compress.folders import new_folder
 from overparam.models.proof import NotExactError
+from overparam.support.files import new_folder
 
 FORMAT = 1
 FORMAT_FIELD = "overparam_expert_format"

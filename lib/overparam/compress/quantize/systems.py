@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from overparam.compress.folders import new_folder
 from overparam.compress.quantize import backends, coverage, exporting, openvino
 from overparam.compress.quantize.coverage import Coverage
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
 from overparam.models import Embedder, proof
 from overparam.models.proof import NotExactError
+from overparam.support.files import new_folder
 
 _NOTE = "quantization.json"
 HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from overparam.report import ledger
-from overparam.report.inventory import SUMMARY
-from overparam.report.record import SCRATCH, record_files
+from overparam.publish.inventory import SUMMARY
+from overparam.record import ledger
+from overparam.record.record import SCRATCH, record_files
 
 RESULTS = SCRATCH.parent
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from overparam.report.inventory import Inventory, folder
-from overparam.report.record import Record
-from overparam.report.stats import Estimate
+from overparam.publish.inventory import Inventory, folder
+from overparam.record.record import Record
+from overparam.record.stats import Estimate
 
 COLUMNS = ["study", "model", "system", "size_percent", "speed", "kept_percent", "low", "high"]
 

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from overparam.report import figures
+from overparam.record import figures
 from overparam.studies.claims.study import Study
 
 COLOURS = {

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from overparam.report import inventory, ledger, readme, record
-from overparam.report.inventory import Inventory
+from overparam.publish import inventory, readme
+from overparam.publish.inventory import Inventory
+from overparam.record import ledger, record
 from overparam.studies.claims import Params, record_hashes
 
 

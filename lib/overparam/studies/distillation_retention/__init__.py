@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam.catalogue import check_model_name, published
+from overparam.assets.catalogue import check_model_name, published
 from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
-from overparam.report import ledger
+from overparam.record import ledger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]

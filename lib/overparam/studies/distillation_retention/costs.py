@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from overparam import progress
 from overparam.compress.distill import encoders
 from overparam.measure import disk, energy, speed
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.distillation_retention.general import Students
 from overparam.studies.distillation_retention.study import Study
+from overparam.support import progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

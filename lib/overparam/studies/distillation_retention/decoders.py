@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from overparam import cache, models, progress
-from overparam.compress import causal
+from overparam import models
 from overparam.compress.distill.decoder import Objective, distill_decoder, token_kl
 from overparam.data import splits
 from overparam.evaluate import samples
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, cached
+from overparam.support import cache, progress
+from overparam.train import causal
 
 _PROMPT = 0.25  # of the tokens of a text; the rest is the target
 _KL = "nll_per_token"  # the sum of column 0 over that of column 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overparam import packages, progress
 from overparam.compress import depth
 from overparam.studies.distillation_retention.general import DISTILLED, Students, Suite
 from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import Taught
+from overparam.support import cache, progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,7 +34,7 @@ def export(study: Study, students: Students, suite: Suite, taught: Taught) -> li
     found = []
     for name, model, text in models:
         run = f"{study.params.slug()}-{study.recorder.record.key[:8]}"
-        folder = packages.cache_dir() / "encoders" / run / f"student-{name}"
+        folder = cache.directory() / "encoders" / run / f"student-{name}"
         depth.save_encoder(model, folder, card=text, replace=True)
         found.append(folder)
     progress.note(f"saved {len(found)} students in {folder.parent}")

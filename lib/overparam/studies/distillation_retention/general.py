@@ -12,14 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import cache, models, progress
+from overparam import models
 from overparam.compress import distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.embedding import distill_embeddings
-from overparam.compress.distill.training import Log, Recipe
 from overparam.evaluate import embedding
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
+from overparam.support import cache, progress
+from overparam.train.distillation import Log, Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.evaluate import classification
-from overparam.report import figures
+from overparam.record import figures
 from overparam.studies.distillation_retention.general import BORROWED, CUT, TEACHER, UNTRAINED, WORDS, Suite
 from overparam.studies.distillation_retention.specialists import ALL, NEIGHBOURS, NONE, Compared
 from overparam.studies.distillation_retention.study import Study

@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from overparam import cache, models, progress
+from overparam import models
 from overparam.compress import depth
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
-from overparam.compress.distill.training import Recipe
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.distillation_retention.general import WORDS, Students
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
 from overparam.studies.distillation_retention.tasks import LABELS, Taught
+from overparam.support import cache, progress
+from overparam.train.distillation import Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import cache, models
-from overparam.allocator import keep_freed_memory
+from overparam import models
 from overparam.compress import depth, distill
 from overparam.compress.distill import encoders
-from overparam.compress.distill.training import Log, Recipe
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.measure import energy
 from overparam.models.recipe import check
-from overparam.report import record
+from overparam.record import record
 from overparam.studies import recipes
 from overparam.studies.distillation_retention import Params
+from overparam.support import cache
+from overparam.support.allocator import keep_freed_memory
+from overparam.train.distillation import Log, Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -12,15 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from overparam import cache, progress
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import UNLABELLED, train_classifier
-from overparam.compress.distill.training import Recipe
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics, topics
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
+from overparam.support import cache, progress
+from overparam.train.distillation import Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from overparam.report import ledger, stats
-from overparam.report.claims import Claim
+from overparam.record import ledger, stats
+from overparam.record.claims import Claim
 from overparam.studies.distillation_retention.general import TEACHER, Suite
 from overparam.studies.distillation_retention.specialists import ALL, PROBED, STUDENT, Compared
 from overparam.studies.distillation_retention.study import Study

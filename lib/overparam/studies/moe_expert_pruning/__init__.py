@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam import trained
-from overparam.catalogue import TRAINED, check_model_name, published
-from overparam.report import ledger
+from overparam.assets import trained
+from overparam.assets.catalogue import TRAINED, check_model_name, published
+from overparam.record import ledger
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]

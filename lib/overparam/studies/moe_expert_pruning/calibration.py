@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overparam import progress
 from overparam.compress import experts
 from overparam.studies.moe_expert_pruning.study import Study
+from overparam.support import progress
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, progress
+from overparam import models
 from overparam.compress import experts
 from overparam.measure import disk, energy, memory, speed
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
+from overparam.support import progress
 
 _LOAD = "overparam.compress.experts:load_pruned"
 _STEPS = ("prompt", "generate_one", "generate_all")

@@ -7,7 +7,7 @@ import pandas as pd
 from overparam import models
 from overparam.data.parallel import Pair
 from overparam.evaluate.translation import score
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import CURVE_RESAMPLES, Baseline, Scores, Study
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from overparam.evaluate.comet import comet
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import Study, relative_change
 
 _SYSTEM = ["system", "share", "targets", "trained"]  # repeats of one system differ in their seed

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import experts
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.calibration import Calibration, added
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import idle_experts

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from overparam.report import figures
+from overparam.record import figures
 from overparam.studies.moe_expert_pruning.overlap import SHARE, Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
 from overparam.studies.moe_expert_pruning.study import Study

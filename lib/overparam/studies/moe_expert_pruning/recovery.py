@@ -11,10 +11,9 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
-from overparam import progress
-from overparam.compress import causal, experts
+from overparam.compress import experts
 from overparam.data.packing import Packed, Tree, pack
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import (
     Baseline,
     Losses,
@@ -26,6 +25,8 @@ from overparam.studies.moe_expert_pruning.study import (
     mean_chrf,
 )
 from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
+from overparam.support import progress
+from overparam.train import causal
 
 Examples = dict[str, list[tuple[str, str]]]  # language -> (prompt, target)
 TARGETS = ("references", "parent")

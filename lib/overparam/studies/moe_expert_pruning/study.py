@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
-from overparam.allocator import keep_freed_memory
 from overparam.compress import experts
 from overparam.data import corpora, parallel
 from overparam.data.parallel import Pair
@@ -23,8 +22,9 @@ from overparam.evaluate.comet import comet_command
 from overparam.evaluate.generation import Generation, default_limit, translate
 from overparam.evaluate.translation import TranslationScore, score
 from overparam.models.translator import PLAIN
-from overparam.report import record, stats
+from overparam.record import record, stats
 from overparam.studies.moe_expert_pruning import Params
+from overparam.support.allocator import keep_freed_memory
 
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 _GENERATING = 8  # tokens of a batch that is written, in multiples of one that is read with all its logits

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from overparam import progress
 from overparam.compress import experts
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.calibration import Calibration, added, keep_sets
 from overparam.studies.moe_expert_pruning.study import (
     CURVE_RESAMPLES,
@@ -23,6 +22,7 @@ from overparam.studies.moe_expert_pruning.study import (
     failure_share,
     mean_chrf,
 )
+from overparam.support import progress
 
 PUBLISHED = ("routing_mass", "divergence")  # score and layer budget of the paper
 GUARDED = ("routing_mass_super", "uniform")  # the same score with super experts kept: not the paper's

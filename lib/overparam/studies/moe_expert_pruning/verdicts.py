@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from overparam.report import ledger, stats
-from overparam.report.claims import Claim
+from overparam.record import ledger, stats
+from overparam.record.claims import Claim
 from overparam.studies.moe_expert_pruning.learned import Learned
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from overparam.compress import causal
 from overparam.data.packing import Packed, Tree, pack
 from overparam.data.parallel import verse_pairs
 from overparam.models.translator import PLAIN
 from overparam.studies.moe_pretraining import Params, corpus, training
 from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
 from overparam.studies.moe_pretraining.study import Study, Translator
+from overparam.train import causal
 
 MIX, PLAIN_TEXT = "training mix", "plain text"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from overparam.report import figures
+from overparam.record import figures
 from overparam.studies.moe_pretraining.load import MIX
 from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, arrow, best_search
 from overparam.studies.moe_pretraining.study import SMOOTHED_OVER, Study

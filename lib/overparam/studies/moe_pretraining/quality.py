@@ -11,7 +11,7 @@ import pandas as pd
 from overparam.data import corpora, parallel
 from overparam.evaluate import generation, likelihood, prompts, translation
 from overparam.models.translator import PLAIN
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.moe_pretraining import Params, corpus
 from overparam.studies.moe_pretraining.study import Study, Translator
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.data import corpora
-from overparam.report import record
+from overparam.record import record
 from overparam.studies.moe_pretraining import Params, training
 
 SMOOTHED_OVER = 20  # steps of the training loss that a reader sees

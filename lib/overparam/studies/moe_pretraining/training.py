@@ -14,12 +14,13 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import cache, models
-from overparam.allocator import keep_freed_memory
-from overparam.compress import causal
+from overparam import models
 from overparam.data.packing import IGNORED, Packed, pack
 from overparam.models import translator
 from overparam.studies.moe_pretraining import Params, corpus
+from overparam.support import cache, files
+from overparam.support.allocator import keep_freed_memory
+from overparam.train import causal
 
 VALIDATION_SEED = 1
 
@@ -130,7 +131,7 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
 
     def measure(step: int) -> None:
         curve[step] = validation_loss(model, validation)
-        cache.write(curve_file, json.dumps(curve).encode())
+        files.write_atomic(curve_file, json.dumps(curve).encode())
 
     with cache.using(folder):
         log = causal.train(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from overparam.report import ledger, stats
-from overparam.report.claims import Claim
+from overparam.record import ledger, stats
+from overparam.record.claims import Claim
 from overparam.studies.moe_pretraining.load import least
 from overparam.studies.moe_pretraining.quality import best_search
 from overparam.studies.moe_pretraining.study import Study

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from overparam import models, progress
+from overparam import models
 from overparam.compress import quantize
 from overparam.compress.quantize import rounding
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.support import progress
 
 EMBEDDINGS = "embedding tables"
 

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from overparam import progress
 from overparam.compress import quantize
 from overparam.measure import disk, energy, memory, speed
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.quantization_accuracy.study import Study
+from overparam.support import progress
 
 _ENERGY_CALLS = 3
 _HELD = "overparam.compress.quantize.systems:held"

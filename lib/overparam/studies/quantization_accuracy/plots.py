@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from overparam.compress import quantize
-from overparam.report import figures
+from overparam.record import figures
 from overparam.studies.quantization_accuracy.bits import EMBEDDINGS, Curve
 from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import Quality

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from overparam import progress
 from overparam.compress import quantize
 from overparam.data import corpora, parallel, splits
 from overparam.evaluate import embedding, prompts, samples, translation
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.support import progress
 
 SCORED = 64  # last tokens of a window, whose likelihood is a context length's
 _STEP = 256  # tokens that a decoder reads at once

@@ -13,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import models, progress
-from overparam.allocator import keep_freed_memory
+from overparam import models
 from overparam.compress import quantize
 from overparam.compress.quantize import openvino, qat
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.models import proof
 from overparam.models.proof import NotExactError
-from overparam.report import record
+from overparam.record import record
 from overparam.studies import recipes
 from overparam.studies.quantization_accuracy import Params
+from overparam.support import progress
+from overparam.support.allocator import keep_freed_memory
 
 CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
 

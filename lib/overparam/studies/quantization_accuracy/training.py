@@ -15,18 +15,20 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from overparam import models, progress
-from overparam.compress import causal, quantize
+from overparam import models
+from overparam.compress import quantize
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
-from overparam.compress.distill.training import Recipe
 from overparam.compress.quantize import qat
 from overparam.data.packing import Tree, pack
 from overparam.evaluate import classification, samples
 from overparam.evaluate.topics import Topics, topics
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.support import progress
+from overparam.train import causal
+from overparam.train.distillation import Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from overparam.compress import quantize
-from overparam.report import ledger, stats
-from overparam.report.claims import Claim
+from overparam.record import ledger, stats
+from overparam.record.claims import Claim
 from overparam.studies.quantization_accuracy.bits import Curve
 from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import SCORED, Quality, context, rise

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from overparam.catalogue import check_model_name, published
+from overparam.assets.catalogue import check_model_name, published
 from overparam.evaluate import LOCAL_TASKS
-from overparam.report import ledger
+from overparam.record import ledger
 
 _PACKAGED_SOURCES = 4  # of training triplets; a batch comes from one of them
 

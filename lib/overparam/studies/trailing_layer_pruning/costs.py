@@ -12,12 +12,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from overparam import models, progress
+from overparam import models
 from overparam.compress import depth
 from overparam.measure import disk, energy, memory, speed
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.encoding import encode
 from overparam.studies.trailing_layer_pruning.study import Study
+from overparam.support import progress
 
 _RESAMPLES = 2000
 _STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"

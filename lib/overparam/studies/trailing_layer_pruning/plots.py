@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 
 from overparam.compress import depth
-from overparam.report import figures, ledger
+from overparam.record import figures, ledger
 from overparam.studies.trailing_layer_pruning.recipes import Comparison
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, scores_table
 from overparam.studies.trailing_layer_pruning.training import Trained

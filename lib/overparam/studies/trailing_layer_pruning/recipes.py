@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import depth
-from overparam.compress.triplets import Triplet
+from overparam.data.triplets import Triplet
 from overparam.studies.trailing_layer_pruning.study import Study, published_recipe, text_recipe
 
 

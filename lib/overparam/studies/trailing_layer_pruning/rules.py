@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import depth
-from overparam.report import stats
+from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points
 from overparam.studies.trailing_layer_pruning.training import (
     NEGLIGIBLE_SHARE,

@@ -13,13 +13,14 @@ import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overparam import cache, models, progress
+from overparam import models
 from overparam.compress import depth
 from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
-from overparam.report import record, stats
+from overparam.record import record, stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
+from overparam.support import cache, progress
 
 _TRAINING_FACTOR = (
     1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)

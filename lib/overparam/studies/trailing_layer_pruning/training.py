@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from overparam import cache, models, packages, progress
-from overparam.compress import contrastive, depth
-from overparam.report import stats
+from overparam import models
+from overparam.compress import depth
+from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import (
     Scores,
     Study,
@@ -18,6 +18,8 @@ from overparam.studies.trailing_layer_pruning.study import (
     mean_points,
     text_recipe,
 )
+from overparam.support import cache, progress
+from overparam.train import contrastive
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -106,7 +108,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
 def _export(study: Study, encoder: SentenceTransformer, keep: int) -> None:
     """Save a trained encoder: a folder of sentence-transformers, which has no module for the published pooling."""
     params = study.params
-    folder = packages.cache_dir() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
+    folder = cache.directory() / "encoders" / f"{params.slug()}-{keep}-of-{study.layers}"
     if params.recipe == "plain":
         depth.save_encoder(_as_measured(study, encoder), folder, replace=True)
         progress.note(f"saved the encoder with {keep} layers at {folder}")

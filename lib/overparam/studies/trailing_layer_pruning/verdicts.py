@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from overparam.compress import depth
-from overparam.report import ledger, stats
-from overparam.report.claims import Claim
+from overparam.record import ledger, stats
+from overparam.record.claims import Claim
 from overparam.studies.trailing_layer_pruning.study import Study
 from overparam.studies.trailing_layer_pruning.training import (
     MODEST_SHARE,

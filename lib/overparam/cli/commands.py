@@ -1,0 +1,178 @@
+"""The commands of ``run_all.py`` that read results and run no model: report, verify, compare and cite."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from overparam.publish import citing, compare, crate, inventory, pages, readme, verify
+from overparam.record.record import Record
+from overparam.runner import execute, notebook
+from overparam.runner.plan import STUDIES, Profile, plan
+from overparam.studies import claims
+
+OK, FAILED = 0, 1
+
+
+def main(arguments: Sequence[str], root: Path) -> int:
+    """Do what the command line says and return the exit code.
+
+    Args:
+        arguments: The command and its arguments.
+        root: The repository.
+
+    Raises:
+        ValueError: for bad input, in one readable line.
+    """
+    args = _parser(root).parse_args(arguments)
+    if args.command == "report":
+        return report(args.results, root)
+    if args.command == "verify":
+        return check(args.path, root)
+    if args.command == "compare":
+        return compare_folders(args.a, args.b)
+    return cite(args.figure, args.results, root)
+
+
+def report(results: Path, root: Path) -> int:
+    """Write everything that is made from records; return 1 when a record had to be left out."""
+    started = time.monotonic()
+    found = inventory.take(results)
+    if found.studies and (root / "notebooks").is_dir():
+        _summarise(results, root)
+        found = inventory.take(results)
+    if results.is_dir():
+        for name, write in (
+            (pages.FILE, pages.write),
+            (citing.FILE, citing.write),
+            (crate.FILE, crate.write),
+        ):
+            print(f"{results / name} {'written' if write(found) else 'is current'}")
+    if found.records:
+        from overparam.publish import gallery  # loads nbconvert
+
+        print(f"{gallery.build(found)} written")
+    else:
+        print(f"no records in {results}: `python run_all.py --profile {results.name}` makes them")
+    if results.resolve() == _reference(root).resolve():
+        changed = readme.fill(root / "README.md", results)
+        print(f"README.md {'filled from' if changed else 'is current with'} {results}")
+    for remark in found.remarks():
+        print(f"note: {remark}")
+    print(f"{len(found.studies)} records, {time.monotonic() - started:.0f} s")
+    return FAILED if found.problems else OK
+
+
+def check(results: Path, root: Path) -> int:
+    """Print the table of `verify.check`; return 1 when something is wrong."""
+    inputs = claims.record_hashes(results) if results.is_dir() else None
+    findings = verify.check(results, age=lambda record: changed_since(record, root), summary_inputs=inputs)
+    if results.resolve() == _reference(root).resolve() and readme.stale(root / "README.md", results):
+        findings.append(
+            verify.Finding("README.md", "stale", "records have changed since: run `run_all.py report`")
+        )
+    print(verify.table(findings))
+    wrong = sum(finding.failed for finding in findings)
+    print(f"\n{results}: {f'{wrong} of {len(findings)} are not right' if wrong else 'all is right'}")
+    return FAILED if wrong else OK
+
+
+def compare_folders(a: Path, b: Path) -> int:
+    """Print the comparison of two results folders; return 1 when a quality metric differs."""
+    left, right = inventory.take(a), inventory.take(b)
+    for found in (left, right):
+        if not found.studies:
+            raise ValueError(f"no records in {found.root}: there is nothing to compare")
+        for problem in found.problems:
+            print(f"note: {found.root}: {problem}")
+    rows = compare.compare(left, right)
+    wrong = compare.differences(rows)
+    print(f"A: {a}\nB: {b}\n\n{compare.table(rows)}\n\n{compare.summary(rows)}")
+    print(f"{len(wrong)} quality metrics differ" if wrong else "no quality metric differs")
+    return FAILED if wrong else OK
+
+
+def cite(name: str, results: Path, root: Path) -> int:
+    """Print BibTeX and a caption of a figure."""
+    cited = citing.find(inventory.take(results), name)
+    print(f"{citing.bibtex(cited, root / 'CITATION.cff')}\n\n{citing.caption(cited)}")
+    return OK
+
+
+def changed_since(record: Record, root: Path) -> list[str]:
+    """Which code, notebook or inputs a record was made with that are others today."""
+    before = record.provenance.get("key", {})
+    path = next((root / "notebooks").glob(f"[0-9]*_{record.study}.ipynb"), None)
+    if path is None:
+        return [f"there is no notebook of {record.study}"]
+    changed = []
+    if "modules" in before:  # a study whose key holds no code has none
+        if before.get("notebook") != notebook.source_hash(path):
+            changed.append("notebook")
+        now = notebook.reachable_modules(path, f"{STUDIES}.{record.study}")
+        then = before["modules"]
+        changed += sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+    try:
+        params: BaseModel = importlib.import_module(f"{STUDIES}.{record.study}").Params.model_validate_json(
+            json.dumps(record.params)
+        )
+    except (ImportError, ValidationError):
+        return [*changed, "parameters"]
+    inputs: dict[str, str] = getattr(params, "key_inputs", dict)()
+    return changed + [name for name, sha in inputs.items() if before.get("inputs", {}).get(name) != sha]
+
+
+def _summarise(results: Path, root: Path) -> None:
+    """Run the notebook of all claims where a record has changed since."""
+    inside = results.resolve().is_relative_to(claims.RESULTS)
+    given = results.resolve().relative_to(claims.RESULTS).as_posix() if inside else str(results.resolve())
+    profile = Profile(results.name, results.name, "", {inventory.SUMMARY: [{"results": given}]})
+    jobs = plan(profile, results=results, notebooks_dir=root / "notebooks")
+    command = "python run_all.py report" + (
+        "" if given == "reference" else f" {shlex.quote(f'results/{given}' if inside else given)}"
+    )
+    outcomes = execute.run([replace(job, command=command) for job in jobs])
+    for outcome in outcomes:
+        if outcome.ending == "failed":
+            print(f"note: the figures of all claims could not be made: {outcome.message}")
+
+
+def _reference(root: Path) -> Path:
+    return root / "results" / "reference"
+
+
+def _parser(root: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run_all.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    reference = _reference(root)
+    made = commands.add_parser(
+        "report", help="README's table, REPORT.md, figures.json, RO-Crate metadata, HTML gallery"
+    )
+    made.add_argument(
+        "results", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"
+    )
+    checked = commands.add_parser(
+        "verify", help="every hash, every file, every generated page of a results folder"
+    )
+    checked.add_argument(
+        "path", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"
+    )
+    compared = commands.add_parser("compare", help="which quality metrics of two results folders agree")
+    compared.add_argument("a", type=Path, metavar="RESULTS_A")
+    compared.add_argument("b", type=Path, metavar="RESULTS_B")
+    cited = commands.add_parser("cite", help="BibTeX and caption of a figure")
+    cited.add_argument(
+        "figure", metavar="FIGURE", help="fig:id, or fig:id@slug where several records have it"
+    )
+    cited.add_argument(
+        "--results", type=Path, default=reference, metavar="DIR", help="default: results/reference"
+    )
+    return parser

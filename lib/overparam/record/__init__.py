@@ -1,0 +1,1 @@
+"""What a run leaves: the record, per-item scores, statistics, figures, claims and their verdicts."""

@@ -1,0 +1,170 @@
+"""The only way to save a figure: PDF, PNG and the CSV of its points under one stem, traceable to its run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from numpy.typing import NDArray
+
+from overparam.record.record import Figure, Recorder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MplFigure
+    from numpy.typing import ArrayLike
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 85 / 25.4  # inches: one column
+
+_RC: dict[Any, Any] = {
+    "figure.figsize": (WIDTH, 0.68 * WIDTH),
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 300,
+    "font.size": 8,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that bytes agree between machines
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=OKABE_ITO) + cycler(marker=MARKERS),
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "errorbar.capsize": 2,
+}
+_SAVE_RC: dict[Any, Any] = {"pdf.fonttype": 42, "savefig.dpi": 300, "savefig.bbox": None}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw for print: 85 mm wide, 8-pt type, Okabe–Ito colours with markers that differ too."""
+    with _known(_RC):
+        yield
+
+
+@contextmanager
+def _known(settings: dict[Any, Any]) -> Iterator[None]:
+    """Matplotlib's defaults and `settings`, whatever a personal matplotlibrc says; afterwards all is as before."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
+        yield
+
+
+def legend_above(figure: MplFigure) -> None:
+    """Put the legend above the axes, where it hides no point, and make the figure taller by as much."""
+    figure.set_size_inches(WIDTH, 0.85 * WIDTH)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6, handlelength=1.4, columnspacing=1)
+
+
+def line_with_band(
+    axes: Axes, x: ArrayLike, value: ArrayLike, low: ArrayLike, high: ArrayLike, *, color: str, **line: Any
+) -> None:
+    """Draw a line over its interval; `line` is what `Axes.plot` takes besides."""
+    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, value, color=color, **line)
+
+
+def error_bars(rows: pd.DataFrame, name: str, low: str = "", high: str = "") -> NDArray[np.float64]:
+    """Lengths of the bars of a column's interval for `Axes.errorbar`, [2, rows]; an end that is not bounded has none.
+
+    Args:
+        rows: A table with the columns of `Estimate.columns`.
+        name: Column of the values.
+        low: Column of the lower ends; ``<name>_low`` by default.
+        high: Column of the upper ends; ``<name>_high`` by default.
+    """
+    ends = rows[[low or f"{name}_low", high or f"{name}_high"]].to_numpy(float).T
+    lengths = np.abs(ends - rows[name].to_numpy(float))
+    return np.where(np.isfinite(lengths), lengths, 0.0)
+
+
+def publish(fig: MplFigure, id: str, *, data: pd.DataFrame, caption: str, recorder: Recorder) -> MplFigure:
+    """Save a figure of pyplot under the stem of its id (``fig:layers-cost``: ``figure_cost``), close and return it.
+
+    Arguments and errors are those of `save`.
+    """
+    stem = "_".join(["figure", *id.removeprefix("fig:").split("-")[1:]])
+    save(fig, stem, data=data, caption=caption, id=id, recorder=recorder)
+    plt.close(fig)
+    return fig
+
+
+def save(
+    fig: MplFigure, stem: str, *, data: pd.DataFrame, caption: str, id: str, recorder: Recorder
+) -> dict[str, str]:
+    """Save a figure as ``<stem>.pdf``, ``.png`` and ``.csv``, and register it in the record.
+
+    The same figure from the same code and key gives the same bytes. Id, git sha and key are in the metadata
+    of PDF and PNG.
+
+    Args:
+        fig: The figure; without a title, since that is what the caption is for.
+        stem: File name without ending.
+        data: Exactly the points that are drawn.
+        caption: What a reader needs to know to read it.
+        id: Stable id such as ``fig:layers-initial-loss``.
+        recorder: Of the running job.
+
+    Returns:
+        {file name: SHA-256}.
+
+    Raises:
+        ValueError: for a malformed id or stem, an empty caption, no data, or a title inside the figure.
+    """
+    if not re.fullmatch(r"fig:[a-z0-9]+(-[a-z0-9]+)*", id):
+        raise ValueError(f"id must look like 'fig:layers-initial-loss', got {id!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", stem):
+        raise ValueError(f"stem must be letters, digits, - and _, got {stem!r}")
+    if not caption.strip() or data.empty:
+        raise ValueError(f"{id} needs a caption and the data that it draws")
+    if fig.get_suptitle() or (len(fig.axes) == 1 and fig.axes[0].get_title()):
+        raise ValueError(f"{id} has a title inside: put it into caption=")
+    run = recorder.record
+    described = f"git {run.provenance['git']['sha']}, key {run.key}, study {run.study}"
+    software = f"overparam with matplotlib {mpl.__version__}"
+    pdf, png = io.BytesIO(), io.BytesIO()
+    with _known(_RC | _SAVE_RC):
+        fig.savefig(
+            pdf,
+            format="pdf",
+            metadata={
+                "Title": id,
+                "Subject": described,
+                "Creator": software,
+                "Producer": software,
+                "CreationDate": None,
+                "ModDate": None,
+            },
+        )
+        fig.savefig(png, format="png", metadata={"Title": id, "Description": described, "Software": software})
+    contents = {
+        f"{stem}.pdf": pdf.getvalue(),
+        f"{stem}.png": png.getvalue(),
+        f"{stem}.csv": data.to_csv(index=False, lineterminator="\n").encode(),
+    }
+    others = [f for f in run.figures if f.id != id]
+    taken = [f.id for f in others if set(f.files) & set(contents)]
+    if taken or f"{stem}.csv" in {ref.file for ref in run.tables.values()}:
+        raise ValueError(f"stem {stem!r} of {id} is taken by {', '.join(taken) or 'a table'}: choose another")
+    for name, content in contents.items():
+        recorder.write_file(name, content)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    recorder.figure(Figure(id, caption, files))
+    return files

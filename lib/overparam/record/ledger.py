@@ -1,0 +1,245 @@
+"""The ledger of claims, ``claims.yaml``: the one place that says what was published and how it is measured here.
+
+A study measures, and calls `judged` with the claim's id; statement, source, published value, rule and unit come
+from the ledger, and the verdict from `claims.judge`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from overparam.record import claims
+from overparam.record.claims import Claim, Kind
+from overparam.record.stats import Estimate
+from overparam.support.files import digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEDGER = Path(__file__).with_name("claims.yaml")
+_WORD = r"\{\w+[^}]*\}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Points(_Strict):
+    """Published numbers as a table."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | bool | int | float, ...], ...]
+
+
+class Paper(_Strict):
+    """A paper whose claims are tested; `cite` is how sources name it."""
+
+    cite: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    url: str
+    conditions: str
+    points: Points | None = None
+
+
+class Common(_Strict):
+    """How a measured number becomes points or percent: factor · (number − origin)."""
+
+    origin: float
+    factor: float
+    unit: str
+
+
+class Entry(_Strict):
+    """One claim of the ledger.
+
+    Attributes:
+        id: Of the claim in records; with {words}, any id of that form.
+        study: The study that answers it.
+        paper: Name of its paper, or None for a goal of this suite.
+        statement: The claim in one's own words; {words} are filled in by the study.
+        source: Paper and section or table; {paper} is the paper's `cite`.
+        published: The published value, as it is shown to readers.
+        published_value: The same as a number in `unit`, where there is one.
+        kind: The rule of `claims.judge`.
+        measures: What the number is of; times are never the same twice.
+        metric: What is measured here.
+        margin: The margin of the rule, and where it is set.
+        unit: Of the measured number.
+        common: How it becomes points or percent; None when it is that already.
+        figure: Id of the figure that shows it.
+        profiles: Profiles whose results should answer it.
+    """
+
+    id: str
+    study: str
+    paper: str | None = None
+    statement: str
+    source: str
+    published: str
+    published_value: float | None = None
+    kind: Kind
+    measures: Literal["quality", "size", "time"]
+    metric: str
+    margin: str
+    unit: str
+    common: Common | None = None
+    figure: str
+    profiles: tuple[str, ...]
+
+    def answers(self, claim_id: str) -> bool:
+        """Tell whether a record's claim is this one."""
+        return bool(re.fullmatch(pattern(self.id), claim_id))
+
+    def cited(self) -> str:
+        """The source with the paper's name filled in."""
+        return self.source.replace("{paper}", papers()[self.paper].cite if self.paper else "")
+
+    def shown(self) -> str:
+        """The statement for a reader who has no record: open words are dots."""
+        return without_words(self.statement)
+
+    def in_common(self, value: float) -> float:
+        """A number in `unit` as points or percent."""
+        return self.common.factor * (value - self.common.origin) if self.common else value
+
+
+class _File(_Strict):
+    papers: dict[str, Paper]
+    claims: tuple[Entry, ...]
+
+
+@cache
+def _file() -> _File:
+    return read(LEDGER)
+
+
+def read(path: Path) -> _File:
+    """Read a ledger.
+
+    Raises:
+        ValueError: for unknown or missing fields, ids that repeat, or a paper that is not listed.
+    """
+    try:
+        found = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name} is not a valid ledger: {error}") from error
+    ids = [entry.id for entry in found.claims]
+    if repeated := sorted({each for each in ids if ids.count(each) > 1}):
+        raise ValueError(f"{path.name} has more than one claim {', '.join(repeated)}")
+    if unknown := sorted({e.paper for e in found.claims if e.paper and e.paper not in found.papers}):
+        raise ValueError(f"{path.name} lists no paper {', '.join(unknown)}")
+    return found
+
+
+def entries(profile: str | None = None) -> tuple[Entry, ...]:
+    """All claims, or those that the results of a profile should answer (all of them for a profile of one's own)."""
+    known = {name for entry in _file().claims for name in entry.profiles}
+    return tuple(e for e in _file().claims if profile not in known or profile in e.profiles)
+
+
+def papers() -> dict[str, Paper]:
+    """The papers by name."""
+    return _file().papers
+
+
+def find(claim_id: str) -> Entry | None:
+    """The claim of a record's claim id: the one of that id, or else the first of that form."""
+    exact = [entry for entry in _file().claims if entry.id == claim_id]
+    return next(iter(exact or [entry for entry in _file().claims if entry.answers(claim_id)]), None)
+
+
+def published_value(claim_id: str) -> float:
+    """The published number of a claim, in its unit.
+
+    Raises:
+        ValueError: when the ledger has none.
+    """
+    entry = find(claim_id)
+    if entry is None or entry.published_value is None:
+        raise ValueError(f"{LEDGER.name} has no published number for {claim_id!r}")
+    return entry.published_value
+
+
+def points(paper: str) -> pd.DataFrame:
+    """The published numbers of a paper as a table."""
+    import pandas as pd
+
+    found = papers()[paper].points
+    if found is None:
+        raise ValueError(f"the ledger has no published points of {paper!r}")
+    return pd.DataFrame(found.rows, columns=list(found.columns))
+
+
+def hashes(study: str | None = None) -> dict[str, str]:
+    """Hash of what the verdicts of a study, or of all, rest on, for keys of jobs: {"claims.yaml": SHA-256}."""
+    own = [entry for entry in _file().claims if study in (None, entry.study)]
+    cited = {name: paper.model_dump() for name, paper in papers().items() if name in {e.paper for e in own}}
+    return {"claims.yaml": digest([[entry.model_dump() for entry in own], cited])}
+
+
+def without_words(template: str) -> str:
+    """A text of the ledger for a reader who has no record: its open {words} are dots."""
+    return re.sub(_WORD, "…", template)
+
+
+def pattern(template: str) -> str:
+    """A regular expression of all texts that a template with {words} can become."""
+    parts = re.split(_WORD, template)
+    return ".+".join(re.escape(part) for part in parts)
+
+
+def judged(
+    claim_id: str,
+    *,
+    measured: Estimate | None,
+    margin: float,
+    direction_within: float | None = None,
+    note: str = "",
+    words: Mapping[str, Any] | None = None,
+) -> Claim:
+    """Build a claim of the ledger with its verdict.
+
+    Args:
+        claim_id: Its id in the ledger, or an id of that form.
+        measured: The estimate, in the ledger's unit; None when it was not measured.
+        margin: Of the rule, as the parameters of the run set it.
+        direction_within: See `claims.judge`.
+        note: What differs from the published conditions.
+        words: Fills the {words} of the ledger's texts.
+
+    Raises:
+        ValueError: as `claims.judged`, and for an id or a word that is missing.
+    """
+    entry = find(claim_id)
+    if entry is None:
+        raise ValueError(f"claim {claim_id!r} is not in the ledger: add it to {LEDGER.name}")
+    try:
+        statement, published, unit = (
+            text.format(**(words or {})) for text in (entry.statement, entry.published, entry.unit)
+        )
+    except KeyError as error:
+        raise ValueError(f"claim {claim_id!r} needs the word {error} in words=") from error
+    return claims.judged(
+        claim_id,
+        statement,
+        source=entry.cited(),
+        published=published,
+        kind=entry.kind,
+        measured=measured,
+        margin=margin,
+        published_value=entry.published_value if entry.kind == "difference" else None,
+        direction_within=direction_within,
+        unit=unit,
+        figure=entry.figure,
+        note=note,
+    )

@@ -1,0 +1,433 @@
+"""The record of one job: what was run, on what, what came out, and which files belong to it.
+
+`start` gives a `Recorder`; what it is told becomes files in the job's folder, and `Recorder.finish` writes
+``record.json`` last, so a folder without one is unfinished. The batch runner then adds the executed notebook
+with `seal` and gives the folder its final name with `files.replace_folder`; a run by hand publishes by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overparam.record.claims import Claim
+from overparam.record.provenance import machine, provenance
+from overparam.record.stats import Estimate
+from overparam.support.files import digest, replace_folder, write_atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+SCHEMA = 1
+FILE_NAME = "record.json"
+NOTEBOOK_NAME = "executed.ipynb"
+SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
+UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
+RUNNER = ".runner"  # folder of the batch runner's locks and logs in a results folder
+# what the report writes into a results folder, beside the records
+REPORT_FILES = ("REPORT.md", "figures.json", "ro-crate-metadata.json", "gallery")
+
+
+class SchemaError(ValueError):
+    """A record of another schema version than the one that is read here."""
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file in the record's folder, with the SHA-256 of its bytes."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number with its unit; with a confidence interval if `estimate` is there."""
+
+    value: float
+    unit: str = ""
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: its stable id, its caption, and its PDF, PNG and CSV as {name: SHA-256}."""
+
+    id: str
+    caption: str
+    files: dict[str, str]
+
+
+@dataclass
+class Record:
+    """What one job leaves; stored as ``record.json``.
+
+    Attributes:
+        schema: Version of this layout.
+        study: Name of the study.
+        slug: Short name of the parameter set; first part of the folder's name.
+        profile: Profile that it belongs to, or "interactive".
+        params: The validated parameters.
+        key: Identity of the run: hash over notebook, reachable code, parameters and inputs.
+        status: "complete"; nothing else is ever stored.
+        command: One shell line that runs this job again.
+        started: UTC time, ISO 8601.
+        seconds: Wall time from `start` to `finish`.
+        seeds: Every seed that was used.
+        provenance: Code version, packages, hardware, threads, and hashes of weights and data under "inputs".
+        metrics: Name → number or estimate.
+        tables: Name → CSV.
+        items: Name → parquet of per-item scores.
+        artifacts: File name → any other file, such as those of a saved model.
+        figures: In the order in which they were saved.
+        claims: With verdicts.
+        notebook: The executed notebook; None for a run by hand.
+        sealed: SHA-256 of all the rest, by which an edit by hand is noticed; older records have none.
+        path: Where the record was read from; not stored.
+    """
+
+    study: str
+    slug: str
+    profile: str
+    params: dict[str, Any]
+    key: str
+    command: str
+    started: str
+    seeds: list[int]
+    provenance: dict[str, Any]
+    status: str = "running"
+    seconds: float = 0.0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    tables: dict[str, FileRef] = field(default_factory=dict)
+    items: dict[str, FileRef] = field(default_factory=dict)
+    artifacts: dict[str, FileRef] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    notebook: FileRef | None = None
+    sealed: str | None = None
+    schema: int = SCHEMA
+    path: Path | None = field(default=None, compare=False)
+
+    def files(self) -> dict[str, str]:
+        """Return every file of this record but record.json itself, as {name: SHA-256}."""
+        refs = [*self.tables.values(), *self.items.values(), *self.artifacts.values()]
+        refs += [self.notebook] if self.notebook else []
+        files = {ref.file: ref.sha256 for ref in refs}
+        for figure in self.figures:
+            files |= figure.files
+        return files
+
+
+class Recorder:
+    """Collects what one job leaves; see `start`."""
+
+    def __init__(self, record: Record, directory: Path, final: Path | None):
+        self.record = record
+        self.directory = directory
+        self._final = final
+        self._kept: list[pd.DataFrame] = []
+        self._clock = time.monotonic()
+
+    def metric(self, name: str, value: Estimate | float, unit: str = "") -> None:
+        """Record a number or an estimate under a name; the same name again replaces it."""
+        if isinstance(value, Estimate):
+            self.record.metrics[name] = Metric(value.value, unit, value)
+        else:
+            self.record.metrics[name] = Metric(float(value), unit)
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Record a table as ``<name>.csv``."""
+        data = frame.to_csv(index=False, lineterminator="\n").encode()
+        self.record.tables[name] = self.write_file(f"{name}.csv", data)
+
+    def items(self, name: str, frame: pd.DataFrame) -> None:
+        """Record per-item scores as ``<name>.parquet``."""
+        data = frame.to_parquet(index=False, compression="zstd", compression_level=19)
+        self.record.items[name] = self.write_file(f"{name}.parquet", data)
+
+    def keep(self, values: NDArray[np.float64], **columns: object) -> None:
+        """Keep per-item scores, an array [items, k]; all that are kept become items.parquet at the end.
+
+        Args:
+            values: Scores, or what a statistic of them is made of.
+            columns: What the scores are of, such as a system and a task.
+        """
+        import pandas as pd
+
+        scores = {f"value_{k}": column.astype("float32") for k, column in enumerate(values.T)}
+        self._kept.append(pd.DataFrame({**columns, "item": range(len(values))} | scores))
+
+    def artifact(self, name: str, data: bytes) -> None:
+        """Record a file of any other kind; the same name again replaces it.
+
+        Raises:
+            ValueError: when a table, an item file or a figure has that name.
+        """
+        self.record.artifacts.pop(name, None)
+        if name in self.record.files():
+            raise ValueError(f"{name!r} is the name of another file of this record")
+        self.record.artifacts[name] = self.write_file(name, data)
+
+    def artifact_folder(self, folder: Path) -> None:
+        """Record every file of a folder, so that the record's own folder can be loaded as `folder` can.
+
+        Raises:
+            ValueError: for a folder inside, or when one of the names is taken; nothing is recorded then.
+        """
+        paths = sorted(folder.iterdir())
+        taken = {*self.record.files(), FILE_NAME, NOTEBOOK_NAME} - self.record.artifacts.keys()
+        for path in paths:
+            if not path.is_file() or path.name in taken:
+                reason = "is the name of another file of this record" if path.is_file() else "is no file"
+                raise ValueError(f"cannot record the files of a folder: {path.name!r} {reason}")
+        for path in paths:
+            self.artifact(path.name, path.read_bytes())
+
+    def claim(self, claim: Claim) -> None:
+        """Record the verdict on a claim; the same id again replaces it."""
+        self.record.claims = [*(c for c in self.record.claims if c.id != claim.id), claim]
+
+    def figure(self, figure: Figure) -> None:
+        """Register a saved figure (called by `figures.save`); the same id again replaces it."""
+        self.record.figures = [*(f for f in self.record.figures if f.id != figure.id), figure]
+
+    def input(self, name: str, sha256: str) -> None:
+        """Record the SHA-256 of weights or data that the job found out while it ran."""
+        self.record.provenance["inputs"][name] = sha256
+
+    def write_file(self, name: str, data: bytes) -> FileRef:
+        """Write one file of the record's folder, at once or not at all."""
+        if Path(name).name != name or name in (FILE_NAME, NOTEBOOK_NAME):
+            raise ValueError(f"a file of a record needs a plain name of its own, got {name!r}")
+        if name in self.record.artifacts:
+            raise ValueError(f"{name!r} is the name of an artifact of this record")
+        write_atomic(self.directory / name, data)
+        return FileRef(name, hashlib.sha256(data).hexdigest())
+
+    def finish(self) -> Path:
+        """Write the scores that were kept, and ``record.json`` as the last file; return its path."""
+        if self._kept:
+            import pandas as pd
+
+            kept = pd.concat(self._kept, ignore_index=True)
+            names = [name for name, column in kept.items() if pd.api.types.is_string_dtype(column)]
+            self.items("items", kept.astype(dict.fromkeys(names, "category")))
+        self.record.seconds = round(time.monotonic() - self._clock, 3)
+        if proofs := sys.modules.get("overparam.models.proof"):  # loaded where a study has models
+            self.record.provenance["proof_seconds"] = round(proofs.seconds(), 3)
+        self.record.status = "complete"
+        self.record.provenance |= machine()  # again: by now torch is loaded, and knows GPUs and threads
+        write(self.record, self.directory)
+        if self._final is not None:
+            replace_folder(self.directory, self._final)
+            self.directory, self._final = self._final, None
+        self.record.path = self.directory / FILE_NAME
+        return self.record.path
+
+
+def start(
+    study: str,
+    params: Mapping[str, Any],
+    *,
+    slug: str,
+    key: str | None = None,
+    inputs: Mapping[str, str] | None = None,
+    seeds: Sequence[int] | None = None,
+    directory: str | Path | None = None,
+) -> Recorder:
+    """Begin the record of one job.
+
+    Args:
+        study: Name of the study.
+        params: The validated parameters (plain JSON values; ``Params.model_dump(mode="json")``).
+        slug: Short name of the parameter set.
+        key: Identity of the run; the batch runner's, or else a hash over study, parameters and inputs.
+        inputs: Name → SHA-256 of weights and data.
+        seeds: Seeds used; by default the parameters ``seed`` and ``seeds``.
+        directory: Final folder; by default what the batch runner says, or else
+            ``results/scratch/<study>/<slug>-<key8>``. A folder that is there is replaced at the end, not
+            before.
+    """
+    inputs = dict(inputs or {})
+    key = (
+        key
+        or os.environ.get("OVERPARAM_JOB_KEY")
+        or digest({"study": study, "params": params, "inputs": inputs})
+    )
+    runner_directory = os.environ.get("OVERPARAM_JOB_DIR")
+    profile = os.environ.get("OVERPARAM_PROFILE", "interactive")
+    sets = [f"--set {study}.{name}={shlex.quote(json.dumps(value))}" for name, value in params.items()]
+    record = Record(
+        study=study,
+        slug=slug,
+        profile=profile,
+        params=dict(params),
+        key=key,
+        command=os.environ.get("OVERPARAM_COMMAND") or " ".join(["python run_all.py --only", study, *sets]),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        seeds=list(seeds) if seeds is not None else _seeds(params),
+        provenance=provenance() | {"inputs": inputs},
+    )
+    final: Path | None = None
+    if directory is None and runner_directory:
+        working = Path(runner_directory)
+    else:
+        final = Path(directory or SCRATCH / study / f"{slug}-{key[:8]}")
+        working = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True, exist_ok=True)
+    return Recorder(record, working, final)
+
+
+def seal(
+    directory: Path, notebook: bytes, *, slug: str | None = None, key_parts: Mapping[str, Any] | None = None
+) -> Record:
+    """Add the executed notebook to a finished record, and write ``record.json`` again as the last file.
+
+    Args:
+        directory: The job's folder.
+        notebook: The executed notebook, written as ``executed.ipynb``.
+        slug: The batch runner's name of the parameter set.
+        key_parts: What the key was made from; kept in the provenance under "key".
+
+    Raises:
+        FileNotFoundError: when the job left no record.
+        ValueError: when the record is not valid, or its files are not those that it names.
+    """
+    record = load(directory)
+    write_atomic(directory / NOTEBOOK_NAME, notebook)
+    record.notebook = FileRef(NOTEBOOK_NAME, hashlib.sha256(notebook).hexdigest())
+    record.slug = slug or record.slug
+    if key_parts is not None:
+        record.provenance["key"] = dict(key_parts)
+    write(record, directory)
+    if found := problems(record):
+        raise ValueError("; ".join(found))
+    return record
+
+
+def write(record: Record, directory: Path) -> None:
+    """Write ``record.json``."""
+    values = asdict(record) | {"claims": [claim.to_dict() for claim in record.claims]}
+    del values["path"], values["sealed"]
+    for name, metric in record.metrics.items():
+        values["metrics"][name]["estimate"] = metric.estimate.to_dict() if metric.estimate else None
+    ordered = {"schema": values.pop("schema"), **values}
+    ordered["sealed"] = record.sealed = digest(ordered)
+    text = json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(directory / FILE_NAME, text.encode() + b"\n")
+
+
+def load(path: str | Path) -> Record:
+    """Read a record from its folder or its ``record.json``.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        SchemaError: for a record of another schema version.
+        ValueError: for one that is no record.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text())
+        schema = values["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record: {error!r}") from error
+    if schema != SCHEMA:
+        raise SchemaError(
+            f"{path} has schema version {schema!r}, this version of overparam reads {SCHEMA}: "
+            "use the version that made it, or another results folder"
+        )
+    try:
+        values["metrics"] = {
+            name: Metric(**(m | {"estimate": Estimate.from_dict(m["estimate"]) if m["estimate"] else None}))
+            for name, m in values["metrics"].items()
+        }
+        values["tables"] = {name: FileRef(**ref) for name, ref in values["tables"].items()}
+        values["items"] = {name: FileRef(**ref) for name, ref in values["items"].items()}
+        # records made before there were artifacts have none
+        values["artifacts"] = {name: FileRef(**ref) for name, ref in values.get("artifacts", {}).items()}
+        values["figures"] = [Figure(**figure) for figure in values["figures"]]
+        values["claims"] = [Claim.from_dict(claim) for claim in values["claims"]]
+        values["notebook"] = FileRef(**values["notebook"]) if values["notebook"] else None
+        unknown = set(values) - {f.name for f in fields(Record)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        return Record(**values, path=path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a valid record: {error}") from error
+
+
+def find(results_dir: str | Path) -> list[Record]:
+    """Read every finished record below a folder, in the order of their paths."""
+    return [load(path) for path in record_files(results_dir)]
+
+
+def record_files(results_dir: str | Path) -> list[Path]:
+    """Return every ``record.json`` below a folder, in order; not those of unfinished jobs, nor copies for reading."""
+    root = Path(results_dir)
+    return [path for path in sorted(root.rglob(FILE_NAME)) if not _no_result(path.relative_to(root))]
+
+
+def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
+    """Return the files of a results folder that neither a record names nor a report writes, in order."""
+    root = Path(results_dir)
+    named = {path for record in records if (path := record.path)}
+    named |= {path.parent / name for record in records if (path := record.path) for name in record.files()}
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path not in named and not _no_result(path.relative_to(root))
+    ]
+
+
+def missing_or_orphaned(results_dir: str | Path) -> list[str]:
+    """List what is wrong with a results folder: files missing or changed, and files that no record names."""
+    records = find(results_dir)
+    found = [problem for record in records for problem in problems(record)]
+    found += [f"{path}: no record names this file" for path in orphans(results_dir, records)]
+    return found
+
+
+def problems(record: Record) -> list[str]:
+    """List what was changed by hand since a record was written: itself, or files that it names."""
+    assert record.path is not None  # only a record that was read has files
+    found = []
+    if record.sealed is not None:
+        content = json.loads(record.path.read_text())
+        del content["sealed"]
+        if digest(content) != record.sealed:
+            found.append(f"{record.path}: edited since it was written (its own SHA-256 does not fit)")
+    for name, expected in record.files().items():
+        path = record.path.parent / name
+        if not path.is_file():
+            found.append(f"{path}: named by the record, but missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
+    return found
+
+
+def _no_result(relative: Path) -> bool:
+    return _unfinished(relative) or not set(relative.parts).isdisjoint(REPORT_FILES)
+
+
+def _unfinished(relative: Path) -> bool:
+    return any(part.endswith(UNFINISHED) or part == RUNNER for part in relative.parts)
+
+
+def _seeds(params: Mapping[str, Any]) -> list[int]:
+    several = params.get("seeds")
+    found = [params.get("seed"), *(several if isinstance(several, list | tuple) else [])]
+    return [seed for seed in found if isinstance(seed, int)]

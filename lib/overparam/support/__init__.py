@@ -1,0 +1,1 @@
+"""The ground floor: progress, the cache of costly steps, atomic files, hints for mistyped names, the allocator."""

@@ -1,0 +1,1 @@
+"""Training loops and the checkpoints they resume from: contrastive, causal, distillation."""

@@ -1,0 +1,416 @@
+"""Training a decoder on packed batches, from scratch or for a short recovery; checkpoints that resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from overparam.models import proof
+from overparam.models.proof import NotExactError
+from overparam.support import progress
+from overparam.train import checkpoint as checkpoints
+from overparam.train.muon import Muon
+
+IGNORED = -100
+_proved: set[str] = set()  # signatures
+
+
+class Batch(Protocol):
+    """What a batch offers; see `data.packing.Packed`."""
+
+    @property
+    def input_ids(self) -> NDArray[np.int64]:
+        """Token ids, [rows, length]."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Positions, [rows, length]."""
+
+    @property
+    def tree(self) -> NDArray[np.int64]:
+        """0 where a row has nothing, [rows, length]."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The token that follows, or `IGNORED`, [rows, length]."""
+
+    def attends(self) -> NDArray[np.bool_]:
+        """Which tokens each token may look at, [rows, length, length]."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a decoder is trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        accumulate: Batches a step.
+        learning_rate: Peak; warm-up is linear, the decay at the end linear to zero (warm-up, stable, decay).
+        warmup: Steps of the warm-up.
+        decay: Steps of the decay.
+        optimizer: "muon": Muon for the matrices of the blocks, AdamW for the rest; or "adamw" for all.
+        weight_decay: Decoupled, on matrices.
+        label_smoothing: Of the cross entropy.
+        balance: Factor of the load-balancing loss, which looks at every layer by itself; 0: none. Or factors that
+            change on the way, as (from step, factor).
+        clip: Largest norm of the gradient.
+        seed: Of the batches; the caller uses it to make them.
+        version: Raised by the author of this module when its outcome changes.
+    """
+
+    steps: int
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    decay: int = 0
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    balance: float | tuple[tuple[int, float], ...] = 0.0
+    clip: float = 1.0
+    seed: int = 42
+    version: int = 1
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        up = min(1.0, (step + 1) / max(1, self.warmup))
+        down = min(1.0, (self.steps - step) / max(1, self.decay)) if self.decay else 1.0
+        return self.learning_rate * min(up, down)
+
+    def balance_at(self, step: int) -> float:
+        """Return the factor of the load-balancing loss at a step, counted from 0."""
+        if not isinstance(self.balance, tuple):
+            return self.balance
+        return next((factor for start, factor in reversed(self.balance) if start <= step), 0.0)
+
+
+@dataclass
+class Log:
+    """What a training leaves, one value a step.
+
+    Attributes:
+        loss: Cross entropy per predicted token, in nats, without label smoothing.
+        balance: Load-balancing loss; 1 when every expert carries the same.
+        tokens: Tokens seen so far, padding excluded.
+        predicted: Predicted tokens so far.
+        seconds: Wall time so far, pauses between runs excluded.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    balance: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def train(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 200,
+    at_checkpoint: Callable[[int], None] | None = None,
+    compiled: bool = False,
+    label: str = "training",
+) -> Log:
+    """Train `model` in place, all parameters that require a gradient.
+
+    The loss is the cross entropy at positions with a label, and only their logits are computed. The attention mask
+    of the batch is honoured exactly, in layers with a sliding window too, which needs ``attn_implementation``
+    "eager" or "sdpa".
+
+    Args:
+        model: A decoder with its language-modelling head.
+        batches: At least ``recipe.steps * recipe.accumulate`` of them, the same in every run: a run that resumes
+            skips those that it has seen.
+        recipe: See `Recipe`.
+        checkpoint: Folder of the state; a run that finds one there goes on from it.
+        every: Steps between checkpoints.
+        at_checkpoint: Called with the number of steps done after each checkpoint and at the end.
+        compiled: Compile the decoder with `torch.compile`; batches must then share one shape.
+        label: Name of the step in the progress display.
+
+    Raises:
+        ValueError: Too few batches, or one without anything to predict; a model whose attention cannot be told who
+            sees whom, or a balance without a mixture of experts that says how many experts a token uses; a checkpoint
+            of another recipe or model, or of more steps.
+        NotExactError: If packed rows do not give the model's own logits.
+        FloatingPointError: If the loss is not finite; says at which step.
+    """
+    _prove(model)
+    optimizers = optimizers_of(model, recipe)
+    top_ks = _top_ks(model) if recipe.balance else []
+    log = Log()
+    if checkpoint and (found := checkpoints.find(checkpoint)):
+        log = Log(**checkpoints.restore(found, model, optimizers, recipe=asdict(recipe)))
+    decoder: Callable[..., Any] = model.get_decoder()
+    if compiled:
+        decoder = torch.compile(decoder, dynamic=False)
+    done = len(log.loss)
+    stream = islice(iter(batches), done * recipe.accumulate, None)
+    before = log.seconds[-1] if log.seconds else 0.0
+    started = time.perf_counter()
+    model.train()
+    for step in progress.track(range(done, recipe.steps), label):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+        loss, balance, tokens, predicted = _gradients(model, decoder, stream, recipe, top_ks, step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log.loss.append(loss)
+        log.balance.append(balance)
+        log.tokens.append(tokens + (log.tokens[-1] if log.tokens else 0))
+        log.predicted.append(predicted + (log.predicted[-1] if log.predicted else 0))
+        log.seconds.append(before + time.perf_counter() - started)
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+            if checkpoint:
+                checkpoints.store(checkpoint, model, optimizers, recipe=asdict(recipe), log=asdict(log))
+            if at_checkpoint:
+                model.eval()
+                at_checkpoint(step + 1)
+                model.train()
+    model.eval()
+    return log
+
+
+def _gradients(
+    model: PreTrainedModel,
+    decoder: Callable[..., Any],
+    stream: Iterator[Batch],
+    recipe: Recipe,
+    top_ks: list[int],
+    step: int,
+) -> tuple[float, float, int, int]:
+    """Add up the gradients of one step; return loss, balance, tokens and predicted tokens."""
+    batches = list(islice(stream, recipe.accumulate))
+    if len(batches) < recipe.accumulate:
+        raise ValueError(f"the batches ended at step {step + 1} of {recipe.steps}")
+    predicted = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    if not predicted:
+        raise ValueError(f"the batches of step {step + 1} have nothing to predict")
+    total = balances = 0.0
+    tokens = 0
+    for batch in batches:
+        real = torch.from_numpy(batch.tree > 0).to(model.device)
+        hidden, router_logits = hidden_states(
+            model, batch, decoder=decoder, router_logits=recipe.balance_at(step) > 0
+        )
+        labels = torch.from_numpy(batch.labels).to(model.device).flatten()
+        at = (labels != IGNORED).nonzero().squeeze(1)
+        logits = _logits(model, hidden.flatten(0, 1)[at])
+        smooth = functional.cross_entropy(
+            logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
+        )
+        with torch.no_grad():
+            plain = functional.cross_entropy(logits, labels[at], reduction="sum")
+        loss = smooth / predicted
+        if recipe.balance_at(step):
+            balance = torch.stack(
+                [
+                    load_balance(each, top_k, real.flatten())
+                    for each, top_k in zip(router_logits, top_ks, strict=True)
+                ]
+            ).mean()
+            loss = loss + recipe.balance_at(step) * balance / len(batches)
+            balances += float(balance.detach()) / len(batches)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(plain) / predicted
+        tokens += int(real.sum())
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the training loss is {total} at step {step + 1}")
+    return total, balances, tokens, predicted
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    decoder: Callable[..., Any] | None = None,
+    router_logits: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return hidden states [rows, length, hidden] of a batch, and router logits [tokens, experts] by MoE layer.
+
+    Args:
+        model: A decoder with its language-modelling head.
+        batch: See `data.packing.Packed`.
+        decoder: The decoder of `model`, when it was compiled.
+        router_logits: Whether to return them; an empty tuple otherwise.
+
+    Raises:
+        ValueError: A model whose attention cannot be told who sees whom.
+    """
+    decoder = model.get_decoder() if decoder is None else decoder
+    out = decoder(
+        input_ids=torch.from_numpy(batch.input_ids).to(model.device),
+        attention_mask=_masks(model, batch),
+        position_ids=torch.from_numpy(batch.positions).to(model.device),
+        use_cache=False,
+        **({"output_router_logits": True} if router_logits else {}),
+    )
+    return out.last_hidden_state, out.router_logits if router_logits else ()
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what the head makes of hidden states, float32 [predicted, vocabulary]."""
+    config = model.config.get_text_config()
+    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+    if (scaling := getattr(config, "logits_scaling", None) or 1.0) != 1:  # Granite's
+        logits = logits / scaling
+    if (scale := getattr(config, "logit_scale", None) or 1.0) != 1:  # Cohere's
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma's
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@proof.timed()
+def _prove(model: PreTrainedModel) -> None:
+    """Refuse a model of which logits are made in another way than here, once for each architecture in a process."""
+    if (name := proof.signature(model)) in _proved:
+        return
+    batch = proof.probe(model)
+    lengths = batch.attention_mask.sum(1).tolist()
+    rows = _Rows(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy())
+    _masks(model, rows)
+    with torch.inference_mode(), proof.evaluating(model):
+        try:
+            found = _logits(model, hidden_states(model, rows)[0])
+        except Exception as error:  # of many kinds, wherever a decoder takes no mask of its own
+            raise NotExactError(f"{type(model).__name__} cannot read packed rows: {error}") from error
+        expected = torch.zeros_like(found, dtype=model.dtype)
+        for row, length in enumerate(lengths):
+            alone = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False)
+            expected[row, :length] = alone.logits[0]
+    if not proof.is_rounding(found, expected, batch.attention_mask):
+        apart = proof.difference(found, expected, batch.attention_mask)
+        raise NotExactError(
+            f"{type(model).__name__} is not trained here: the logits of packed rows differ from its own by "
+            f"{apart:.1g} of their size, so that it does something else with hidden states or masks than is known"
+        )
+    _proved.add(name)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows with one sequence each."""
+
+    input_ids: NDArray[np.int64]
+    tree: NDArray[np.int64]
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        return np.tile(np.arange(self.tree.shape[1]), (len(self.tree), 1))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.full_like(self.input_ids, IGNORED)
+
+    def attends(self) -> NDArray[np.bool_]:
+        length = self.tree.shape[1]
+        return np.asarray(np.tri(length, dtype=bool) & (self.tree > 0)[:, None, :])
+
+
+def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) -> torch.Tensor:
+    """Return the load-balancing loss of one layer: 1 when every expert carries the same, more otherwise.
+
+    Switch Transformer's (arXiv 2101.03961, eq. 4) for top-k routing. transformers' own loss pools the layers, so
+    that one layer can collapse as long as another makes up for it, and cannot add up layers of different widths.
+    The experts of a token are those with the highest logits: groups of experts and the correction bias of
+    DeepSeek-V3, which balances without a loss, play no part.
+
+    Args:
+        router_logits: [tokens, experts].
+        top_k: Experts of a token in this layer.
+        real: [tokens]; False for padding, which does not count.
+    """
+    probabilities = router_logits[real].float().softmax(-1)
+    experts = probabilities.shape[-1]
+    chosen = probabilities.detach().topk(min(top_k, experts), dim=-1).indices
+    share = functional.one_hot(chosen, experts).sum(1).float().mean(0) / top_k  # [experts]
+    return experts * (share * probabilities.mean(0)).sum()
+
+
+def _masks(model: PreTrainedModel, batch: Batch) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Who sees whom, as numbers added to the attention [rows, 1, length, length]; by kind of layer where they differ.
+
+    A decoder that is given such a mask uses it in every layer as it is, so that a sliding window must be in it.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if config._attn_implementation not in ("eager", "sdpa") or unknown:
+        raise ValueError(
+            "packed rows need full or sliding attention, loaded with attn_implementation 'eager' or 'sdpa'; "
+            f"this model has {', '.join(sorted(unknown)) or repr(config._attn_implementation)}"
+        )
+
+    def added(allowed: NDArray[np.bool_]) -> torch.Tensor:
+        seen = torch.from_numpy(allowed).to(model.device).unsqueeze(1)
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        return mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
+
+    allowed = batch.attends()
+    window = getattr(config, "sliding_window", None) or 0
+    slides = "sliding_attention" in kinds if kinds else window > 0
+    if not slides or window > batch.positions.max():
+        return added(allowed)
+    here = batch.positions
+    distance = here[:, :, None] - here[:, None, :]  # [rows, length (query), length (key)]
+    near = added(allowed & (distance < window))
+    return {"full_attention": added(allowed), "sliding_attention": near} if kinds else near
+
+
+def _top_ks(model: PreTrainedModel) -> list[int]:
+    """Experts of a token, layer by layer: pruning may have lowered it in some."""
+    found = [
+        module.top_k
+        for name, module in model.named_modules()
+        if name.endswith((".gate", ".router")) and isinstance(getattr(module, "top_k", None), int)
+    ]
+    if not found:
+        raise ValueError(
+            f"balance needs a mixture of experts whose routers say how many experts a token uses, and "
+            f"{type(model).__name__} has none; train it with balance 0"
+        )
+    return found
+
+
+def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a recipe, over the parameters that require a gradient."""
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            routers = any(part in name for part in (".gate.", ".router."))
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not routers
+            (matrices if is_matrix else rest).append(parameter)
+    adamw = {"lr": recipe.learning_rate, "betas": (0.9, 0.98), "eps": 1e-9, "fused": True}
+    if recipe.optimizer == "muon":
+        found: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        ]
+        if rest:  # adapters are all matrices
+            found.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
+        return found
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]  # type: ignore[arg-type]

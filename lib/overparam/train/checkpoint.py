@@ -1,0 +1,95 @@
+"""The state of a training on disk, in safetensors: a run that was killed goes on from it bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from overparam.support import files
+
+_SCHEDULE = ("steps", "decay")  # may change between runs: a longer run goes on where a shorter one ended
+
+
+def find(folder: Path) -> Path | None:
+    """Return the folder of the state: the old one, if a run was killed between two renames."""
+    return next((each for each in (folder, files.set_aside(folder)) if (each / "log.json").exists()), None)
+
+
+def store(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    recipe: Mapping[str, Any],
+    log: Mapping[str, Any],
+) -> None:
+    """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    (temporary / "log.json").write_text(json.dumps({"recipe": recipe, "log": log}))
+    files.replace_folder(temporary, folder)
+
+
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    recipe: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Read the state that `store` left into model and optimizers.
+
+    Args:
+        folder: From `find`.
+        model: Of the same parameters.
+        optimizers: Made in the same way.
+        recipe: Of this run; only its schedule may differ from that of the state.
+
+    Returns:
+        The log, of which ``loss`` holds one value a step.
+
+    Raises:
+        ValueError: A state of another recipe or model, or of more steps.
+    """
+    stored = json.loads((folder / "log.json").read_text())
+    differing = [
+        name
+        for name, value in json.loads(json.dumps(recipe)).items()
+        if stored["recipe"].get(name) != value and name not in _SCHEDULE
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
+        )
+    done, steps = len(stored["log"]["loss"]), recipe["steps"]
+    if done > steps:
+        raise ValueError(f"{folder} holds {done} steps, more than steps = {steps}; use another folder")
+    tensors = load_file(folder / "state.safetensors")
+    shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
+        raise ValueError(f"{folder} was made with a model of other tensors; use another folder")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".", 3)
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    log: dict[str, Any] = stored["log"]
+    return log

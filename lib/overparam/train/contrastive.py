@@ -1,0 +1,328 @@
+"""Supervised contrastive training of a (truncated) encoder with LoRA, through sentence-transformers and peft."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from overparam import models
+from overparam.data.triplets import Triplet
+from overparam.models import blocks
+from overparam.models.reading.recipe import PLAIN, TextRecipe
+from overparam.models.recipe import POOLINGS
+from overparam.support import cache as steps
+from overparam.support import progress
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an encoder is trained; the defaults are L3Prune's (arXiv 2410.14578 and its configs).
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Triplets a step, all from one source.
+        learning_rate: Peak of a linear warm-up and decay.
+        warmup_steps: Steps of the warm-up.
+        lora_rank: Rank r of the adapters.
+        lora_alpha: Their scaling α.
+        lora_dropout: Dropout on their inputs.
+        scale: Factor on the cosine in the loss (1 / temperature).
+        max_length: Tokens of a text.
+        seed: Of the adapters, the dropout and the order of the batches.
+        bf16: Compute in bfloat16.
+        version: Raised by the author of this module when its outcome changes, so that cached adapters are not
+            taken for current ones.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 2e-4
+    warmup_steps: int = 300
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    scale: float = 50.0
+    max_length: int = 512
+    seed: int = 42
+    bf16: bool = False
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained encoder.
+
+    Attributes:
+        encoder: Pooling included; its adapters are merged into the weights.
+        losses: Training loss of every step. Empty when the adapters came from `cache`.
+        seconds: Wall time of the training, as it was when it ran.
+        cached: Whether the adapters came from `cache`.
+    """
+
+    encoder: SentenceTransformer
+    losses: list[float]
+    seconds: float
+    cached: bool
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Names of all linear projections in the blocks of `model`, under the names that they really have.
+
+    Phi-3 fuses query, key and value, and gate and up; a list of Llama's names would miss them without a word.
+    """
+    stack = blocks(model)
+    return [
+        f"{stack.path}.{name}"
+        for name, module in stack.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    recipe: Recipe,
+    *,
+    pooling: str = "weighted_mean",
+    instruction: str | None = None,
+    text_recipe: TextRecipe = PLAIN,
+    cache: Path | None = None,
+    identity: str = "",
+    label: str = "training",
+) -> Trained:
+    """Train `model` to bring queries to their positives, away from in-batch and hard negatives.
+
+    Args:
+        model: A text encoder or a decoder without its head, truncated or not. It is not changed.
+        tokenizer: Its tokenizer.
+        triplets: Training triplets with a ``source``; every batch comes from one source.
+        recipe: See `Recipe`.
+        pooling: See `depth.layer_embeddings`.
+        instruction: Put before queries, instead of what the triplets say.
+        text_recipe: How texts are put to the model and pooled. With `depth.PUBLISHED`, each triplet's instructions
+            and the chat template stand around its texts; no module of sentence-transformers pools that way, so that
+            such an encoder is used with `depth.layer_embeddings`, and its model saved as a folder of transformers.
+        cache: Folder where adapters are kept; a run with the same model, triplets and recipe takes them from there.
+        identity: What identifies the weights of `model`, for the cache.
+        label: Name of the step in the progress display.
+
+    Raises:
+        ValueError: If a source has fewer triplets than a batch.
+        FloatingPointError: If the loss is not finite; says at which step.
+    """
+    if text_recipe != PLAIN:
+        from overparam.models.reading.pooling import marked
+
+        triplets = [marked(triplet, text_recipe, instruction) for triplet in triplets]
+        instruction = None
+    sources = _by_source(triplets, recipe.batch_size)
+    encoder = as_sentence_transformer(
+        model, tokenizer, pooling=pooling, max_length=recipe.max_length, text_recipe=text_recipe
+    )
+    if cache is None:
+        losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
+        encoder[0].model = encoder[0].model.merge_and_unload()
+        return Trained(encoder.eval(), losses, seconds, cached=False)
+    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity, text_recipe)
+    with steps.using(stored):
+        found = stored.exists()
+        if found:
+            from peft import PeftModel
+
+            report = json.loads((stored / "training.json").read_text())
+            encoder[0].model = PeftModel.from_pretrained(encoder[0].model, stored)
+        else:
+            losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
+            report = {"losses": losses, "seconds": seconds, "recipe": asdict(recipe)}
+            with steps.making(stored) as folder:
+                encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
+                (folder / "training.json").write_text(json.dumps(report))
+    encoder[0].model = encoder[0].model.merge_and_unload()
+    return Trained(encoder.eval(), report["losses"], report["seconds"], cached=found)
+
+
+def _adapt(
+    encoder: SentenceTransformer,
+    sources: dict[str, list[Triplet]],
+    recipe: Recipe,
+    instruction: str | None,
+    label: str,
+) -> tuple[list[float], float]:
+    """Give the encoder adapters and train them; return the losses and the seconds."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        bias="none",
+        target_modules=lora_targets(encoder[0].model),
+    )
+    encoder[0].model = get_peft_model(encoder[0].model, config)
+    started = time.perf_counter()
+    losses = _fit(encoder, sources, recipe, instruction, label)
+    return losses, time.perf_counter() - started
+
+
+def as_sentence_transformer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pooling: str = "weighted_mean",
+    max_length: int = 512,
+    text_recipe: TextRecipe = PLAIN,
+) -> SentenceTransformer:
+    """Wrap a copy of `model` as a SentenceTransformer with the pooling that `depth.layer_embeddings` uses.
+
+    Only with the plain recipe is it made of the modules of sentence-transformers, and can be saved for others.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    from overparam.models.reading.pooling import Reader, TextPooling
+
+    plain = text_recipe == PLAIN
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder, models.quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        kind = Transformer if plain else Reader
+        transformer = kind(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
+    del transformer.model  # a reload may add a pooler, which nothing reads
+    transformer.model = copy.deepcopy(model)
+    transformer.tokenizer.padding_side = "right"
+    if transformer.tokenizer.pad_token is None:
+        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+    width = model.config.get_text_config().hidden_size
+    pool = (Pooling if plain else TextPooling)(width, POOLINGS[pooling], include_prompt=False)
+    if not plain:
+        transformer.text_recipe = pool.text_recipe = text_recipe
+        pool.pooling = pooling
+    return SentenceTransformer(modules=[transformer, pool], device=str(model.device))
+
+
+def _by_source(triplets: Sequence[Triplet], batch_size: int) -> dict[str, list[Triplet]]:
+    sources: dict[str, list[Triplet]] = {}
+    for triplet in triplets:
+        sources.setdefault(triplet.source, []).append(triplet)
+    for source, members in sources.items():
+        if len(members) < batch_size:
+            raise ValueError(
+                f"source {source!r} has {len(members)} triplets, a batch of one source needs {batch_size}; "
+                "take more triplets or a smaller batch"
+            )
+    if not sources:
+        raise ValueError("there are no training triplets")
+    return sources
+
+
+def _fit(
+    encoder: SentenceTransformer,
+    sources: dict[str, list[Triplet]],
+    recipe: Recipe,
+    instruction: str | None,
+    label: str,
+) -> list[float]:
+    from datasets import Dataset, DatasetDict
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    columns = DatasetDict(
+        {
+            source: Dataset.from_dict(
+                {
+                    "query": [t.query for t in members],
+                    "positive": [t.positive for t in members],
+                    "negative": [t.negative for t in members],
+                }
+            )
+            for source, members in sources.items()
+        }
+    )
+    watcher = _Watcher(recipe.steps, label)
+    encoder.model_card_data.set_widget_examples = lambda _: None  # they take seconds, and nobody reads them
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            lr_scheduler_type="linear",
+            bf16=recipe.bf16,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            multi_dataset_batch_sampler="proportional",
+            prompts={"query": f"{instruction} "} if instruction else None,
+            dataloader_drop_last=True,
+            save_strategy="no",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=str(encoder.device) == "cpu",
+        )
+        trainer = SentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=columns,
+            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return watcher.losses
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Feeds the progress display, keeps the losses, and stops at a loss that is not finite."""
+
+    def __init__(self, steps: int, label: str) -> None:
+        self.losses: list[float] = []
+        self._steps: Iterator[int] = iter(progress.track(range(steps), label))
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        next(self._steps)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        next(self._steps, None)
+
+    def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float] | None = None, **___: Any) -> None:
+        if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise FloatingPointError(f"the training loss is {logs['loss']} at step {state.global_step}")
+            self.losses.append(float(logs["loss"]))
+
+
+def _key(
+    model: PreTrainedModel,
+    triplets: Sequence[Triplet],
+    recipe: Recipe,
+    pooling: str,
+    instruction: str | None,
+    identity: str,
+    text_recipe: TextRecipe,
+) -> str:
+    digest = hashlib.sha256()
+    own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
+    for part in (identity, len(blocks(model).layers), asdict(recipe), pooling, instruction, *own):
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    for t in triplets:
+        digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())
+    return digest.hexdigest()[:24]
