@@ -43,7 +43,7 @@ def test_an_ambiguous_figure_is_asked_for_by_slug(results, capsys):
         ValueError, match="2 records have the figure fig:layers-loss: name one, fig:layers-loss@small or"
     ):
         citing.find(found, "fig:layers-loss")
-    with pytest.raises(ValueError, match="did you mean .fig:layers-loss"):
+    with pytest.raises(ValueError, match="did you mean 'fig:layers-loss"):
         citing.find(found, "fig:layer-loss")
     assert commands.main(["cite", "layers-loss@tiny", "--results", str(results)], ROOT) == 0
     printed = capsys.readouterr().out
