@@ -6,6 +6,7 @@
     python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster
     python run_all.py report [PATH]                 README's table, REPORT.md and the gallery from results
     python run_all.py verify [PATH]                 is every file of a results folder what its record says?
+    python run_all.py redraw [PATH]                 every figure and verdict anew, without measuring; --style FILE
     python run_all.py compare A B                   which quality metrics of two results folders agree
     python run_all.py cite FIGURE                   BibTeX and a caption
 
@@ -30,7 +31,7 @@ from overparam.runner.pool import Local, Pool
 from overparam.support import cache
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("report", "verify", "compare", "cite")
+COMMANDS = ("report", "verify", "redraw", "compare", "cite")
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:

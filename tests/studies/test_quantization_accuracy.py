@@ -81,10 +81,10 @@ def test_an_encoder_from_end_to_end(begin):
     sizes = by_scheme.set_index("scheme")["disk_bytes"]
     assert sizes["torchao-int8"] < sizes["fp32"]
     assert (by_scheme["resident_bytes"] > 0).all()
-    shares = study.as_quantized.set_index("scheme")["quantized_share"]
+    shares = steps.as_quantized(study).set_index("scheme")["quantized_share"]
     assert shares["openvino-int8"] == pytest.approx(100)
     assert shares["torchao-int8"] == pytest.approx(64, abs=1)  # embedding tables stay
-    assert set(study.as_quantized["computes_in"]) == {"float32"}
+    assert set(steps.as_quantized(study)["computes_in"]) == {"float32"}
     assert by_scheme["computes_in"].str.startswith(("float32", "bfloat16")).all()
     claims = verdicts.verdicts(study, found, curve, trained, by_scheme, faster)
     ids = {claim.id for claim in claims}
@@ -133,7 +133,7 @@ def test_schemes_that_do_not_reach_experts_are_listed_before_long_work(begin, tm
     trained = training.train(study)
     assert trained.table.empty
     assert plots.plot_training(study, trained) is None
-    as_quantized = study.as_quantized.set_index("scheme")
+    as_quantized = steps.as_quantized(study).set_index("scheme")
     assert as_quantized.loc["bf16", ["computes_in", "cache_in", "quantized_share"]].tolist() == [
         "bfloat16",
         "bfloat16",

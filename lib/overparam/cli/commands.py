@@ -1,23 +1,31 @@
-"""The commands of ``run_all.py`` that read results and run no model: report, verify, compare and cite."""
+"""The commands of ``run_all.py`` that read results and run no model: report, verify, redraw, compare and cite."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
+import os
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from overparam.publish import citing, compare, crate, inventory, pages, readme, verify
+from overparam.record import figures, record
 from overparam.record.record import Record
-from overparam.runner import execute, notebook
-from overparam.runner.plan import STUDIES, Profile, plan
+from overparam.runner import code, execute
+from overparam.runner.job import Job
+from overparam.runner.plan import STUDIES, Profile, drawing_parts, plan
+from overparam.runner.pool import Local
 from overparam.studies import claims
+from overparam.support.files import digest
 
 OK, FAILED = 0, 1
 
@@ -37,6 +45,8 @@ def main(arguments: Sequence[str], root: Path) -> int:
         return report(args.results, root)
     if args.command == "verify":
         return check(args.path, root)
+    if args.command == "redraw":
+        return redraw(args.path, args.style, root)
     if args.command == "compare":
         return compare_folders(args.a, args.b)
     return cite(args.figure, args.results, root)
@@ -85,6 +95,56 @@ def check(results: Path, root: Path) -> int:
     return FAILED if wrong else OK
 
 
+def redraw(path: Path, style: Path | None, root: Path) -> int:
+    """Draw and judge anew what records hold, without measuring; return 1 when a record could not be drawn."""
+    if style is not None:
+        figures.read_style(style)
+        os.environ["OVERPARAM_STYLE"] = str(style.resolve())
+    inside = [record.load(path)] if (path / record.FILE_NAME).is_file() else record.find(path)
+    if not inside:
+        raise ValueError(f"no records in {path}: there is nothing to draw")
+    jobs, left_out = [], []
+    for one in inside:
+        try:
+            jobs.append(_drawing_job(one, style, root))
+        except ValueError as error:
+            left_out.append(f"{one.study}/{one.slug}  left out: {error}")
+    print("\n".join(left_out), file=sys.stderr)
+    outcomes = execute.run(jobs, pool=partial(Local, 2))
+    print(f"\n{execute.summary(outcomes)}")
+    return FAILED if left_out else execute.exit_code(outcomes)
+
+
+def _drawing_job(one: Record, style: Path | None, root: Path) -> Job:
+    assert one.path is not None
+    notebook = next((root / "notebooks").glob(f"[0-9]*_{one.study}.ipynb"), None)
+    if notebook is None:
+        raise ValueError(f"there is no notebook of {one.study}")
+    if not (one.path.parent / record.STEPS_NAME).is_file():
+        raise ValueError(
+            f"it keeps nothing of what its steps returned, as older records do; measure again: {one.command}"
+        )
+    module = f"{STUDIES}.{one.study}"
+    drawing = drawing_parts(code.reached(notebook, module), _params(one))
+    if style is not None:
+        drawing["style"] = hashlib.sha256(style.read_bytes()).hexdigest()
+    return Job(
+        study=one.study,
+        slug=one.slug,
+        notebook=notebook,
+        params=one.params,
+        profile=one.profile,
+        key=one.key,
+        parts=one.provenance["key"],
+        directory=one.path.parent,
+        command=one.command,
+        state="to redraw",
+        reason="forced",
+        drawing={"key": digest(drawing), **drawing},
+        module=module,
+    )
+
+
 def compare_folders(a: Path, b: Path) -> int:
     """Print the comparison of two results folders; return 1 when a quality metric differs."""
     left, right = inventory.take(a), inventory.take(b)
@@ -107,27 +167,33 @@ def cite(name: str, results: Path, root: Path) -> int:
     return OK
 
 
-def changed_since(record: Record, root: Path) -> list[str]:
+def changed_since(one: Record, root: Path) -> list[str]:
     """Which code, notebook or inputs a record was made with that are others today."""
-    before = record.provenance.get("key", {})
-    path = next((root / "notebooks").glob(f"[0-9]*_{record.study}.ipynb"), None)
+    before = one.provenance.get("key", {})
+    path = next((root / "notebooks").glob(f"[0-9]*_{one.study}.ipynb"), None)
     if path is None:
-        return [f"there is no notebook of {record.study}"]
+        return [f"there is no notebook of {one.study}"]
     changed = []
+    if "modules" in before and "drawing" not in one.provenance:
+        return ["an older version, with one key for code that measures and code that draws"]
     if "modules" in before:  # a study whose key holds no code has none
-        if before.get("notebook") != notebook.source_hash(path):
+        reached = code.reached(path, f"{STUDIES}.{one.study}")
+        if before.get("notebook") != reached.notebook_measuring:
             changed.append("notebook")
-        now = notebook.reachable_modules(path, f"{STUDIES}.{record.study}")
-        then = before["modules"]
+        now, then = reached.measuring, before["modules"]
         changed += sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
     try:
-        params: BaseModel = importlib.import_module(f"{STUDIES}.{record.study}").Params.model_validate_json(
-            json.dumps(record.params)
-        )
+        params = _params(one)
     except (ImportError, ValidationError):
         return [*changed, "parameters"]
     inputs: dict[str, str] = getattr(params, "key_inputs", dict)()
     return changed + [name for name, sha in inputs.items() if before.get("inputs", {}).get(name) != sha]
+
+
+def _params(one: Record) -> BaseModel:
+    module = importlib.import_module(f"{STUDIES}.{one.study}")
+    params: BaseModel = module.Params.model_validate_json(json.dumps(one.params))
+    return params
 
 
 def _summarise(results: Path, root: Path) -> None:
@@ -165,6 +231,16 @@ def _parser(root: Path) -> argparse.ArgumentParser:
     checked.add_argument(
         "path", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"
     )
+    drawn = commands.add_parser("redraw", help="every figure, verdict and notebook anew, without measuring")
+    drawn.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        default=reference,
+        metavar="PATH",
+        help="a results folder or a record's; default: results/reference",
+    )
+    drawn.add_argument("--style", type=Path, metavar="FILE.mplstyle", help="of matplotlib, for all figures")
     compared = commands.add_parser("compare", help="which quality metrics of two results folders agree")
     compared.add_argument("a", type=Path, metavar="RESULTS_A")
     compared.add_argument("b", type=Path, metavar="RESULTS_B")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -48,6 +52,7 @@ _RC: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "errorbar.capsize": 2,
 }
+_SIZES = ("figure.figsize", "figure.dpi", "savefig.dpi", "savefig.bbox", "figure.constrained_layout.use")
 _SAVE_RC: dict[Any, Any] = {"pdf.fonttype": 42, "savefig.dpi": 300, "savefig.bbox": None}
 
 
@@ -64,7 +69,38 @@ def _known(settings: dict[Any, Any]) -> Iterator[None]:
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(settings)
+        if own := os.environ.get("OVERPARAM_STYLE"):
+            mpl.rcParams.update(read_style(Path(own)))
         yield
+
+
+def read_style(path: Path) -> dict[Any, Any]:
+    """Return the settings of a matplotlib style file.
+
+    Raises:
+        ValueError: for a file that is missing or no style, or one that changes sizes, on which layouts rely.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no style file {path}")
+    with warnings.catch_warnings(record=True) as said, mpl.rc_context():
+        warnings.simplefilter("always")
+        messages = io.StringIO()
+        handler = logging.StreamHandler(messages)
+        logging.getLogger("matplotlib").addHandler(handler)
+        try:
+            settings: dict[Any, Any] = dict(mpl.rc_params_from_file(path, use_default_template=False))
+        finally:
+            logging.getLogger("matplotlib").removeHandler(handler)
+    problems = [*messages.getvalue().splitlines(), *(str(each.message) for each in said)]
+    if problems or not settings:
+        raise ValueError(
+            f"{path} is no matplotlib style file: {problems[0] if problems else 'it sets nothing'}"
+        )
+    if sizes := [name for name in settings if name in _SIZES]:
+        raise ValueError(
+            f"{path} changes sizes, which the figures' layouts rely on: take out {', '.join(sizes)}"
+        )
+    return settings
 
 
 def legend_above(figure: MplFigure) -> None:

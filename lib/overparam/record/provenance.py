@@ -30,7 +30,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # They choose instructions, and so the last bits of numbers.
 _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
                  "OPENBLAS_CORETYPE", "OMP_WAIT_POLICY")  # fmt: skip
-_CHANNELS = tuple(f"OVERPARAM_{name}" for name in ("JOB_DIR", "JOB_KEY", "COMMAND", "PROGRESS", "PROFILE"))
+_CHANNELS = tuple(
+    f"OVERPARAM_{name}"
+    for name in ("JOB_DIR", "JOB_KEY", "COMMAND", "PROGRESS", "PROFILE", "REPLAY", "STYLE")
+)
 
 
 def provenance() -> dict[str, Any]:

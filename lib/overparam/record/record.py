@@ -14,14 +14,15 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from overparam.record.claims import Claim
-from overparam.record.provenance import machine, provenance
+from overparam.record.provenance import git_state, machine, provenance
 from overparam.record.stats import Estimate
 from overparam.support.files import digest, replace_folder, write_atomic
 
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+T = TypeVar("T")
 SCHEMA = 1
+STEPS_NAME = "steps.json.gz"  # what the steps returned
 FILE_NAME = "record.json"
 NOTEBOOK_NAME = "executed.ipynb"
 SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
@@ -80,7 +83,7 @@ class Record:
         slug: Short name of the parameter set; first part of the folder's name.
         profile: Profile that it belongs to, or "interactive".
         params: The validated parameters.
-        key: Identity of the run: hash over notebook, reachable code, parameters and inputs.
+        key: Identity of what was measured: hash over the code that measures, parameters and inputs.
         status: "complete"; nothing else is ever stored.
         command: One shell line that runs this job again.
         started: UTC time, ISO 8601.
@@ -139,6 +142,64 @@ class Recorder:
         self._final = final
         self._kept: list[pd.DataFrame] = []
         self._clock = time.monotonic()
+        self._returned: dict[str, Any] = {}  # what each step returned, as `steps` encodes it
+        self._replayed: dict[str, Any] | None = None
+        self._called: Counter[str] = Counter()
+        self._inside = False
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps return what they returned when the job was measured, and nothing is measured."""
+        return self._replayed is not None
+
+    def step(self, name: str, make: Callable[[], T]) -> T:
+        """Return what `make` returns, and keep it with the record; when figures are drawn anew, what was kept.
+
+        Args:
+            name: Of the step; one that is called again gets a number.
+            make: Measures. A step inside of another is part of that one.
+
+        Raises:
+            ValueError: when figures are drawn anew and the record has no such step.
+        """
+        if self._inside:
+            return make()
+        self._called[name] += 1
+        name = name if self._called[name] == 1 else f"{name} {self._called[name]}"
+        if self._replayed is not None:
+            if name not in self._replayed:
+                raise ValueError(
+                    f"the record holds no step {name!r}, which the notebook now asks for: measure it again with "
+                    f"`{self.record.command} --force`"
+                )
+            found: T = self._replayed[name]
+            return found
+        self._inside = True
+        try:
+            made = make()
+        finally:
+            self._inside = False
+        from overparam.record import steps  # loads pandas, which the runner does without
+
+        self._returned[name] = steps.encode(made, self)
+        return made
+
+    def replay(self) -> None:
+        """Let steps return what the record's folder says that they returned; figures and claims are made anew.
+
+        Raises:
+            ValueError: when the record keeps nothing of its steps, as older ones do, or it cannot be read.
+        """
+        from overparam.record import steps
+
+        path = self.directory / STEPS_NAME
+        if not path.is_file():
+            raise ValueError(
+                "the record keeps nothing of what its steps returned, as those of older versions do: its figures can "
+                f"be drawn anew once it was measured again: `{self.record.command}`"
+            )
+        self._replayed = steps.load(path.read_bytes(), self)
+        self.record.figures, self.record.claims = [], []
 
     def metric(self, name: str, value: Estimate | float, unit: str = "") -> None:
         """Record a number or an estimate under a name; the same name again replaces it."""
@@ -166,6 +227,8 @@ class Recorder:
         """
         import pandas as pd
 
+        if self.replays:
+            return
         scores = {f"value_{k}": column.astype("float32") for k, column in enumerate(values.T)}
         self._kept.append(pd.DataFrame({**columns, "item": range(len(values))} | scores))
 
@@ -224,6 +287,14 @@ class Recorder:
             kept = pd.concat(self._kept, ignore_index=True)
             names = [name for name, column in kept.items() if pd.api.types.is_string_dtype(column)]
             self.items("items", kept.astype(dict.fromkeys(names, "category")))
+        if self.replays:
+            write(self.record, self.directory)
+            self.record.path = self.directory / FILE_NAME
+            return self.record.path
+        if self._returned:
+            from overparam.record import steps
+
+            self.artifact(STEPS_NAME, steps.dump(self._returned))
         self.record.seconds = round(time.monotonic() - self._clock, 3)
         if proofs := sys.modules.get("overparam.models.proof"):  # loaded where a study has models
             self.record.provenance["proof_seconds"] = round(proofs.seconds(), 3)
@@ -260,6 +331,8 @@ def start(
             ``results/scratch/<study>/<slug>-<key8>``. A folder that is there is replaced at the end, not
             before.
     """
+    if recorder := resumed():
+        return recorder
     inputs = dict(inputs or {})
     key = (
         key
@@ -291,8 +364,23 @@ def start(
     return Recorder(record, working, final)
 
 
+def resumed() -> Recorder | None:
+    """Return the recorder of a job of which only figures, claims and notebook are made anew, or None."""
+    if not os.environ.get("OVERPARAM_REPLAY"):
+        return None
+    directory = Path(os.environ["OVERPARAM_JOB_DIR"])
+    recorder = Recorder(load(directory), directory, None)
+    recorder.replay()
+    return recorder
+
+
 def seal(
-    directory: Path, notebook: bytes, *, slug: str | None = None, key_parts: Mapping[str, Any] | None = None
+    directory: Path,
+    notebook: bytes,
+    *,
+    slug: str | None = None,
+    key_parts: Mapping[str, Any] | None = None,
+    drawing: Mapping[str, Any] | None = None,
 ) -> Record:
     """Add the executed notebook to a finished record, and write ``record.json`` again as the last file.
 
@@ -301,6 +389,7 @@ def seal(
         notebook: The executed notebook, written as ``executed.ipynb``.
         slug: The batch runner's name of the parameter set.
         key_parts: What the key was made from; kept in the provenance under "key".
+        drawing: The drawing key, as "key", and what it was made from; kept under "drawing" with the code's version.
 
     Raises:
         FileNotFoundError: when the job left no record.
@@ -312,6 +401,8 @@ def seal(
     record.slug = slug or record.slug
     if key_parts is not None:
         record.provenance["key"] = dict(key_parts)
+    if drawing is not None:
+        record.provenance["drawing"] = {**drawing, "git": git_state(Path(__file__).parent)}
     write(record, directory)
     if found := problems(record):
         raise ValueError("; ".join(found))

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from overparam.record import record
+from overparam.runner import code, settings, state
 from overparam.runner import notebook as notebooks
-from overparam.runner import settings, state
 from overparam.runner.job import Job
 from overparam.support import files, progress
 
@@ -115,6 +115,9 @@ def _locked(
             shutil.rmtree(job.partial)
         job.partial.mkdir(parents=True)
         _same_code(job)
+        if job.state == "to redraw":
+            _take_measured(job)
+            environment |= {"OVERPARAM_REPLAY": "1"}
         _execute(job, environment, token, family)
         _seal(job)
         family.hurry = True  # from here on the job is done: a signal comes too late
@@ -139,18 +142,30 @@ def _finished_meanwhile(job: Job) -> bool:
         found = record.load(job.directory)
     except (FileNotFoundError, ValueError):
         return False
-    return found.key == job.key and not record.problems(found)
+    drawn = found.provenance.get("drawing", {}).get("key") == job.drawing.get("key")
+    return found.key == job.key and drawn and not record.problems(found)
+
+
+def _take_measured(job: Job) -> None:
+    """Copy what was measured; figures, claims and the notebook are made from it anew."""
+    measured = record.load(job.directory)
+    drawn = {name for figure in measured.figures for name in figure.files} | {record.NOTEBOOK_NAME}
+    measured.figures, measured.claims, measured.notebook = [], [], None
+    for name in measured.files().keys() - drawn:
+        shutil.copyfile(job.directory / name, job.partial / name)
+    record.write(measured, job.partial)
 
 
 def _same_code(job: Job) -> None:
     """Refuse to run other code than that which the key stands for: edited since, or a worker's own."""
-    if "modules" not in job.parts:
-        return
-    now = {
-        "notebook": notebooks.source_hash(job.notebook),
-        "modules": notebooks.reachable_modules(job.notebook, job.module),
-    }
-    if changed := state.changes(job.parts, {**job.parts, **now}):
+    code.forget()
+    reached = code.reached(job.notebook, job.module)
+    drawing = {"notebook": reached.notebook_drawing, "modules": reached.drawing}
+    changed = state.changes(job.drawing, {**job.drawing, **drawing})
+    if "modules" in job.parts and job.state != "to redraw":
+        now = {"notebook": reached.notebook_measuring, "modules": reached.measuring}
+        changed |= state.changes(job.parts, {**job.parts, **now})
+    if changed:
         what = "; ".join(f"{part} {', '.join(names)}".strip() for part, names in changed.items())
         raise JobError(f"the code here is not what the plan was made with: {what}; run again to plan anew")
 
@@ -244,7 +259,9 @@ def _seal(job: Job) -> None:
     if left.params != job.params:
         raise JobError(f"the record's parameters are not the job's: {left.params} instead of {job.params}")
     text = (job.partial / record.NOTEBOOK_NAME).read_text(encoding="utf-8")
-    record.seal(job.partial, scrub(text, job).encode(), slug=job.slug, key_parts=job.parts)
+    record.seal(
+        job.partial, scrub(text, job).encode(), slug=job.slug, key_parts=job.parts, drawing=job.drawing
+    )
 
 
 def scrub(text: str, job: Job) -> str:

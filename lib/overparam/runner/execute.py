@@ -69,7 +69,7 @@ def run(
         BadInput: when the results folder cannot be written, or the pool cannot run a job; nothing was run then.
     """
     freed = _freed([job for job in jobs if job.state == "running elsewhere"])
-    due = [job for job in jobs if job.state == "due" or job in freed]
+    due = [job for job in jobs if job.state in ("due", "to redraw") or job in freed]
     for job in jobs:
         if job.state == "up to date":  # a run that was killed as it ended may have left what this replaced
             for old in state.replaced(job.directory, job.slug):
@@ -145,7 +145,7 @@ class _Run:
                 "done" in endings.values() and self._replan is not None
             ):  # what it reads is new, and so is its key
                 job = next(each for each in self._replan() if each.name == job.name)
-                if job.state != "due":
+                if job.state not in ("due", "to redraw"):
                     self._ended[job.name] = _as_planned(job)
                     continue
             self._submit(job)
@@ -157,7 +157,8 @@ class _Run:
     def _submit(self, job: Job) -> None:
         self._attempts[job.name] += 1
         token = f"{self._id}-{job.name}-{self._attempts[job.name]}"
-        self._display.submitted(self._titles[job.name], token, job.beside("progress"), job.expected)
+        expected = job.expected if job.state == "due" else None
+        self._display.submitted(self._titles[job.name], token, job.beside("progress"), expected)
         self._running[self._pool.submit(job, token, self._timeout)] = (job, token)
 
     def _collect(self, done: set[Future[Answer]], *, stopped: bool = False) -> None:
@@ -212,9 +213,9 @@ def _freed(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _as_planned(job: Job) -> Outcome:
-    message = str(job.directory / record.FILE_NAME) if job.state == "up to date" else job.reason
-    assert job.state != "due"
-    return Outcome(job, job.state, 0.0, message)
+    if job.state == "up to date":
+        return Outcome(job, "up to date", 0.0, str(job.directory / record.FILE_NAME))
+    return Outcome(job, "running elsewhere", 0.0, job.reason)
 
 
 def _check_writable(folder: Path) -> None:

@@ -23,9 +23,11 @@ class Job:
         profile: Name of the profile.
         key: Identity of the run.
         parts: What the key was made from: hashes by name, and the parameters.
+        drawing: The drawing key, as "key", and what it was made from.
         directory: Folder of the finished record.
         command: One shell line that runs this job again.
-        state: Whether a finished record with this key is there, or another process is making it.
+        state: Whether a finished record with this key is there, and drawn as its code says today, or another process
+            is making it.
         reason: Why it is due, in a few words, or empty.
         module: Full name of the study's module.
         changes: What differs from the last record: part of the key → names.
@@ -45,6 +47,7 @@ class Job:
     command: str
     state: State
     reason: str
+    drawing: dict[str, Any] = field(default_factory=dict, repr=False)
     module: str = ""
     changes: Changes = field(default_factory=dict, repr=False)
     resources: dict[str, float] = field(default_factory=dict)

@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from overparam.runner import notebook as notebooks
-from overparam.runner import order, state
+from overparam.runner import code, order, state
 from overparam.runner.errors import BadInput
 from overparam.runner.job import Job
+from overparam.runner.state import Keys
 from overparam.runner.validate import parameter_sets, problem_lines
-from overparam.support import files
 from overparam.support.suggest import hint
 
 PROFILES = Path(__file__).parents[1] / "profiles"
@@ -90,12 +89,14 @@ def plan(
         studies_package: Package with one light module or package a study, each with its ``Params``. Where that has
             a class variable ``code_in_key = False``, neither code nor notebook is part of its keys: a run of hours
             is made again when a parameter changes, one of which says what version of the recipe it is. Its methods
-            ``slug()``, ``key_inputs()`` (name → hash), ``resources()`` (such as {"GPU": 1}) and ``needs()``
+            ``slug()``, ``key_inputs()`` (name → hash, of what is measured), ``drawing_inputs()`` (the same, of what
+            judges it), ``resources()`` (such as {"GPU": 1}) and ``needs()``
             (study → what of its outcome is missing, or "") are asked where they are there.
 
     Raises:
         BadInput: with a line for each problem found.
     """
+    code.forget()
     root = Path(results) if results is not None else notebooks_dir.parent / "results" / profile.name
     found = {
         m[1]: path
@@ -137,6 +138,12 @@ def plan(
         replace(job, state="due", reason="forced") if force and job.state != "running elsewhere" else job
         for job in jobs
     ]
+
+
+def drawing_parts(reached: code.Reached, params: BaseModel) -> dict[str, Any]:
+    """Return what a drawing key is made from: the notebook, the code that draws and judges, and the claims."""
+    judged: dict[str, str] = getattr(params, "drawing_inputs", dict)()
+    return {"notebook": reached.notebook_drawing, "modules": reached.drawing, "inputs": judged}
 
 
 def describe(jobs: Sequence[Job]) -> str:
@@ -186,30 +193,32 @@ def _jobs(
     inputs: dict[str, str],
     overrides: Sequence[str],
 ) -> list[Job]:
-    code: dict[str, Any] = {}
+    reached = code.reached(notebook, module)
+    measuring: dict[str, Any] = {}
     if all(getattr(params, "code_in_key", True) for params, _ in valid):
-        code = {
-            "notebook": notebooks.source_hash(notebook),
-            "modules": notebooks.reachable_modules(notebook, module),
-        }
+        measuring = {"notebook": reached.notebook_measuring, "modules": reached.measuring}
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
     found = state.find(root / study)
     jobs = []
     for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
         own: dict[str, str] = getattr(validated, "key_inputs", dict)()
-        parts = {**code, "params": params, "inputs": {**inputs, **own}}
-        key = files.digest(parts)
-        directory = root / study / f"{slug}-{key[:8]}"
+        keys = Keys(
+            {**measuring, "params": params, "inputs": {**inputs, **own}}, drawing_parts(reached, validated)
+        )
+        directory = root / study / f"{slug}-{keys.key[:8]}"
         target = f"{study}/{slug}" if len(valid) > 1 else study
         words = ["python run_all.py --profile", shlex.quote(_shown(profile)), "--only", target]
         command = " ".join([*words, *(f"--set {text}" for text in sets)])
-        now = state.of(key, parts, slug, directory, state.lock_of(directory), found)
-        job = Job(study, slug, notebook, params, profile.name, key, parts, directory, command, *now[:2])
+        now = state.of(keys, slug, directory, state.lock_of(directory), found)
+        job = Job(
+            study, slug, notebook, params, profile.name, keys.key, keys.parts, directory, command, *now[:2]
+        )
         took = [(one.started, one.seconds) for one in found.records if one.slug == slug]
         jobs.append(
             replace(
                 job,
                 module=module,
+                drawing={"key": keys.drawing, **keys.drawing_parts},
                 changes=now[2],
                 resources=dict(getattr(validated, "resources", dict)()),
                 needs=dict(getattr(validated, "needs", dict)()),

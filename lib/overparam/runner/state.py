@@ -12,11 +12,30 @@ from filelock import FileLock, Timeout
 
 from overparam.record import record
 from overparam.runner.errors import BadInput
+from overparam.support.files import digest
 
-State = Literal["up to date", "due", "running elsewhere"]
+State = Literal["up to date", "to redraw", "due", "running elsewhere"]
 Changes = dict[str, list[str]]  # part of the key -> what of it differs; "notebook" has no more to say
 _PARTS = {"modules": "code", "params": "parameters", "inputs": "data"}  # of a key -> the user's word
 _SHOWN = 4  # names of what changed in a table
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A job's two keys and what they were made from: of what is measured, and of how it is drawn and judged."""
+
+    parts: dict[str, Any]
+    drawing_parts: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash over code that measures, parameters and inputs: another one is another run."""
+        return digest(self.parts)
+
+    @property
+    def drawing(self) -> str:
+        """Hash over the notebook, the code that draws and judges, and the claims: another one needs no new run."""
+        return digest(self.drawing_parts)
 
 
 @dataclass(frozen=True)
@@ -46,14 +65,11 @@ def find(folder: Path) -> Found:
     return found
 
 
-def of(
-    key: str, parts: Mapping[str, Any], slug: str, directory: Path, lock: Path, found: Found
-) -> tuple[State, str, Changes]:
+def of(keys: Keys, slug: str, directory: Path, lock: Path, found: Found) -> tuple[State, str, Changes]:
     """Return a job's state, the reason in a few words, and what changed since its last record, in full.
 
     Args:
-        key: Identity of the run.
-        parts: What the key was made from.
+        keys: Of the job.
         slug: Short name of the parameter set.
         directory: Where its record is, or will be.
         lock: Held by the process that runs it.
@@ -62,21 +78,37 @@ def of(
     if held(lock):
         return "running elsewhere", "another process is running it", {}
     for one in found.records:
-        if one.key == key and one.path is not None and one.path.parent == directory:
-            damage = record.problems(one)
-            return ("due", f"damaged: {damage[0]}", {}) if damage else ("up to date", "", {})
+        if one.key == keys.key and one.path is not None and one.path.parent == directory:
+            if damage := record.problems(one):
+                return "due", f"damaged: {damage[0]}", {}
+            return _drawn(one, keys)
     if directory in found.broken:
         return "due", f"damaged: {found.broken[directory]}", {}
     alike = [one for one in found.records if one.slug == slug]
     changed: Changes = {}
     if alike:
         newest = max(alike, key=lambda one: one.started)
-        changed = changes(newest.provenance.get("key", {}), parts)
+        changed = changes(newest.provenance.get("key", {}), keys.parts)
     if (why := failure(directory)) is not None:
         return "due", f"failed last time{why and ': '}{why}", changed
     if not alike:
         return "due", "missing", {}
     return "due", "; ".join(_short(what, names) for what, names in changed.items()) or "changed", changed
+
+
+def _drawn(one: record.Record, keys: Keys) -> tuple[State, str, Changes]:
+    """Whether a record that is measured is drawn as its code says today; an older one has no drawing key."""
+    before = one.provenance.get("drawing")
+    if before is None or before["key"] == keys.drawing:
+        return "up to date", "", {}
+    changed = changes(before, keys.drawing_parts)
+    if record.STEPS_NAME not in one.artifacts:  # nothing to draw from: a study whose steps take no time
+        return "due", "; ".join(_short(what, names) for what, names in changed.items()) or "changed", changed
+    return (
+        "to redraw",
+        "; ".join(_short(what, names) for what, names in changed.items()) or "changed",
+        changed,
+    )
 
 
 def held(lock: Path) -> bool:

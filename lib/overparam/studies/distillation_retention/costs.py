@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress.distill import encoders
+from overparam.experiment.study import step
 from overparam.measure import disk, energy, speed
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import Students
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+@step
 def costs(study: Study, students: Students) -> tuple[pd.DataFrame, dict[float, stats.Estimate]]:
     """Measure the teacher and every distilled student on the same texts; they take turns while they are timed.
 

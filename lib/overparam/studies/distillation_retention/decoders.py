@@ -12,6 +12,7 @@ from overparam import models
 from overparam.compress.distill.decoder import Objective, distill_decoder, token_kl
 from overparam.data import splits
 from overparam.evaluate import samples
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, cached
 from overparam.support import cache, progress
@@ -36,6 +37,7 @@ _WAYS = (
 )
 
 
+@step
 def compare(study: Study) -> pd.DataFrame | None:
     """Distil the decoder that the parameters name in every way, and measure how near it comes to its teacher.
 

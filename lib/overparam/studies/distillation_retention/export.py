@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overparam.compress import depth
+from overparam.experiment.study import step
 from overparam.studies.distillation_retention.general import DISTILLED, Students, Suite
 from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import Taught
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+@step
 def export(study: Study, students: Students, suite: Suite, taught: Taught) -> list[Path]:
     """Save the students of the first seed as sentence-transformers folders in the user's cache, unless told not to.
 

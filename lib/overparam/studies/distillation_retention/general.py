@@ -17,6 +17,7 @@ from overparam.compress import distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.embedding import distill_embeddings
 from overparam.evaluate import embedding
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
 from overparam.support import cache, progress
@@ -65,6 +66,7 @@ class Suite:
     kept: dict[float, stats.Estimate]
 
 
+@step
 def build(study: Study) -> Students:
     """Build a student of every share, with a vocabulary of its own, and let it learn to embed as the teacher does.
 
@@ -184,6 +186,7 @@ def _row(study: Study, share: float, encoder: SentenceTransformer, log: Log) -> 
     }
 
 
+@step
 def score(study: Study, students: Students) -> Suite:
     """Score teacher, students, controls and ready-made students on the embedding suite."""
     params = study.params

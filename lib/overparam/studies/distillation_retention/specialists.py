@@ -16,6 +16,7 @@ from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import WORDS, Students
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
@@ -46,6 +47,7 @@ class Compared:
     items: dict[tuple[str, str, str], NDArray[np.float64]]
 
 
+@step
 def compare(study: Study, taught: Taught, students: Students) -> Compared:
     """Train the student on few labels, and probe general encoders with the same ones.
 

@@ -20,6 +20,7 @@ from overparam.compress import depth, distill
 from overparam.compress.distill import encoders
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.experiment.study import begins
 from overparam.measure import energy
 from overparam.models.recipe import check
 from overparam.record import record
@@ -49,7 +50,7 @@ class Study:
         """The teacher as its recipe says; without one, with mean pooling and unit length."""
         return encoders.as_encoder(self.teacher, self.tokenizer, max_length=self.params.max_length)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Dimensions of the teacher's embeddings."""
         hidden = int(self.teacher.config.get_text_config().hidden_size)
@@ -149,6 +150,7 @@ def measured(training: Callable[[], Log]) -> tuple[Log, float]:
     return log, float("nan") if log.resumed else used.kwh
 
 
+@begins
 def start(params: Params) -> Study:
     """Check what can be checked at once, load the teacher, and open the record.
 
@@ -181,5 +183,6 @@ def start(params: Params) -> Study:
     )
     study = Study(params, recorder, teacher, tokenizer)
     recorder.metric("teacher_parameters", study.parameters)
+    assert study.width > 0  # known from here on without the teacher
     study.record_recipes()
     return study

@@ -16,6 +16,7 @@ from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import UNLABELLED, train_classifier
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics, topics
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
@@ -62,6 +63,7 @@ class Taught:
     kind: stats.Estimate
 
 
+@step
 def teach(study: Study, students: Students) -> Taught:
     """Fine-tune a teacher for every task and seed, and students of it in every way; beside them the controls."""
     params = study.params

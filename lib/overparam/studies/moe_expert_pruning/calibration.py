@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from overparam.compress import experts
+from overparam.experiment.study import step
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.support import progress
 
@@ -64,6 +65,7 @@ def added(parts: Sequence[experts.RoutingStatistics]) -> experts.RoutingStatisti
 _PART = 4  # sentences of a part: what a bootstrap over calibration text draws
 
 
+@step
 def calibrate(study: Study) -> Calibration:
     """Let the model translate the calibration text, and collect the routing of all that it read and wrote."""
     params = study.params

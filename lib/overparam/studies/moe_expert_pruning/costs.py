@@ -13,6 +13,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTr
 
 from overparam import models
 from overparam.compress import experts
+from overparam.experiment.study import step
 from overparam.measure import disk, energy, memory, speed
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
@@ -22,6 +23,7 @@ _LOAD = "overparam.compress.experts:load_pruned"
 _STEPS = ("prompt", "generate_one", "generate_all")
 
 
+@step
 def measure(study: Study, found: Sweep) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure the unpruned model and the published cut at every share; see `costs`."""
     params, language = study.params, study.params.languages[0]
@@ -112,17 +114,17 @@ def costs(
             "folder_bytes": saved[place],
             "resident_bytes": resident[place],
         }
-        for step in _STEPS:
-            timing = timings[f"{step} {share}"]
+        for call in _STEPS:
+            timing = timings[f"{call} {share}"]
             row |= {
-                f"{step}_seconds": timing.median,
-                f"{step}_seconds_low": timing.low,
-                f"{step}_seconds_high": timing.high,
-                f"{step}_tokens_per_second": tokens[step] / timing.median,
+                f"{call}_seconds": timing.median,
+                f"{call}_seconds_low": timing.low,
+                f"{call}_seconds_high": timing.high,
+                f"{call}_tokens_per_second": tokens[call] / timing.median,
             }
-            size = 1 if step == "generate_one" else len(texts)
+            size = 1 if call == "generate_one" else len(texts)
             raw += [
-                {"share_pruned": share, "step": step, "texts": size, "seconds": seconds}
+                {"share_pruned": share, "step": call, "texts": size, "seconds": seconds}
                 for seconds in timing.values
             ]
         row["kwh_per_million_tokens"] = used.kwh / (repeats * tokens["generate_all"]) * 1e6

@@ -7,10 +7,12 @@ import pandas as pd
 from overparam import models
 from overparam.data.parallel import Pair
 from overparam.evaluate.translation import score
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import CURVE_RESAMPLES, Baseline, Scores, Study
 
 
+@step
 def dense_reference(study: Study, base: Baseline) -> pd.DataFrame | None:
     """Let the dense model translate the first test sentences, and score the unpruned model on the same ones.
 

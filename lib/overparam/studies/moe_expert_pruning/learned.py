@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from overparam.evaluate.comet import comet
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import Study, relative_change
 
@@ -29,6 +30,7 @@ class Learned:
     change: dict[tuple[str, float, str, str], stats.Estimate]
 
 
+@step
 def comet_scores(study: Study) -> Learned | None:
     """Score every translation that was written so far, and put scores into the record, by item as well.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import experts
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.calibration import Calibration, added
 from overparam.studies.moe_expert_pruning.study import Study
@@ -36,6 +37,7 @@ class Overlap:
     generated: float
 
 
+@step
 def routing_table(study: Study, calibration: Calibration) -> pd.DataFrame:
     """Return the routing mass of every expert by text, as a long table, with the layers' divergences."""
     texts = {language: calibration.of(language) for language in calibration.parts}
@@ -63,6 +65,7 @@ def routing_table(study: Study, calibration: Calibration) -> pd.DataFrame:
     return table
 
 
+@step
 def overlap(study: Study, calibration: Calibration) -> Overlap:
     """Compare the experts that different calibration texts keep."""
     texts = {language: calibration.of(language) for language in calibration.parts}
@@ -99,6 +102,7 @@ def overlap(study: Study, calibration: Calibration) -> Overlap:
     return Overlap(matrix, chance, languages, generated)
 
 
+@step
 def calibration_size(study: Study, calibration: Calibration) -> pd.DataFrame:
     """Compare the experts kept with few calibration sentences with those kept with other, disjoint ones.
 

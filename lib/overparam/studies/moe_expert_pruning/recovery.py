@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from overparam.compress import experts
 from overparam.data.packing import Packed, Tree, pack
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import (
     Baseline,
@@ -63,6 +64,7 @@ class Recovered:
     change: dict[Kind, stats.Estimate]
 
 
+@step
 def training_texts(study: Study) -> dict[str, Examples]:
     """Return training prompts with both kinds of targets: references, and the unpruned model's translations.
 
@@ -92,6 +94,7 @@ def _examples(study: Study, asked: list[str], answers: list[str]) -> list[tuple[
     return list(zip(*study.prompter.given(asked, answers), strict=True))
 
 
+@step
 def recover(
     study: Study, base: Baseline, found: Sweep, pruned: Quality, texts: Mapping[str, Examples]
 ) -> Recovered:

@@ -21,6 +21,7 @@ from overparam.evaluate import likelihood, prompts
 from overparam.evaluate.comet import comet_command
 from overparam.evaluate.generation import Generation, default_limit, translate
 from overparam.evaluate.translation import TranslationScore, score
+from overparam.experiment.study import begins, step
 from overparam.models.translator import PLAIN
 from overparam.record import record, stats
 from overparam.studies.moe_expert_pruning import Params
@@ -285,6 +286,7 @@ class Study:
         frames.append(pd.concat([pd.DataFrame(named, index=frame.index), frame], axis=1))
 
 
+@begins
 def start(params: Params) -> Study:
     """Check what can be checked at once, load the model, and open the record.
 
@@ -326,7 +328,9 @@ def start(params: Params) -> Study:
     recorder.metric("moe_layers", len(found))
     recorder.metric("experts", found[0].n_experts, "per layer")
     recorder.metric("top_k", found[0].top_k)
-    return Study(params, recorder, model, tokenizer)
+    study = Study(params, recorder, model, tokenizer)
+    assert study.layers  # known from here on without the model
+    return study
 
 
 def _peak(params: Params, dtype: torch.dtype) -> float:
@@ -354,6 +358,7 @@ class Baseline:
     texts: dict[str, list[str]]
 
 
+@step
 def baseline(study: Study) -> Baseline:
     """Measure the unpruned model, and write what it gives as a table."""
     losses = study.losses("unpruned", study.model, share=0.0)

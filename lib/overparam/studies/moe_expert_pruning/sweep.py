@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import experts
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.calibration import Calibration, added, keep_sets
 from overparam.studies.moe_expert_pruning.study import (
@@ -84,6 +85,7 @@ def systems(study: Study, share: float) -> list[System]:
     return found + [System(share, "random", "uniform", seed) for seed in range(study.params.random_seeds)]
 
 
+@step
 def sweep(study: Study, base: Baseline, calibration: Calibration) -> Sweep:
     """Prune by every system at every share, and measure the likelihood of the reference translations."""
     seen = [f"en-{language}" for language in study.params.languages]
@@ -161,6 +163,7 @@ class Quality:
     texts: dict[float, dict[str, list[str]]]
 
 
+@step
 def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
     """Translate with pruned models.
 
@@ -222,6 +225,7 @@ def _row(
     }
 
 
+@step
 def without_super_experts(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
     """Prune single experts: each super expert, and beside it the most used other one of its layer.
 
@@ -259,6 +263,7 @@ def without_super_experts(study: Study, base: Baseline, calibration: Calibration
     return table
 
 
+@step
 def examples(study: Study, found: Quality, language: str, item: int = 0) -> pd.DataFrame:
     """Show one test sentence as each pruned model translates it."""
     pair = study.pairs("en", language, "test", study.params.translated_items)[item]
@@ -270,6 +275,7 @@ def examples(study: Study, found: Quality, language: str, item: int = 0) -> pd.D
     return pd.DataFrame(rows, columns=["", language])
 
 
+@step
 def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
     """Compare what a cut does to seen and unseen languages, to English, and to other texts.
 
@@ -298,6 +304,7 @@ def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
     return table
 
 
+@step
 def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
     """Calibrate on one text, test on another: each language, all languages, translation into English, news.
 

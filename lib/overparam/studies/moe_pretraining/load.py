@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from overparam.data.packing import Packed, Tree, pack
 from overparam.data.parallel import verse_pairs
+from overparam.experiment.study import step
 from overparam.models.translator import PLAIN
 from overparam.studies.moe_pretraining import Params, corpus, training
 from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
@@ -22,6 +23,7 @@ from overparam.train import causal
 MIX, PLAIN_TEXT = "training mix", "plain text"
 
 
+@step
 def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
     """Measure the load of every expert, in units of the uniform load, on held-out text.
 

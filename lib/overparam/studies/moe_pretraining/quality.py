@@ -10,6 +10,7 @@ import pandas as pd
 
 from overparam.data import corpora, parallel
 from overparam.evaluate import generation, likelihood, prompts, translation
+from overparam.experiment.study import step
 from overparam.models.translator import PLAIN
 from overparam.record import stats
 from overparam.studies.moe_pretraining import Params, corpus
@@ -31,6 +32,7 @@ def best_search(params: Params) -> str:
     return f"beam {params.beams}" if params.beams > 1 else GREEDY
 
 
+@step
 def translate(study: Study, translator: Translator) -> pd.DataFrame:
     """Translate held-out verses in every direction, greedily and with a beam, and score them.
 
@@ -80,6 +82,7 @@ def translate(study: Study, translator: Translator) -> pd.DataFrame:
     return table
 
 
+@step
 def examples(study: Study, n: int = 2) -> pd.DataFrame:
     """The first translations from English, as they came."""
     items = pd.concat(study.items, ignore_index=True)
@@ -88,6 +91,7 @@ def examples(study: Study, n: int = 2) -> pd.DataFrame:
     return shown[["verse", "target", "text", "reference", "failure"]].reset_index(drop=True)
 
 
+@step
 def plain_text(study: Study, translator: Translator) -> pd.DataFrame:
     """Measure the perplexity of English news and newsgroup texts, cut to the length of training pieces."""
     params = study.params

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.data import corpora
+from overparam.experiment.study import begins, step
 from overparam.record import record
 from overparam.studies.moe_pretraining import Params, training
 
@@ -50,6 +51,7 @@ class Translator:
     tokenizer: PreTrainedTokenizerBase
 
 
+@begins
 def start(params: Params) -> Study:
     """Open the record, with the hashes of the texts and of the donor's weights."""
     donor = models.provenance(params.embedding_donor) if params.embedding_donor else {}
@@ -63,6 +65,7 @@ def start(params: Params) -> Study:
     return Study(params, recorder)
 
 
+@step
 def train(study: Study) -> training.Trained:
     """Train the translator, or take it from the cache when it is trained already."""
     trained = training.train(study.params)
@@ -77,6 +80,7 @@ def train(study: Study) -> training.Trained:
     return trained
 
 
+@step
 def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
     """Record the learning curve by step; return it at the checkpoints.
 
@@ -102,6 +106,7 @@ def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
     return curve[curve["validation_loss"].notna()]
 
 
+@step
 def store(study: Study, trained: training.Trained) -> Translator:
     """Put model and tokenizer into the record's folder in bfloat16, and load them from there.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from overparam import models
 from overparam.compress import quantize
 from overparam.compress.quantize import rounding
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
@@ -56,6 +57,7 @@ def parts(model: PreTrainedModel) -> dict[str, list[str]]:
     return found
 
 
+@step
 def sensitivity(study: Study) -> pd.DataFrame:
     """Round one part at a time, at every number of bits, and measure how far the model's outputs move.
 
@@ -103,6 +105,7 @@ def allocated(table: pd.DataFrame, bits: int) -> dict[str, int]:
     return quantize.allocate_bits(by_part("divergence"), size, budget)
 
 
+@step
 def curve(study: Study, sensitive: pd.DataFrame) -> Curve:
     """Measure quality at every number of bits, and of mixed settings of the same size."""
     params, model = study.params, study.model

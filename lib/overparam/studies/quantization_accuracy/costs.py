@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from overparam.compress import quantize
+from overparam.experiment.study import step
 from overparam.measure import disk, energy, memory, speed
 from overparam.record import stats
 from overparam.studies.quantization_accuracy.study import Study
@@ -23,6 +24,7 @@ _ENERGY_CALLS = 3
 _HELD = "overparam.compress.quantize.systems:held"
 
 
+@step
 def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     """Measure every scheme that runs here, in what is the fastest on this processor; they take turns while timed.
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from overparam.compress import quantize
 from overparam.data import corpora, parallel, splits
 from overparam.evaluate import embedding, prompts, samples, translation
+from overparam.experiment.study import step
 from overparam.record import stats
-from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study, as_quantized
 from overparam.support import progress
 
 SCORED = 64  # last tokens of a window, whose likelihood is a context length's
@@ -41,9 +42,10 @@ class Quality:
     read: dict[tuple[str, str], NDArray[np.float64]] = field(default_factory=dict)
 
 
+@step
 def measure(study: Study) -> Quality:
     """Measure the quality of every scheme that runs here: `of_encoder` or `of_decoder`."""
-    for name, share in study.as_quantized.set_index("scheme")["quantized_share"].items():
+    for name, share in as_quantized(study).set_index("scheme")["quantized_share"].items():
         study.recorder.metric(f"quantized_share_{name}", share, "% of weights in the scheme's bits or fewer")
     found = of_decoder(study) if study.decoder else of_encoder(study)
     for name, kept in found.kept.items():

@@ -18,6 +18,7 @@ from overparam.compress import quantize
 from overparam.compress.quantize import openvino, qat
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.experiment.study import begins, step
 from overparam.models import proof
 from overparam.models.proof import NotExactError
 from overparam.record import record
@@ -39,28 +40,12 @@ class Study:
     tokenizer: PreTrainedTokenizerBase
     decoder: bool
     embedder: models.Embedder
+    schemes: pd.DataFrame = field(
+        default_factory=pd.DataFrame
+    )  # each that was asked for, and why it is not run
+    not_trained: str = ""  # why the model cannot be trained with rounding; empty where it can
     systems: dict[str, quantize.Quantized] = field(default_factory=dict)
     seconds_to_quantize: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def schemes(self) -> pd.DataFrame:
-        """Every scheme that was asked for, and why it is not run here where it is not."""
-        rows = [
-            {
-                "scheme": name,
-                "about": quantize.SCHEMES[name].about,
-                "weight_bits": quantize.SCHEMES[name].weights,
-                "activation_bits": quantize.SCHEMES[name].activations,
-                "not_run": quantize.reason_against(
-                    name, self.model, decoder=self.decoder, exported=lambda: self.exported
-                )
-                or "",
-            }
-            for name in (quantize.BASELINE, *self.params.schemes)
-        ]
-        table = pd.DataFrame(rows)
-        self.recorder.table("schemes", table)
-        return table
 
     @property
     def running(self) -> list[str]:
@@ -78,14 +63,6 @@ class Study:
         )
         pairs = zip(verses, news, strict=False)
         return [samples.cut(text, self.params.characters) for pair in pairs for text in pair if text]
-
-    @cached_property
-    def not_trained(self) -> str:
-        """Why the model cannot be trained with rounding; empty where it can."""
-        group_size = self.params.group_size
-        body = models.blocks(self.model.base_model).layers if self.decoder else self.model
-        reason = qat.reason_against(body, group_size=group_size)
-        return f"{type(self.model).__name__}: {reason}" if reason else ""
 
     @property
     def exported(self) -> tuple[Any, float]:
@@ -124,28 +101,6 @@ class Study:
         return self.systems[name]
 
     @cached_property
-    def as_quantized(self) -> pd.DataFrame:
-        """What each scheme made of the weights, and in what it computes while quality is measured."""
-        rows = []
-        for name in progress.track(self.running, "quantizing"):
-            found = self.quantized(name)
-            covered = found.coverage
-            assert covered is not None
-            rows.append(
-                {
-                    "scheme": name,
-                    "computes_in": found.precision.computes_in,
-                    "cache_in": found.precision.cache_in,
-                    "quantized_share": 100 * covered.quantized if name != quantize.BASELINE else 0.0,
-                    "weights": covered.described(),
-                    "left": ", ".join(f"{role}: {100 * share:.3g} %" for role, share in covered.left.items()),
-                }
-            )
-        table = pd.DataFrame(rows)
-        self.recorder.table("systems", table)
-        return table
-
-    @cached_property
     def _calibration(self) -> list[openvino.Batch]:
         texts = self.embedder.prompted(self.train_texts[: self.params.calibration_texts])
         found = quantize.batches(self.tokenizer, texts, batch_size=8, max_length=self.length)
@@ -180,6 +135,30 @@ class Study:
         return self.recorder.record
 
 
+@step
+def as_quantized(study: Study) -> pd.DataFrame:
+    """What each scheme made of the weights, and in what it computes while quality is measured."""
+    rows = []
+    for name in progress.track(study.running, "quantizing"):
+        found = study.quantized(name)
+        covered = found.coverage
+        assert covered is not None
+        rows.append(
+            {
+                "scheme": name,
+                "computes_in": found.precision.computes_in,
+                "cache_in": found.precision.cache_in,
+                "quantized_share": 100 * covered.quantized if name != quantize.BASELINE else 0.0,
+                "weights": covered.described(),
+                "left": ", ".join(f"{role}: {100 * share:.3g} %" for role, share in covered.left.items()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    study.recorder.table("systems", table)
+    return table
+
+
+@begins
 def start(params: Params) -> Study:
     """Load the model, find out which schemes run with it, and open the record.
 
@@ -209,8 +188,35 @@ def start(params: Params) -> Study:
     if not decoder:
         here = embedder.recipe.describe() | {"tokens at most": str(study.length)}
         recipes.keep(recorder, params.model, recipe, here)
+    study.schemes = _schemes(study)
+    study.not_trained = _not_trained(study)
     if study.not_trained:
         print(f"not trained with rounding: {study.not_trained}", flush=True)
     recorder.metric("schemes_that_run", len(study.running))
     recorder.metric("parameters", models.count_parameters(model).total)
     return study
+
+
+def _schemes(study: Study) -> pd.DataFrame:
+    rows = [
+        {
+            "scheme": name,
+            "about": quantize.SCHEMES[name].about,
+            "weight_bits": quantize.SCHEMES[name].weights,
+            "activation_bits": quantize.SCHEMES[name].activations,
+            "not_run": quantize.reason_against(
+                name, study.model, decoder=study.decoder, exported=lambda: study.exported
+            )
+            or "",
+        }
+        for name in (quantize.BASELINE, *study.params.schemes)
+    ]
+    table = pd.DataFrame(rows)
+    study.recorder.table("schemes", table)
+    return table
+
+
+def _not_trained(study: Study) -> str:
+    body = models.blocks(study.model.base_model).layers if study.decoder else study.model
+    reason = qat.reason_against(body, group_size=study.params.group_size)
+    return f"{type(study.model).__name__}: {reason}" if reason else ""

@@ -23,6 +23,7 @@ from overparam.compress.quantize import qat
 from overparam.data.packing import Tree, pack
 from overparam.evaluate import classification, samples
 from overparam.evaluate.topics import Topics, topics
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
@@ -93,6 +94,7 @@ class Trained:
     hidden: dict[int, stats.Estimate]
 
 
+@step
 def train(study: Study) -> Trained:
     """Fine-tune the model on each task, then let it go on with and without rounding.
 

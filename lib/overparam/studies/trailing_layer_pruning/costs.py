@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from overparam import models
 from overparam.compress import depth
+from overparam.experiment.study import step
 from overparam.measure import disk, energy, memory, speed
 from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.encoding import encode
@@ -24,6 +25,7 @@ _RESAMPLES = 2000
 _STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"
 
 
+@step
 def costs(study: Study, depths: Sequence[int]) -> tuple[pd.DataFrame, stats.Estimate]:
     """Measure each depth in `depths`, the unpruned model among them.
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from overparam.compress import depth
 from overparam.data.triplets import Triplet
+from overparam.experiment.study import step
 from overparam.studies.trailing_layer_pruning.study import Study, published_recipe, text_recipe
 
 
@@ -29,6 +30,7 @@ class Comparison:
     table: pd.DataFrame
 
 
+@step
 def compare_recipes(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> Comparison:
     """Measure the initial loss under the recipe that the study does not use: plain or published.
 
@@ -80,6 +82,7 @@ def compare_recipes(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> Co
     return Comparison(losses, {name: pick for name, _, pick in picks[:2]}, difference, table)
 
 
+@step
 def as_read(study: Study) -> pd.DataFrame:
     """One triplet of each source as the published recipe shows it to the model; ⟦what is pooled⟧ is marked."""
     recipe = published_recipe(study.params)

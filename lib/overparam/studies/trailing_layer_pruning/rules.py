@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from overparam.compress import depth
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points
 from overparam.studies.trailing_layer_pruning.training import (
@@ -17,6 +18,7 @@ from overparam.studies.trailing_layer_pruning.training import (
 _TEXTS_OF_SIMILARITY = 96
 
 
+@step
 def where_to_cut(
     study: Study, loss: depth.LayerLoss, cuts: depth.Cuts, zero: ZeroShot, trained: Trained
 ) -> pd.DataFrame:
@@ -53,6 +55,7 @@ def where_to_cut(
     return table
 
 
+@step
 def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
     """Remove 30 % of the layers by each rule, without training, and compare on the tasks of ``rule_tasks``.
 

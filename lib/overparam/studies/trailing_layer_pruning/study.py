@@ -17,6 +17,7 @@ from overparam import models
 from overparam.compress import depth
 from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
+from overparam.experiment.study import begins, step
 from overparam.record import record, stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
@@ -41,6 +42,7 @@ class Study:
         recorder: Of the record that the run leaves.
         model: The unpruned model; no step changes it.
         tokenizer: Its tokenizer.
+        layers: Number of blocks of the unpruned model.
         pooling: See `depth.layer_embeddings`.
         folder_recipe: Of the model's folder, as far as it holds at every depth; None where none is followed.
     """
@@ -49,13 +51,9 @@ class Study:
     recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    layers: int
     pooling: str = "weighted_mean"
     folder_recipe: models.Recipe | None = None
-
-    @property
-    def layers(self) -> int:
-        """Number of blocks of the unpruned model."""
-        return len(models.blocks(self.model).layers)
 
     @property
     def max_length(self) -> int:
@@ -154,6 +152,7 @@ class Study:
         return self.recorder.record
 
 
+@begins
 def start(params: Params) -> Study:
     """Check what can be checked at once, load the model, and open the record.
 
@@ -189,7 +188,7 @@ def start(params: Params) -> Study:
     recorder.metric("parameters_total", counts.total)
     recorder.metric("parameters_embedding", counts.embedding)
     recorder.metric("blocks", total)
-    study = Study(params, recorder, model, tokenizer, pooling, recipe)
+    study = Study(params, recorder, model, tokenizer, total, pooling, recipe)
     here = {"pooling": pooling, "dense": "none", "unit length": "no", "dimensions": "all", "prompt": "none"}
     if own and recipe:
         here = recipe.describe() | {"dense": "left out: trained for the last depth" if own.dense else "none"}
@@ -242,6 +241,7 @@ def triplets(params: Params, n: int, *, seed: int, group: int = 1) -> list[pairs
     return pairs.hub_triplets(params.training_data, n, seed=seed, draw=draw, group=group)
 
 
+@step
 def initial_loss(study: Study) -> tuple[depth.LayerLoss, depth.Cuts]:
     """Measure the loss of every depth before training, and make the two picks of L3Prune."""
     params = study.params
@@ -300,6 +300,7 @@ class ZeroShot:
         return mean_points(self.by_depth[keep])
 
 
+@step
 def zero_shot(study: Study, cuts: depth.Cuts) -> ZeroShot:
     """Score every depth without training, from one embedding pass, beside its two floors."""
     by_depth = study.score("zero-shot", study.embedder(study.model), depths=range(study.layers + 1))

@@ -10,6 +10,7 @@ import pandas as pd
 
 from overparam import models
 from overparam.compress import depth
+from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import (
     Scores,
@@ -57,6 +58,7 @@ def trained_depths(study: Study, cuts: depth.Cuts) -> list[int]:
     return sorted({total, cuts.small, cuts.large, *claims, *study.params.extra_depths}, reverse=True)
 
 
+@step
 def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Trained:
     """Truncate, train with LoRA and score, at each depth and with each seed; the same recipe everywhere."""
     params = study.params

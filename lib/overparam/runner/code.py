@@ -1,0 +1,293 @@
+"""What code a notebook reaches: what can change a number that it measures, and what only draws and judges it.
+
+A reworded comment or docstring changes neither: modules are hashed by their syntax. An import from a package's
+``__init__.py`` that only passes names on reaches the modules that have those names, not all that stands beside them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from overparam.runner import notebook as notebooks
+
+# what records, draws and judges; no number depends on it. A study's own modules of these names, too
+DRAWING = frozenset(
+    f"overparam.{name}"
+    for name in (
+        "experiment.charts",
+        "record.claims",
+        "record.figures",
+        "record.ledger",
+        "record.provenance",
+        "record.record",
+        "record.steps",
+        "support.files",
+        "support.progress",
+        "support.suggest",
+    )
+)
+_DRAWING_NAMES = ("plots", "verdicts", "card")
+
+
+@dataclass(frozen=True)
+class Reached:
+    """{module: hash of its code} of what measures, and of what only draws; and the notebook's hashes of both kinds."""
+
+    measuring: dict[str, str]
+    drawing: dict[str, str]
+    notebook_measuring: str
+    notebook_drawing: str
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A source file: its syntax, the package that its relative imports start from, and what it passes on.
+
+    `passes_on` is {name: module} of an ``__init__.py`` that holds imports alone, and None of any other.
+    """
+
+    tree: ast.Module
+    package: str
+    passes_on: dict[str, str] | None
+
+
+def reached(notebook: Path, study: str) -> Reached:
+    """Return what a study's notebook reaches by import, those imports inside of functions too.
+
+    Args:
+        notebook: The study's notebook.
+        study: Full name of the study's module or package, such as ``overparam.studies.x``. All of its own modules
+            belong to it, and packages beside it and this one are followed.
+    """
+    roots = frozenset({study.partition(".")[0], __name__.partition(".")[0]})
+    trees = [
+        notebooks.parse(source, notebook)
+        for kind, source, tags in notebooks.sources(notebook)
+        if kind == "code" and "parameters" not in tags
+    ]
+    start = {study, *_own_modules(study)}
+    for tree in trees:
+        start |= _imports(tree, "", roots)
+    every = _closure(start, roots, follow_drawing=True)
+    measuring = _closure({name for name in start if not draws(name, study)}, roots, study=study)
+    return Reached(
+        measuring=measuring,
+        drawing={name: sha256 for name, sha256 in every.items() if name not in measuring},
+        notebook_measuring=_hash(_measuring_part(trees, study, roots)),
+        notebook_drawing=notebooks.source_hash(notebook),
+    )
+
+
+def forget() -> None:
+    """Read files anew: what a long process has read may have been edited."""
+    for known in (_code, _module, _locate):
+        known.cache_clear()
+
+
+def draws(module: str, study: str) -> bool:
+    """Return whether a module only records, draws or judges: one of `DRAWING`, or a study's plots and verdicts."""
+    own = module.removeprefix(f"{study}.") if module.startswith(f"{study}.") else ""
+    return module in DRAWING or own in _DRAWING_NAMES
+
+
+def _own_modules(study: str) -> Iterator[str]:
+    package = _locate(study)
+    if package and package.name == "__init__.py":
+        for path in package.parent.rglob("*.py"):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            yield ".".join((study, *parts)).removesuffix(".__init__")
+
+
+def _closure(
+    start: Iterable[str], roots: frozenset[str], *, study: str = "", follow_drawing: bool = False
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    waiting = deque(start)
+    while waiting:
+        name = waiting.popleft()
+        if (
+            name in found
+            or name.partition(".")[0] not in roots
+            or (not follow_drawing and draws(name, study))
+        ):
+            continue
+        module = _module(name)
+        if module is not None and module.passes_on is None:
+            found[name], imports = _code(name, roots)
+            parents = name.split(".")
+            waiting += [".".join(parents[:i]) for i in range(1, len(parents))]
+            waiting += imports
+    return dict(sorted(found.items()))
+
+
+@cache
+def _module(name: str) -> _Module | None:
+    file = _locate(name)
+    if file is None:
+        return None
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    if file.name != "__init__.py":
+        return _Module(tree, name.rpartition(".")[0], None)
+    return _Module(tree, name, _passed_on(tree, name))
+
+
+@cache
+def _code(name: str, roots: frozenset[str]) -> tuple[str, frozenset[str]]:
+    """Hash of a module's syntax without its docstrings, and the modules that it imports."""
+    module = _module(name)
+    assert module is not None
+    imports = frozenset(_imports(module.tree, module.package, roots))
+    return _hash(ast.dump(_Bare().visit(module.tree))), imports
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes docstrings, and other strings that stand alone, out of a tree."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
+def _imports(tree: ast.AST, package: str, roots: frozenset[str]) -> set[str]:
+    """The modules that a tree imports; of packages that only pass names on, where those that it uses come from."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = _base(node, package)
+            for alias in node.names:
+                # `from a import b` reaches a and, where b is a module, a.b
+                whole = f"{base}.{alias.name}"
+                if _locate(whole) and whole.partition(".")[0] in roots:
+                    names |= _used(tree, whole, alias.asname or alias.name, roots)
+                else:
+                    names |= _origin(base, alias.name, roots)
+    return {name for name in names if name.partition(".")[0] in roots}
+
+
+def _used(tree: ast.AST, module: str, alias: str, roots: frozenset[str]) -> set[str]:
+    """What a module that is known by `alias` in a tree gives it: itself, or the origins of the names used."""
+    here = _module(module)
+    if here is None or here.passes_on is None:
+        return {module}
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == alias
+    }
+    return set().union(*(_origin(module, name, roots) for name in attributes))
+
+
+def _origin(package: str, name: str, roots: frozenset[str]) -> set[str]:
+    """The module that has a name which a package passes on, or the package itself."""
+    here = _module(package) if package.partition(".")[0] in roots else None
+    if here is None or here.passes_on is None:
+        return {package}
+    if name == "*" or name not in here.passes_on:
+        inside = f"{package}.{name}"
+        return {inside} if _locate(inside) else set(here.passes_on.values())
+    return _origin(here.passes_on[name], name, roots)
+
+
+def _passed_on(tree: ast.Module, package: str) -> dict[str, str] | None:
+    """{name: module} of an ``__init__.py`` that holds imports and ``__all__`` alone; None of any other."""
+    found: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            if node.module == "__future__":
+                continue
+            base = _base(node, package)
+            for alias in node.names:
+                inside = f"{base}.{alias.name}"
+                found[alias.asname or alias.name] = inside if _locate(inside) else base
+        elif isinstance(node, ast.Assign):
+            if [ast.unparse(target) for target in node.targets] != ["__all__"]:
+                return None
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            return None
+    return found
+
+
+def _base(node: ast.ImportFrom, package: str) -> str:
+    if not node.level:
+        return node.module or ""
+    above = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _measuring_part(trees: Iterable[ast.Module], study: str, roots: frozenset[str]) -> str:
+    """The calls of a notebook that measure or record, in order, and the statements that their arguments come from.
+
+    Tables, figures and verdicts that cells only show are left out.
+    """
+    statements = [statement for tree in trees for statement in tree.body]
+    drawing: set[str] = set()
+    for node in statements:
+        if isinstance(node, ast.ImportFrom):
+            drawing |= {
+                alias.asname or alias.name
+                for alias in node.names
+                if draws(f"{node.module}.{alias.name}", study) or draws(node.module or "", study)
+            }
+    imported = {
+        alias.asname or alias.name.partition(".")[0]
+        for node in statements
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if (node.module or "").partition(".")[0] in roots
+    } - drawing
+    kept: list[str] = []
+    needed: set[str] = set()
+    for statement in reversed(statements):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            continue
+        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        stored = {
+            node.id
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        calls = [
+            node
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Call) and _root(node.func) in imported | {"recorder"}
+        ]
+        if calls and isinstance(statement, ast.Expr):
+            kept += [ast.unparse(call) for call in reversed(calls)]
+            needed |= set().union(*({n.id for n in ast.walk(c) if isinstance(n, ast.Name)} for c in calls))
+        elif calls or stored & needed:
+            kept.append(ast.unparse(statement))
+            needed |= names
+    return "\n".join(reversed(kept))
+
+
+def _root(node: ast.AST) -> str:
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _locate(module: str) -> Path | None:
+    """Find a module's source file without importing it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top) if top else None
+    if spec is None or not spec.submodule_search_locations:
+        return Path(spec.origin) if spec and spec.origin and not rest else None
+    for folder in spec.submodule_search_locations:
+        base = Path(folder).joinpath(*rest)
+        for path in (base / "__init__.py", base.with_suffix(".py")):
+            if path.is_file():
+                return path
+    return None
