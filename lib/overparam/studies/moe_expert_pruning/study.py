@@ -239,7 +239,8 @@ class Study:
 
     def finish(self) -> record.Record:
         """Write per-item scores, translations and the record; its last file is record.json."""
-        for name, frames in (("items", self.items), ("translations", self.written)):
+        collected = {} if self.recorder.replays else {"items": self.items, "translations": self.written}
+        for name, frames in collected.items():
             found = pd.concat(frames, ignore_index=True)
             for column in ("system", "test", "failure"):
                 found[column] = found[column].astype("category")

@@ -38,7 +38,8 @@ class Study:
 
     def finish(self) -> record.Record:
         """Write the per-sentence results and the record; its last file is record.json."""
-        self.recorder.items("translations", pd.concat(self.items, ignore_index=True))
+        if not self.recorder.replays:
+            self.recorder.items("translations", pd.concat(self.items, ignore_index=True))
         self.recorder.finish()
         return self.recorder.record
 
