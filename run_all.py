@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from overparam.cli import options, show
-from overparam.runner import execute
+from overparam.runner import execute, settings
 from overparam.runner.errors import BadInput
 from overparam.runner.plan import STUDIES, describe, load_profile, plan
 from overparam.runner.pool import Local, Pool
@@ -36,6 +36,7 @@ COMMANDS = ("report", "verify", "redraw", "compare", "cite")
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:
     """Do what the command line says and return the exit code."""
+    settings.take_defaults()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in COMMANDS:

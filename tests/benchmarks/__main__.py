@@ -4,6 +4,7 @@ import os
 import sys
 
 os.environ["TQDM_DISABLE"] = "1"  # the ratios are what is to be read
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.benchmarks import (
     architectures,

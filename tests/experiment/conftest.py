@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.runner.conftest import write_notebook
 
 LIB = Path(__file__).parents[2] / "lib"

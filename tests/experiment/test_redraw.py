@@ -3,13 +3,13 @@ import json
 import shutil
 
 import pytest
+from tests.experiment.conftest import CELLS, PLOTS, STUDY, VERDICTS
+from tests.runner.conftest import write_notebook
 
 from overparam.cli import commands
 from overparam.record import record
 from overparam.runner import execute
 from overparam.runner.plan import Profile, plan
-from tests.experiment.conftest import CELLS, PLOTS, STUDY, VERDICTS
-from tests.runner.conftest import write_notebook
 
 PROFILE = Profile("mine", "mine.yaml", "", {"coin": [{}]})
 

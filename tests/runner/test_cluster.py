@@ -96,9 +96,13 @@ def test_a_scheduler_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setattr(cluster, "_CONNECT", 0.5)
     with pytest.raises(BadInput, match=r"--cluster tcp://127.0.0.1:9: no dask scheduler answers there"):
         Cluster("tcp://127.0.0.1:9")
-    for wrong in ("local:", "local:0", "local:two"):
-        with pytest.raises(BadInput, match=f"--cluster {wrong}: must be local:WORKERS, such as local:2"):
-            Cluster(wrong)
+
+
+def test_workers_on_this_machine_are_asked_for_by_jobs():
+    with pytest.raises(
+        BadInput, match="--cluster local:2: several jobs at once on this machine are --jobs N"
+    ):
+        Cluster("local:2")
 
 
 def test_other_versions_are_named():

@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from overparam.runner import execute, settings
 from overparam.runner.plan import Profile, plan
 from overparam.runner.pool import Local
 
+ROOT = Path(__file__).parents[2]
 DRAWS = """
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -102,6 +106,32 @@ def test_settings_that_say_where_things_are_and_what_may_be_used_are_kept(tmp_pa
     assert "ACCELERATE_MIXED_PRECISION" not in found
     assert (found.get("LC_ALL"), found["LANG"], found["LC_NUMERIC"]) == (None, "de_DE.UTF-8", "C")
     assert settings.environment(tmp_path, {})["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+MAKE = "show: ; @echo $$OMP_WAIT_POLICY"
+RUN = """
+import os, sys
+import run_all
+assert "torch" not in sys.modules
+run_all.main(["--profile", "none-such"])
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [["make", "--no-print-directory", "--eval", MAKE, "show"], [sys.executable, "-c", RUN]]
+)
+@pytest.mark.parametrize(("own", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_leave_the_cores_to_others_unless_the_user_says_otherwise(command, own, used):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]} here")
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ran = subprocess.run(command, cwd=ROOT, env=others | own, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == used
+
+
+def test_the_tests_themselves_wait_so():
+    assert os.environ["OMP_WAIT_POLICY"]
 
 
 def test_sockets_get_a_short_path_or_an_error_that_names_the_limit(tmp_path, monkeypatch):

@@ -22,12 +22,16 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, metavar="DIR", help="default: results/<profile>; smoke: temporary")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at once (default: 1)"
+        "--jobs",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="notebooks at once on this machine (default: 1)",
     )
     where.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="a dask scheduler, tcp://HOST:8786, or local:WORKERS on this machine",
+        help="run on the workers of a dask scheduler, such as tcp://HOST:8786",
     )
     add("--timeout", type=_at_least(1), metavar="SECONDS", help="end a job that takes longer, as failed")
     add("--retries", type=_at_least(0), default=0, metavar="N", help="try a job that failed N times more")

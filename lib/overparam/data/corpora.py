@@ -11,15 +11,17 @@ import sqlite3
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from numpy.typing import NDArray
 
 from overparam.assets import packages
 from overparam.assets.unpack import TRANSLATIONS
 from overparam.support.suggest import hint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Part = Literal["train", "test"]
 LANGUAGES = {"web": "en", "kjv": "en", "bbe": "en", "lsg": "fr", "elb": "de", "rv1909": "es", "diodati": "it"}
@@ -157,6 +159,8 @@ def newsgroups(split: str) -> Dataset:
 
 
 def _topics(corpus: str, split: str) -> Dataset:
+    from datasets import ClassLabel, Dataset, Features, Value
+
     rows = topic_rows(corpus, split)
     names = sorted({label for each in get_args(Part) for label, _ in _table(corpus, each)})
     number = {name: index for index, name in enumerate(names)}
@@ -219,6 +223,8 @@ def hub(path: str, name: str | None = None, *, split: str = "train", revision: s
     Raises:
         RuntimeError: It could be neither reached nor found in the cache.
     """
+    from datasets import Dataset, load_dataset
+
     try:
         loaded = load_dataset(path, name, split=split, revision=revision)
     except (OSError, ValueError) as problem:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 from overparam.evaluate import samples
 from overparam.evaluate.probes import (
@@ -113,6 +112,8 @@ def flips(baseline: ArrayLike, other: ArrayLike, labels: ArrayLike) -> Flips:
     Raises:
         ValueError: Numbers differ, or there are none.
     """
+    from scipy.stats import binomtest
+
     first, second = _check_pairs(baseline, other)
     truth, _ = _check_pairs(labels, baseline)
     was, now = first == truth, second == truth

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 _INSTALL = (
@@ -81,6 +80,8 @@ def comet_command() -> str:
 
 def _run(columns: list[list[str]], model: str, batch_size: int) -> list[float]:
     """Scores of the rows of [sources, hypotheses, references]."""
+    import torch
+
     command = comet_command()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -13,34 +13,26 @@ import logging
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import datasets
-import mteb
 import numpy as np
-import torch
-from mteb.abstasks.abstask import get_abstask_prompt
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.model_meta import ModelMeta, ScoringFunction
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from overparam.evaluate import LOCAL_TASKS
-from overparam.evaluate.items import Items, items_of, statistic_of
-from overparam.evaluate.local import LocalTask
 from overparam.evaluate.registry import makers
-from overparam.evaluate.tasks import TASKS
 from overparam.support.progress import track
+
+if TYPE_CHECKING:
+    from overparam.evaluate.items import Items
+    from overparam.evaluate.view import View
 
 Embed = Callable[[list[str], str | None], NDArray[np.float32]]
 """(texts, instruction) -> float32 [texts, views, dim]; a view is, for example, a depth."""
@@ -114,6 +106,9 @@ def evaluate(
             wrong shape or not finite.
         ConnectionError: A hub task's data could not be loaded.
     """
+    from overparam.evaluate.local import LocalTask
+    from overparam.evaluate.view import View, instruction_of
+
     with _random_state_kept():
         make = makers(tasks, max_items, seed, languages)
     shared = Memo(embed, views)
@@ -122,7 +117,7 @@ def evaluate(
         with _random_state_kept():
             task = make[name]()
         for text, side in task.texts() if isinstance(task, LocalTask) else ():
-            instruction = _instruction(task.metadata, side) if instructions else None
+            instruction = instruction_of(task.metadata, side) if instructions else None
             wanted.setdefault(instruction, {}).setdefault(text, name)
     for instruction, owners in wanted.items():
         shared.fill(list(owners), instruction, owners)
@@ -134,9 +129,9 @@ def evaluate(
     jobs = [(name, view) for name in tasks for view in shared.views]
     for name, view in track(jobs, "scoring embeddings"):
         if name != held:  # texts of a hub task are dropped after it
-            memo, held = shared if name in TASKS else Memo(embed, shared.views), name
+            memo, held = shared if name in LOCAL_TASKS else Memo(embed, shared.views), name
         with _random_state_kept():
-            found.extend(_score(make[name](), _View(memo, view, instructions), cache_dir))
+            found.extend(_score(make[name](), View(memo.get, view, instructions), cache_dir))
     return found
 
 
@@ -153,6 +148,9 @@ def bag_of_words(
     Returns:
         float32 [texts, 1, 4096].
     """
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.preprocessing import normalize
+
     counts = HashingVectorizer(n_features=BAG_DIMENSIONS, ngram_range=(1, 2), norm=None, alternate_sign=True)
     matrix = counts.transform(texts)
     matrix.data = np.sign(matrix.data) * np.log1p(np.abs(matrix.data))
@@ -204,44 +202,13 @@ class Memo:
         return np.stack([self._rows[instruction, text][position] for text in texts])
 
 
-class _View(AbsEncoder):  # type: ignore[misc]
-    """What mteb sees: an encoder whose vectors are one view of the memo."""
-
-    def __init__(self, memo: Memo, view: int, instructions: bool) -> None:
-        self.memo, self.view, self.instructions = memo, view, instructions
-        self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={
-                "name": "overparam/embed",
-                "similarity_fn_name": ScoringFunction.COSINE,
-                "experiment_kwargs": {"view": view},
-            }
-        )
-
-    def encode(
-        self,
-        inputs: Iterable[dict[str, Any]],
-        *,
-        task_metadata: TaskMetadata,
-        prompt_type: Any = None,
-        **_: Any,
-    ) -> NDArray[np.float32]:
-        """Look the vectors of mteb's batches up."""
-        texts = [text for batch in inputs for text in batch["text"]]
-        side = None if prompt_type is None else prompt_type.value
-        instruction = _instruction(task_metadata, side) if self.instructions else None
-        return self.memo.get(texts, instruction, self.view, task_metadata.name)
-
-
-def _instruction(metadata: TaskMetadata, side: str | None) -> str | None:
-    """The task's own prompt, or mteb's for its type; documents have one only where the task names it."""
-    prompt = metadata.prompt or get_abstask_prompt(metadata.name)
-    if isinstance(prompt, dict):
-        return prompt.get(side) if side else None
-    return None if side == "document" else prompt
-
-
-def _score(task: Any, view: _View, cache_dir: Path | str | None) -> list[TaskScore]:
+def _score(task: Any, view: View, cache_dir: Path | str | None) -> list[TaskScore]:
     """Run mteb on one view; one score, or one a subset and split where a hub task has several."""
+    import mteb
+
+    from overparam.evaluate.items import items_of, statistic_of
+    from overparam.evaluate.local import LocalTask
+
     statistic = statistic_of(task)
     if not task.data_loaded:
         task.load_data()
@@ -276,6 +243,8 @@ def _score(task: Any, view: _View, cache_dir: Path | str | None) -> list[TaskSco
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Undo that every mteb task seeds the generators of the whole process: the caller may be in training."""
+    import torch
+
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
@@ -288,6 +257,8 @@ def _random_state_kept() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep mteb's log, progress bars and scikit-learn's warnings out of notebooks."""
+    import datasets
+
     logger = logging.getLogger("mteb")
     level, bars = logger.level, not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

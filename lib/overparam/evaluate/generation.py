@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from typing import TYPE_CHECKING
 
 from overparam.evaluate.prompts import Prompter
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _ROUND = 16  # tokens after which rows that are done leave a batch
 
@@ -143,19 +137,6 @@ def generate(
     return [found[row] for row in range(len(ids))]
 
 
-class _StopText(StoppingCriteria):  # type: ignore[misc]
-    """Stops rows whose new text holds `stop`; only the last tokens are decoded, each step adds one."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, start: int) -> None:
-        self.tokenizer, self.stop, self.start = tokenizer, stop, start
-        self.tail = len(stop.encode()) + 1  # a token holds at least one byte
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
-        new = input_ids[:, self.start :][:, -self.tail :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
-
-
 def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,11 +151,16 @@ def _continue(
     A greedy search goes in rounds, and rows that are done leave the batch: a few that never end would else keep
     all others in it, up to the longest limit.
     """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from overparam.evaluate.stopping import StopText
+
     width = max(len(row) for row in ids)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids]).to(model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]).to(model.device)
-    criteria = StoppingCriteriaList([_StopText(tokenizer, stop, width)] if stop else [])
+    criteria = StoppingCriteriaList([StopText(tokenizer, stop, width)] if stop else [])
     found: list[list[int]] = [[] for _ in ids]
     rows, cache = list(range(len(ids))), None
     while rows:
@@ -212,6 +198,8 @@ def _continue(
 
 def _config(new_tokens: int, num_beams: int, ends: list[int], padding: int) -> GenerationConfig:
     """Settings given one by one, so that those of a checkpoint (sampling, penalties) do not apply."""
+    from transformers import GenerationConfig
+
     return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Items = NDArray[np.float64]
 
@@ -106,6 +107,8 @@ def perplexity(
 
 def _score(model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_tokens: int, label: str) -> Items:
     """Score of each row (ids, where the target begins)."""
+    import torch
+
     items = np.zeros((len(rows), 2))
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     with torch.inference_mode():
@@ -130,6 +133,9 @@ def _groups(order: list[int], rows: list[tuple[list[int], int]], batch_tokens: i
 
 def _losses(model: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[NDArray[np.float64]]:
     """Negative log-likelihood of every target token of each row. Padding on the right changes nothing."""
+    import torch
+    from torch.nn import functional
+
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -10,11 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
 Classes = NDArray[np.int64]
@@ -41,6 +36,8 @@ def linear_probe(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *
     Raises:
         ValueError: Less than two classes, or embeddings that do not fit together.
     """
+    from sklearn.preprocessing import StandardScaler
+
     labels = _check_embeddings(train, train_labels, test)
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
@@ -63,6 +60,8 @@ def nearest_neighbours(train: Embeddings, train_labels: ArrayLike, test: Embeddi
     Raises:
         ValueError: `k` is out of range, or embeddings do not fit together.
     """
+    from sklearn.preprocessing import normalize
+
     labels = _check_embeddings(train, train_labels, test)
     if not 1 <= k <= len(labels):
         raise ValueError(f"k must be in 1..{len(labels)}, the number of training texts, got {k}")
@@ -85,6 +84,8 @@ def zero_shot(descriptions: Embeddings, test: Embeddings) -> Classes:
     Raises:
         ValueError: Embeddings do not fit together.
     """
+    from sklearn.preprocessing import normalize
+
     _check_embeddings(descriptions, np.arange(len(descriptions)), test)
     return np.asarray((normalize(test) @ normalize(descriptions).T).argmax(axis=1), dtype=np.int64)
 
@@ -102,6 +103,8 @@ def bag_of_words(
     Raises:
         ValueError: Less than two classes, unequal numbers of texts and labels, or no texts.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     labels = class_ids(train_labels)
     if len(train_texts) != len(labels) or not len(test_texts):
         raise ValueError(
@@ -139,6 +142,10 @@ def _fitted(
     features: Any, strengths: NDArray[np.float64], train: Any, labels: Classes, fewest: int, seed: int
 ) -> Any:
     """Logistic regression on features, its C chosen by cross-validation where classes have examples enough."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+
     probe = make_pipeline(features, LogisticRegression(max_iter=2000, random_state=seed))
     if fewest >= FEWEST_TO_CHOOSE:
         folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import mteb
-from mteb.abstasks import AbsTask
+from typing import TYPE_CHECKING, Any
 
 from overparam.evaluate import LOCAL_TASKS
-from overparam.evaluate.items import statistic_of
-from overparam.evaluate.tasks import TASKS
 from overparam.support.suggest import hint
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
 
 FULL_SIZE = 1000
 SMALLEST_SIZE = 20
@@ -24,6 +22,8 @@ def makers(
     tasks: Sequence[str], max_items: int | None, seed: int, languages: Sequence[str] | None
 ) -> dict[str, Callable[[], AbsTask]]:
     """For each name, a function that makes a fresh task, as mteb's clustering keeps its generator's state."""
+    from overparam.evaluate.tasks import TASKS
+
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; local tasks: {_LOCAL}")
     if len(set(tasks)) < len(tasks):
@@ -36,16 +36,19 @@ def makers(
         check_task(name)
     size = FULL_SIZE if max_items is None else max_items
     return {
-        name: partial(TASKS[name], size, seed) if name in TASKS else _hub_maker(name, seed, languages)
+        name: partial(TASKS[name], size, seed) if name in LOCAL_TASKS else _hub_maker(name, seed, languages)
         for name in tasks
     }
 
 
 def check_task(name: str) -> None:
     """Raise ValueError for a name that is neither a local task's nor one of mteb's."""
+    if name in LOCAL_TASKS:
+        return
+    import mteb
+
     try:
-        if name not in TASKS:
-            mteb.get_task(name)
+        mteb.get_task(name)
     except KeyError as error:
         names = [*LOCAL_TASKS, *re.findall(r"Did you mean: '([^']+)'", str(error))]  # and mteb's nearest one
         raise ValueError(
@@ -56,6 +59,9 @@ def check_task(name: str) -> None:
 
 def _hub_maker(name: str, seed: int, languages: Sequence[str] | None) -> Callable[[], AbsTask]:
     """Load a hub task's data once, and hand it to each fresh task."""
+    import mteb
+
+    from overparam.evaluate.items import statistic_of
 
     def make() -> Any:
         try:

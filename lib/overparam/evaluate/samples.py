@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from overparam.data import corpora, splits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ARTICLE_CHARACTERS = 160
 POST_CHARACTERS = 256

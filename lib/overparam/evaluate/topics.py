@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, Features, Value
 from numpy.typing import NDArray
 
 from overparam.data import corpora
 from overparam.data.corpora import known
 from overparam.evaluate import GLUE_TASKS, TOPIC_TASKS, samples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and the split with public labels
     "cola": (("sentence",), "validation"),
@@ -114,6 +117,8 @@ def _parts(name: str, characters: int) -> tuple[samples.Labelled, samples.Labell
 
 
 def _rows(name: str, part: str) -> Dataset:
+    from datasets import Dataset, Features, Value
+
     if name.startswith("glue/"):
         columns, judged = _GLUE[name.removeprefix("glue/")]
         split = "train" if part == "train" else judged

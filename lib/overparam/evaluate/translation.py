@@ -10,15 +10,17 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
 
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
 REASONS = ("empty", "loop", "no_end", "wrong_language")
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char"}  # others: 13a
@@ -88,6 +90,9 @@ def score(
     Raises:
         ValueError: No hypotheses, unequal numbers, or an empty reference.
     """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
     found = failures(hypotheses, references, ended=ended, target_language=target_language)
     kept = ["" if reason else text for text, reason in zip(hypotheses, found, strict=True)]
     bleu = BLEU(tokenize=_BLEU_TOKENIZERS.get(target_language, "13a"))

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from overparam.assets.catalogue import TINY
 from overparam.models import source
-from overparam.models.recipe import recipe
+from overparam.models.folder_recipe import recipe
 
 Kind = Literal["auto", "encoder", "decoder"]
 _WRITES_TEXT = (  # of pictures or sounds

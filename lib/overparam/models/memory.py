@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import psutil
-import torch
+from typing import TYPE_CHECKING
 
-from overparam.models.load import bf16_is_fast, required_memory
+import psutil
+
+from overparam.models.loading import bf16_is_fast, required_memory
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    import torch
 
 
 def working_dtype(choice: str) -> torch.dtype:
     """Return the dtype of the weights: "float32", "bfloat16", or "auto" for bfloat16 where it is fast."""
+    import torch
+
     if choice == "auto":
         return torch.bfloat16 if bf16_is_fast() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
@@ -18,6 +24,8 @@ def working_dtype(choice: str) -> torch.dtype:
 
 def working_device() -> str:
     """Return "cuda" where there is a GPU, else "cpu"."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -33,6 +41,8 @@ def check_memory(name: str, dtype: torch.dtype, *, times_weights: float, purpose
     Raises:
         MemoryError: If more is needed than is free.
     """
+    import torch
+
     weights = required_memory(name, dtype=dtype)
     needed = times_weights * weights
     gpu = working_device() == "cuda"

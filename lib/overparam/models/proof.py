@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Largest relative difference that rounding alone explains, where both sides compute in this dtype.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _SPECIAL_IDS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"),
     *("unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id"),
@@ -87,6 +89,9 @@ def probe(model: PreTrainedModel, lengths: Sequence[int] | None = None) -> Probe
         lengths: Tokens of each text. By default two of three exceed what attention looks at once (a window, a chunk,
             the keys of a sparse kind), where that is at most 128 tokens.
     """
+    import torch
+    from torch import nn
+
     config = model.config.get_text_config()
     lengths = lengths or _lengths(config)
     special: set[int | None] = set()
@@ -139,6 +144,8 @@ def is_rounding(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor 
         expected: The same shape, dtype of the computation.
         mask: Which tokens count. [...]
     """
+    import torch
+
     if found.shape != expected.shape:
         return False
     left, right = found.detach().double().cpu(), expected.detach().double().cpu()
@@ -151,7 +158,7 @@ def is_rounding(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Return the largest `difference` that rounding in `dtype` explains."""
-    return _TOLERANCES[dtype]
+    return _TOLERANCES[str(dtype).removeprefix("torch.")]
 
 
 def signature(model: PreTrainedModel) -> str:

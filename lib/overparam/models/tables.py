@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int = 0) -> torch.Tensor:
@@ -25,6 +27,8 @@ def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int
     Raises:
         ValueError: If there are fewer rows, or fewer dimensions, than `width`.
     """
+    import torch
+
     if min(vectors.shape) < width:
         raise ValueError(
             f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions have no {width} principal components; "
@@ -39,6 +43,8 @@ def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int
 
 
 def _rotation(width: int, seed: int) -> torch.Tensor:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     orthogonal, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
     return torch.as_tensor(orthogonal)
@@ -49,6 +55,8 @@ def usable_positions(model: PreTrainedModel) -> int | None:
 
     RoBERTa and its like number positions from the padding's on, so that a table of 514 rows is for 512 tokens.
     """
+    from torch import nn
+
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int) or most <= 0:
         return None

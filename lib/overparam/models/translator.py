@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from overparam.models.tables import principal_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 LANGUAGES = ("en", "fr", "de", "es", "it")
 PLAIN = "<lm>"  # comes before text that is not translated
@@ -30,6 +26,8 @@ def tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFa
         texts: What it is trained on.
         vocabulary: Number of tokens, the special ones included.
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -67,6 +65,9 @@ def build(
     seed: int,
 ) -> PreTrainedModel:
     """Build an untrained Qwen3-MoE decoder of this shape, input and output embeddings tied."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     config = Qwen3MoeConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -114,6 +115,8 @@ def borrow_embeddings(
         donor_tokenizer: Its tokenizer.
         scale: Standard deviation of the table that results.
     """
+    import torch
+
     table = donor.get_input_embeddings().weight.detach().float()
     rows, means = [], []
     for row in range(len(_SPECIALS), len(tokenizer)):

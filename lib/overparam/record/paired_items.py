@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtr
 
 from overparam.record import stats
 
@@ -36,6 +35,8 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
     Returns:
         Rows of state and detail: the first for the table as a whole, then one for each group that differs.
     """
+    from scipy.special import ndtr
+
     if list(left.columns) != list(right.columns):
         return [("differ", "the columns are not the same")]
     scores = [c for c in left.columns if _SCORE.fullmatch(c) or c in OUTCOMES]

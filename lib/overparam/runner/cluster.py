@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from distributed import Client, LocalCluster, get_worker
+from distributed import Client, get_worker
 
 from overparam.runner.errors import BadInput
 from overparam.runner.job import Job
@@ -25,10 +25,10 @@ _SAME: tuple[str, ...] = (
 
 
 class Cluster:
-    """A dask cluster: one that is running, or workers started on this machine for this run.
+    """A dask cluster that is running.
 
     Args:
-        address: Of a scheduler, such as ``tcp://host:8786``, or ``local:2`` for two workers here.
+        address: Of its scheduler, such as ``tcp://host:8786``.
 
     Raises:
         BadInput: when there is no scheduler, or its workers have other versions of Python, dask or this package.
@@ -38,19 +38,13 @@ class Cluster:
         logging.getLogger("distributed").setLevel(
             logging.CRITICAL
         )  # what concerns the user is said in our words
-        self._here: LocalCluster | None = None
-        self._threads: int | None = None
         self._futures: list[Future[Answer]] = []
-        kind, _, count = address.partition(":")
-        if kind == "local":
-            if not count.isdecimal() or int(count) < 1:
-                raise BadInput(f"--cluster {address}: must be local:WORKERS, such as local:2")
-            self._threads = max(1, cores() // int(count))
-            self._here = LocalCluster(
-                n_workers=int(count), threads_per_worker=1, dashboard_address=None, memory_limit=0
+        if address.startswith("local"):
+            raise BadInput(
+                f"--cluster {address}: several jobs at once on this machine are --jobs N, such as --jobs 2"
             )
         try:
-            self._client = Client(self._here or address, timeout=_CONNECT)
+            self._client = Client(address, timeout=_CONNECT)
         except (OSError, ValueError, TimeoutError) as error:
             raise BadInput(
                 f"--cluster {address}: no dask scheduler answers there ({error}); start one with `dask scheduler`"
@@ -83,7 +77,7 @@ class Cluster:
             gone: Future[Answer] = Future()
             gone.set_exception(ConnectionError("the scheduler is gone"))
             return gone
-        order = Order(job, token, timeout, self._threads, os.getcwd())  # noqa: PTH109
+        order = Order(job, token, timeout, None, os.getcwd())  # noqa: PTH109
         executor = self._client.get_executor(pure=False, resources=job.resources)
         future: Future[Answer] = executor.submit(on_worker, order)
         self._futures.append(future)
@@ -94,16 +88,14 @@ class Cluster:
         for future in self._futures:
             future.cancel()
         self._client.close()
-        if self._here is not None:
-            self._here.close()
 
 
 def on_worker(order: Order) -> Answer:
     """Attempt a job in a process of the worker's machine, until nobody wants its outcome any more."""
     worker = get_worker()
     key = worker.get_current_task()
-    if order.threads is None:  # one worker a machine, with as many threads as it may run jobs at once
-        order = replace(order, threads=max(1, cores() // worker.state.nthreads))
+    # one worker a machine, with as many threads as it may run jobs at once
+    order = replace(order, threads=max(1, cores() // worker.state.nthreads))
     return in_child(order, {}, _unwanted(worker, key))
 
 

@@ -22,6 +22,8 @@ DRAWING = frozenset(
     f"overparam.{name}"
     for name in (
         "experiment.charts",
+        "experiment.params",
+        "experiment.study",
         "record.claims",
         "record.figures",
         "record.ledger",
@@ -29,6 +31,7 @@ DRAWING = frozenset(
         "record.record",
         "record.steps",
         "support.files",
+        "support.lazy",
         "support.progress",
         "support.suggest",
     )
@@ -199,8 +202,11 @@ def _origin(package: str, name: str, roots: frozenset[str]) -> set[str]:
 def _passed_on(tree: ast.Module, package: str) -> dict[str, str] | None:
     """{name: module} of an ``__init__.py`` that holds imports and ``__all__`` alone; None of any other."""
     found: dict[str, str] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
+    body = list(tree.body)
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":  # see `support.lazy`
+            body += node.body
+        elif isinstance(node, ast.ImportFrom):
             if node.module == "__future__":
                 continue
             base = _base(node, package)

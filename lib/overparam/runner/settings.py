@@ -29,7 +29,7 @@ _FIXED = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "LC_NUMERIC": "C",
 }
-_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait do not take the cores from other processes
+DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait do not take the cores from other processes
 # the length of sockaddr_un.sun_path is 108 on Linux and 104 on macOS; names of a kernel's sockets take about 40
 _LONGEST = 60
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")
@@ -55,7 +55,13 @@ def environment(private: Path, own: Mapping[str, str] | None = None) -> dict[str
         "MTEB_CACHE": cache.directory() / "mteb",
         "MPLCONFIGDIR": cache.directory() / "matplotlib",  # its cache of fonts takes seconds to build
     }
-    return {**_DEFAULTS, **kept, **_FIXED, **{name: str(path) for name, path in places.items()}}
+    return {**DEFAULTS, **kept, **_FIXED, **{name: str(path) for name, path in places.items()}}
+
+
+def take_defaults() -> None:
+    """Set the defaults for this process and all that it starts, before torch reads them; the user's own win."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

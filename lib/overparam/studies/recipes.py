@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from overparam.models import Recipe
 from overparam.record import record
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    from overparam.models import Recipe
 
 _PLAIN = "no recipe"  # of a model that is no sentence-transformers folder
 

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
-from transformers import PreTrainedModel
 
 from overparam.models import proof
 from overparam.models.proof import NotExactError
 from overparam.support import progress
 from overparam.train import checkpoint as checkpoints
-from overparam.train.muon import Muon
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 _proved: set[str] = set()  # signatures
@@ -149,6 +149,8 @@ def train(
         NotExactError: If packed rows do not give the model's own logits.
         FloatingPointError: If the loss is not finite; says at which step.
     """
+    import torch
+
     _prove(model)
     optimizers = optimizers_of(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
@@ -197,6 +199,9 @@ def _gradients(
     step: int,
 ) -> tuple[float, float, int, int]:
     """Add up the gradients of one step; return loss, balance, tokens and predicted tokens."""
+    import torch
+    from torch.nn import functional
+
     batches = list(islice(stream, recipe.accumulate))
     if len(batches) < recipe.accumulate:
         raise ValueError(f"the batches ended at step {step + 1} of {recipe.steps}")
@@ -254,6 +259,8 @@ def hidden_states(
     Raises:
         ValueError: A model whose attention cannot be told who sees whom.
     """
+    import torch
+
     decoder = model.get_decoder() if decoder is None else decoder
     out = decoder(
         input_ids=torch.from_numpy(batch.input_ids).to(model.device),
@@ -267,6 +274,8 @@ def hidden_states(
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Return what the head makes of hidden states, float32 [predicted, vocabulary]."""
+    import torch
+
     config = model.config.get_text_config()
     logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
     if (scaling := getattr(config, "logits_scaling", None) or 1.0) != 1:  # Granite's
@@ -281,6 +290,8 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 @proof.timed()
 def _prove(model: PreTrainedModel) -> None:
     """Refuse a model of which logits are made in another way than here, once for each architecture in a process."""
+    import torch
+
     if (name := proof.signature(model)) in _proved:
         return
     batch = proof.probe(model)
@@ -338,6 +349,8 @@ def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) ->
         top_k: Experts of a token in this layer.
         real: [tokens]; False for padding, which does not count.
     """
+    from torch.nn import functional
+
     probabilities = router_logits[real].float().softmax(-1)
     experts = probabilities.shape[-1]
     chosen = probabilities.detach().topk(min(top_k, experts), dim=-1).indices
@@ -350,6 +363,8 @@ def _masks(model: PreTrainedModel, batch: Batch) -> torch.Tensor | dict[str, tor
 
     A decoder that is given such a mask uses it in every layer as it is, so that a sliding window must be in it.
     """
+    import torch
+
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = kinds - {"full_attention", "sliding_attention"}
@@ -392,6 +407,10 @@ def _top_ks(model: PreTrainedModel) -> list[int]:
 
 def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a recipe, over the parameters that require a gradient."""
+    import torch
+
+    from overparam.train.muon import Muon
+
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
     matrices: list[torch.nn.Parameter] = []

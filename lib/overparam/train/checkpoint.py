@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from overparam.support import files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _SCHEDULE = ("steps", "decay")  # may change between runs: a longer run goes on where a shorter one ended
 
@@ -31,6 +31,8 @@ def store(
     log: Mapping[str, Any],
 ) -> None:
     """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
+    from safetensors.torch import save_file
+
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -64,6 +66,9 @@ def restore(
     Raises:
         ValueError: A state of another recipe or model, or of more steps.
     """
+    import torch
+    from safetensors.torch import load_file
+
     stored = json.loads((folder / "log.json").read_text())
     differing = [
         name

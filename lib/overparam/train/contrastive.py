@@ -5,28 +5,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from typing import TYPE_CHECKING
 
 from overparam import models
 from overparam.data.triplets import Triplet
-from overparam.models import blocks
 from overparam.models.reading.recipe import PLAIN, TextRecipe
-from overparam.models.recipe import POOLINGS
 from overparam.support import cache as steps
-from overparam.support import progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,9 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
     Phi-3 fuses query, key and value, and gate and up; a list of Llama's names would miss them without a word.
     """
-    stack = blocks(model)
+    from torch import nn
+
+    stack = models.blocks(model)
     return [
         f"{stack.path}.{name}"
         for name, module in stack.layers.named_modules()
@@ -165,6 +160,7 @@ def _adapt(
     label: str,
 ) -> tuple[list[float], float]:
     """Give the encoder adapters and train them; return the losses and the seconds."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.seed)
@@ -196,6 +192,7 @@ def as_sentence_transformer(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
+    from overparam.models.folder_recipe import POOLINGS
     from overparam.models.reading.pooling import Reader, TextPooling
 
     plain = text_recipe == PLAIN
@@ -242,6 +239,7 @@ def _fit(
     from datasets import Dataset, DatasetDict
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback
 
     columns = DatasetDict(
         {
@@ -255,7 +253,9 @@ def _fit(
             for source, members in sources.items()
         }
     )
-    watcher = _Watcher(recipe.steps, label)
+    from overparam.train.watcher import Watcher
+
+    watcher = Watcher(recipe.steps, label)
     encoder.model_card_data.set_widget_examples = lambda _: None  # they take seconds, and nobody reads them
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         arguments = SentenceTransformerTrainingArguments(
@@ -290,26 +290,6 @@ def _fit(
     return watcher.losses
 
 
-class _Watcher(TrainerCallback):  # type: ignore[misc]
-    """Feeds the progress display, keeps the losses, and stops at a loss that is not finite."""
-
-    def __init__(self, steps: int, label: str) -> None:
-        self.losses: list[float] = []
-        self._steps: Iterator[int] = iter(progress.track(range(steps), label))
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        next(self._steps)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        next(self._steps, None)
-
-    def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float] | None = None, **___: Any) -> None:
-        if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                raise FloatingPointError(f"the training loss is {logs['loss']} at step {state.global_step}")
-            self.losses.append(float(logs["loss"]))
-
-
 def _key(
     model: PreTrainedModel,
     triplets: Sequence[Triplet],
@@ -321,7 +301,7 @@ def _key(
 ) -> str:
     digest = hashlib.sha256()
     own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
-    for part in (identity, len(blocks(model).layers), asdict(recipe), pooling, instruction, *own):
+    for part in (identity, len(models.blocks(model).layers), asdict(recipe), pooling, instruction, *own):
         digest.update(json.dumps(part, sort_keys=True).encode())
     for t in triplets:
         digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())

@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from overparam.support import progress
 from overparam.train import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _BUCKET = 8  # batches sorted by length together: little padding, and others every epoch
 
@@ -91,6 +94,8 @@ def fit(
         FloatingPointError: If the loss is not finite; says at which step. The model is then as it was before that
             step, and so is the last checkpoint.
     """
+    import torch
+
     if not len(lengths):
         raise ValueError("there are no texts to train on")
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]

@@ -7,15 +7,22 @@ teacher's embeddings (`embedding`), a task (`classifier`), or, for decoders, nex
 in `losses`, the loop in `training`.
 """
 
-from overparam.compress.distill.classifier import train_classifier
-from overparam.compress.distill.decoder import distill_decoder
-from overparam.compress.distill.embedding import distill_embeddings
-from overparam.compress.distill.encoders import as_classifier, as_encoder, outputs
-from overparam.compress.distill.fits import check_fits
-from overparam.compress.distill.starts import borrow_token_vectors, cut_student
-from overparam.compress.distill.students import new_student, student_config
-from overparam.compress.distill.vocabulary import VocabularyCost, cost, retrained_tokenizer
-from overparam.train.distillation import Recipe
+from typing import TYPE_CHECKING
+
+from overparam.support import lazy
+
+if TYPE_CHECKING:
+    from overparam.compress.distill.classifier import train_classifier
+    from overparam.compress.distill.decoder import distill_decoder
+    from overparam.compress.distill.embedding import distill_embeddings
+    from overparam.compress.distill.encoders import as_classifier, as_encoder, outputs
+    from overparam.compress.distill.fits import check_fits
+    from overparam.compress.distill.starts import borrow_token_vectors, cut_student
+    from overparam.compress.distill.students import new_student, student_config
+    from overparam.compress.distill.vocabulary import VocabularyCost, cost, retrained_tokenizer
+    from overparam.train.distillation import Recipe
+else:
+    __getattr__, __dir__ = lazy.exports(__name__)
 
 __all__ = [
     "Recipe",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from overparam.compress.distill import losses
@@ -15,6 +14,7 @@ from overparam.compress.distill.encoders import forward, token_ids
 from overparam.train.distillation import Log, Recipe, fit
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 UNLABELLED = -100
@@ -53,6 +53,8 @@ def train_classifier(
         ValueError: Labels out of range or missing, or logits and states of other texts or classes.
         FloatingPointError: If the loss is not finite.
     """
+    import torch
+
     classes = model.get_embedding_dimension()
     known = labels[labels != UNLABELLED]
     if len(labels) != len(texts) or not len(known) or known.min() < 0 or known.max() >= classes:

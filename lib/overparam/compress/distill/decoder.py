@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.distill import losses
 from overparam.compress.distill.fits import check_fits
 from overparam.support import progress
 from overparam.train import causal
 from overparam.train import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Objective = Literal["forward_kl", "reverse_kl", "jsd"]
 Ids = Sequence[int]
@@ -95,6 +97,8 @@ def distill_decoder(
         FloatingPointError: The loss or its gradient is not finite; says at which step. The student then has the
             weights with which they last were.
     """
+    import torch
+
     _check_arguments(recipe, objective, on_policy_share, batch_size, max_new_tokens)
     _check_vocabularies(student, teacher, tokenizers)
     check_fits(student, tokenizers[0] if tokenizers else None)
@@ -187,6 +191,8 @@ def token_kl(
     Raises:
         ValueError: As `distill_decoder` does for vocabularies and pairs.
     """
+    import torch
+
     _check_vocabularies(student, teacher, None)
     _check_pairs(prompts, targets, _vocabulary(student))
     items = np.zeros((len(prompts), 3))
@@ -212,6 +218,8 @@ def _gradients(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: list[_Batch], compare: partial[Tensor]
 ) -> float:
     """Add up the gradients of a step; return its loss, the mean over target tokens."""
+    import torch
+
     tokens = sum(int(batch.scored.sum()) for batch in batches)
     total = 0.0
     for batch in batches:
@@ -240,6 +248,8 @@ def _target_logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
 
 
 def _batch(prompts: Sequence[Ids], targets: Sequence[Ids], device: torch.device) -> _Batch:
+    import torch
+
     before, after = max(map(len, prompts)), max(map(len, targets))
     input_ids = torch.zeros((len(prompts), before + after), dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -257,6 +267,8 @@ def _sample(
 
     Settings are given one by one, so that those of a checkpoint (top-k, penalties) do not apply.
     """
+    from transformers import GenerationConfig
+
     batch = _batch(prompts, [()] * len(prompts), student.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from overparam.compress.distill import losses
@@ -15,6 +14,7 @@ from overparam.compress.distill.encoders import forward, token_ids
 from overparam.train.distillation import Log, Recipe, fit
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 Objective = Literal["cosine", "relational", "both"]
@@ -49,6 +49,8 @@ def distill_embeddings(
         ValueError: Not one target a text, targets that are not finite, or of another width than the encoder's.
         FloatingPointError: If the loss is not finite.
     """
+    import torch
+
     width = encoder.get_embedding_dimension()
     if targets.shape != (len(texts), width) or not np.isfinite(targets).all():
         raise ValueError(

@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress.distill.fits import check_fits
-from overparam.models.recipe import POOLINGS, Dense, check, dense_weights
 from overparam.train import contrastive
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from overparam.models.folder_recipe import Dense
 
 
 _PROMPT = "default"  # name of the prompt that a recipe puts before every text
@@ -51,6 +52,8 @@ def as_encoder(
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling
+
+    from overparam.models.folder_recipe import POOLINGS, Dense, check
 
     recipe, hidden = models.recipe(model), int(model.config.get_text_config().hidden_size)
     if recipe is None:
@@ -139,6 +142,9 @@ def transformer(model: SentenceTransformer) -> PreTrainedModel:
 def _dense(recipe: models.Recipe, dense: Dense) -> nn.Module:
     """A dense layer of a recipe, with its weights."""
     from sentence_transformers.models import Dense as Layer
+    from torch import nn
+
+    from overparam.models.folder_recipe import dense_weights
 
     made: Callable[..., nn.Module] = Layer
     layer = made(
@@ -153,7 +159,9 @@ def _dense(recipe: models.Recipe, dense: Dense) -> nn.Module:
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
+    import torch
     from sentence_transformers.models import Dense as Layer
+    from torch import nn
 
     made: Callable[..., nn.Module] = Layer
     state = torch.get_rng_state()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from overparam.models.tables import usable_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _IDS = re.compile(r"(^|_)token_ids?$")
 _TEXTS = ("", " ", "a", "Two words, 3 signs.", "Ünïcode 神 🙂\n\t")
@@ -31,6 +32,8 @@ def check_fits(
         tokenizer: What it reads with.
         max_length: Tokens of a text, special ones included.
     """
+    from torch import nn
+
     table = student.get_input_embeddings()
     rows = int(table.weight.shape[0])
     if tokenizer is not None and len(tokenizer) > rows:

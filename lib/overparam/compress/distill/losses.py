@@ -7,12 +7,12 @@ more on the way. The teacher's side is a constant: no gradient reaches it.
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
 
 from overparam.train.causal import IGNORED
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def soft_targets(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -59,6 +59,8 @@ def classification(
         ValueError: A weight outside 0..1, or above 0 without a teacher; a label that is no class, or nothing to
             learn from; and as `soft_targets` does.
     """
+    from torch.nn import functional
+
     if not 0 <= soft_weight <= 1:
         raise ValueError(f"soft_weight must be in 0..1, got {soft_weight}")
     if soft_weight and teacher_logits is None:
@@ -95,6 +97,9 @@ def similarity_kl(student_embeddings: Tensor, teacher_embeddings: Tensor, *, tem
         ValueError: The temperature is not above 0, rows differ in number, or there are less than 3: with 2, each has
             one other row, which takes all of the probability on both sides.
     """
+    import torch
+    from torch.nn import functional
+
     _check_rows(student_embeddings, teacher_embeddings)
     rows = len(student_embeddings)
     if rows < 3:
@@ -114,6 +119,8 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: Rows or widths differ.
     """
+    from torch.nn import functional
+
     _check_rows(student, teacher)
     _check_width(student, teacher, "dimensions")
     return (1 - functional.cosine_similarity(_widened(student), _widened(teacher).detach(), dim=-1)).mean()
@@ -177,6 +184,8 @@ def generalized_jsd(
     Raises:
         ValueError: β is not between 0 and 1; and as `forward_kl` does.
     """
+    import torch
+
     if not 0 < beta < 1:
         raise ValueError(
             f"beta must be between 0 and 1, got {beta}; the ends are forward_kl (β → 0) and reverse_kl (β → 1)"
@@ -187,11 +196,15 @@ def generalized_jsd(
 
 
 def _widened(values: Tensor) -> Tensor:
+    import torch
+
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _products(vectors: Tensor) -> Tensor:
     """Dot products of all pairs of vectors, [..., n, width] -> [..., n, n]; autocast would take bfloat16 for them."""
+    import torch
+
     with torch.autocast(vectors.device.type, enabled=False):
         return vectors @ vectors.transpose(-1, -2)
 
@@ -212,6 +225,8 @@ def _token_logs(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Logarithms of both sides' probabilities at the tokens that count, [tokens, vocabulary]."""
+    import torch
+
     _check_width(student_logits, teacher_logits, "tokens of the vocabulary")
     _check_rows(student_logits, teacher_logits)
     places = student_logits.shape[:-1]

@@ -5,22 +5,29 @@ the scores of REAP (arXiv 2510.13999) and of Koishekenov et al. (arXiv 2212.0981
 and inverse controls.
 """
 
-from overparam.compress.experts.allocation import (
-    allocate,
-    allocate_inverse,
-    allocate_uniform,
-    divergence,
-    expected_overlap,
-    kept_overlap,
-    select,
-)
-from overparam.compress.experts.layout import ExpertTensor, MoeLayer, layers
-from overparam.compress.experts.proof import prove
-from overparam.compress.experts.pruning import prune
-from overparam.compress.experts.recovery import Lora, recover
-from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
-from overparam.compress.experts.scoring import METHODS, scores, super_experts
-from overparam.compress.experts.storage import load_pruned, save_pruned
+from typing import TYPE_CHECKING
+
+from overparam.support import lazy
+
+if TYPE_CHECKING:
+    from overparam.compress.experts.allocation import (
+        allocate,
+        allocate_inverse,
+        allocate_uniform,
+        divergence,
+        expected_overlap,
+        kept_overlap,
+        select,
+    )
+    from overparam.compress.experts.layout import ExpertTensor, MoeLayer, layers
+    from overparam.compress.experts.proof import prove
+    from overparam.compress.experts.pruning import prune
+    from overparam.compress.experts.recovery import Lora, recover
+    from overparam.compress.experts.routing import RoutingStatistics, collect, routing_mass
+    from overparam.compress.experts.scoring import METHODS, scores, super_experts
+    from overparam.compress.experts.storage import load_pruned, save_pruned
+else:
+    __getattr__, __dir__ = lazy.exports(__name__)
 
 __all__ = [
     "METHODS",

@@ -1,29 +1,36 @@
 """Quantization: schemes of maintained libraries, simulated rounding at any number of bits, and training for it."""
 
-from overparam.compress.quantize.allocation import allocate_bits
-from overparam.compress.quantize.coverage import Coverage
-from overparam.compress.quantize.reasons import reason_against
-from overparam.compress.quantize.rounding import (
-    matrices,
-    outliers,
-    round_to_nearest,
-    round_weights,
-    rounded,
-    stored_bytes,
-)
-from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, refuse_quantized
-from overparam.compress.quantize.systems import (
-    HiddenStates,
-    Quantized,
-    Steps,
-    batches,
-    embed,
-    export,
-    load,
-    quantize,
-    states_of,
-    steps_of,
-)
+from typing import TYPE_CHECKING
+
+from overparam.support import lazy
+
+if TYPE_CHECKING:
+    from overparam.compress.quantize.allocation import allocate_bits
+    from overparam.compress.quantize.coverage import Coverage
+    from overparam.compress.quantize.reasons import reason_against
+    from overparam.compress.quantize.rounding import (
+        matrices,
+        outliers,
+        round_to_nearest,
+        round_weights,
+        rounded,
+        stored_bytes,
+    )
+    from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, refuse_quantized
+    from overparam.compress.quantize.systems import (
+        HiddenStates,
+        Quantized,
+        Steps,
+        batches,
+        embed,
+        export,
+        load,
+        quantize,
+        states_of,
+        steps_of,
+    )
+else:
+    __getattr__, __dir__ = lazy.exports(__name__)
 
 __all__ = [
     "BASELINE",

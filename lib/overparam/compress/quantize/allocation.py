@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 
 def allocate_bits(
@@ -28,6 +27,8 @@ def allocate_bits(
     Raises:
         ValueError: Parts or bits differ, there are none, or even the fewest bits exceed the budget.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     if (
         not harm
         or harm.keys() != size.keys()

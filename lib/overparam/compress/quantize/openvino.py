@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from overparam import models
 from overparam.compress.quantize.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    import torch
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Token ids and attention mask, both int64 [texts, tokens]."""
@@ -63,6 +65,8 @@ class Encoder:
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the hidden states, float32 [texts, tokens, hidden]."""
+        import torch
+
         found = self._run([input_ids.numpy(), attention_mask.numpy()])[0]
         return torch.from_numpy(found)
 
@@ -104,6 +108,8 @@ class Decoder:
     def _read(
         self, input_ids: torch.Tensor, mask: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> torch.Tensor:
+        import torch
+
         given = {
             "input_ids": input_ids.numpy(),
             "attention_mask": mask,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from overparam.compress.quantize import coverage
 from overparam.models.proof import NotExactError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GROUP_SIZE = 32
 
 
 def reason_against(model: nn.Module, *, group_size: int = GROUP_SIZE) -> str | None:
     """Say why a model, or a part of one, cannot be trained with rounding; None when it can."""
+    from torch import nn
+
     if reason := coverage.unreached(model, "torchao"):
         return reason
     for name, module in model.named_modules():
@@ -54,6 +56,7 @@ def post_training(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) 
 
 
 def _quantized(model: nn.Module, bits: int, group_size: int, step: str | None) -> nn.Module:
+    from torch import nn
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -73,6 +76,7 @@ def _rounds(layer: nn.Linear, bits: int) -> bool:
 
 
 def _config(bits: int, group_size: int) -> Any:
+    import torch
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
     if not 2 <= bits <= 8:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from overparam.compress.quantize.schemes import refuse_quantized
 from overparam.compress.quantize.weights import UNKNOWN, Weight, weights
 from overparam.models.proof import NotExactError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 GROUP_SIZE = 32
 _ROWS = 65536  # that are rounded at once
@@ -36,6 +37,8 @@ def round_to_nearest(weight: torch.Tensor, bits: int, *, group_size: int = GROUP
     Raises:
         ValueError: `bits` or `group_size` out of range, or no matrix.
     """
+    import torch
+
     if not 1 <= bits <= 16 or group_size < 1 or weight.ndim != 2:
         raise ValueError(
             f"a matrix is rounded to 1..16 bits in groups of at least 1, got shape {list(weight.shape)}, {bits} bits, "
@@ -64,6 +67,8 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _matrices(model: nn.Module) -> dict[str, Weight]:
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         refuse_quantized(model)
     found = weights(model)
@@ -90,6 +95,8 @@ def round_weights(model: nn.Module, bits: int | Mapping[str, int], *, group_size
         ValueError: A name is no matrix of the model, it has none, it is quantized already, or as `round_to_nearest`;
             the model is then unchanged.
     """
+    import torch
+
     found = _matrices(model)
     given = _by_name(found, bits)
     with torch.no_grad():
@@ -102,6 +109,8 @@ def rounded(
     model: nn.Module, bits: int | Mapping[str, int], *, group_size: int = GROUP_SIZE
 ) -> Iterator[None]:
     """Round the matrices of a model for a while, then put them back. Arguments and errors as in `round_weights`."""
+    import torch
+
     found = _matrices(model)
     before = {name: found[name].parameter.detach().clone() for name in _by_name(found, bits)}
     try:
@@ -157,6 +166,8 @@ def _order(weight: Weight) -> list[int]:
 
 
 def _round(weight: Weight, bits: int, group_size: int) -> None:
+    import torch
+
     parts = torch.split(_as_rows(weight), _ROWS)
     found = torch.cat([round_to_nearest(part, bits, group_size=group_size) for part in parts])
     order = _order(weight)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from unittest.mock import patch
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from overparam.data.triplets import Triplet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PLACE = "{text}"
 _SENTINEL = "PLACEOFTHETEXT"
@@ -92,6 +93,8 @@ class _FixedDay(datetime):
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template around a sentinel, on a fixed day, however the template asks for it."""
+    from transformers.utils import chat_template_utils
+
     message = {"role": "user", "content": _SENTINEL}
     day = _FixedDay.now().strftime("%d %b %Y")
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from overparam.models.reading.recipe import PLAIN, TextRecipe, frame
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ def pad(
     tokenizer: PreTrainedTokenizerBase, rows: list[int], ids: list[list[int]], keep: list[list[bool]] | None
 ) -> Batch:
     """Pad chosen texts on the right, to the longest of them."""
+    import torch
+
     width = max(len(ids[row]) for row in rows)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     input_ids = np.full((len(rows), width), padding, dtype=np.int64)

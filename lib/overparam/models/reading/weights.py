@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from overparam.models.reading.recipe import PLAIN, TextRecipe
+
+if TYPE_CHECKING:
+    import torch
 
 POOLINGS = ("weighted_mean", "mean", "last", "cls")
 
@@ -13,6 +16,8 @@ def pooling_weights(
     pooling: str, attention_mask: torch.Tensor, pooled_mask: torch.Tensor, recipe: TextRecipe = PLAIN
 ) -> torch.Tensor:
     """Pooling weights that sum to one. float32 [texts, 1, tokens]."""
+    import torch
+
     mask = pooled_mask.float()
     if pooling == "weighted_mean":
         counted = attention_mask if recipe.weights_from == "first token" else pooled_mask

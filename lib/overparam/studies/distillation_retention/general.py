@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import distill
@@ -25,6 +24,7 @@ from overparam.train.distillation import Log, Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEACHER, DISTILLED, CUT, BORROWED, UNTRAINED, WORDS = (
     "teacher",

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import depth, distill
@@ -22,7 +20,6 @@ from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.experiment.study import begins
 from overparam.measure import energy
-from overparam.models.recipe import check
 from overparam.record import record
 from overparam.studies import recipes
 from overparam.studies.distillation_retention import Params
@@ -32,6 +29,7 @@ from overparam.train.distillation import Log, Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
 
@@ -119,6 +117,8 @@ class Study:
             texts: Which it reads as token ids.
             data: Arrays and settings that it reads.
         """
+        import torch
+
         tensors = (
             tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             for tensor in model.state_dict().values()
@@ -158,6 +158,8 @@ def start(params: Params) -> Study:
         ValueError: If no student has one of the shares, texts are longer than a student reads, or the recipe of a
             model has parts that are not known here.
     """
+    from overparam.models.folder_recipe import check
+
     teacher, tokenizer = models.load(params.teacher, device=models.working_device())
     for name in (params.teacher, *params.ready_made, *params.general_models):
         if recipe := models.recipe(name):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import UNLABELLED, train_classifier
@@ -66,6 +65,8 @@ class Taught:
 @step
 def teach(study: Study, students: Students) -> Taught:
     """Fine-tune a teacher for every task and seed, and students of it in every way; beside them the controls."""
+    from scipy.special import softmax
+
     params = study.params
     data = {
         name: topics(

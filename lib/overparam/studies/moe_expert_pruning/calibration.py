@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from overparam.compress import experts
 from overparam.experiment.study import step
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def _batches(study: Study, sequences: Sequence[Sequence_], size: int = 16) -> li
 def _batch(
     study: Study, sequences: Sequence[Sequence_], *, generated_only: bool = False
 ) -> dict[str, torch.Tensor]:
+    import torch
+
     width = max(len(given) + len(written) for given, written in sequences)
     ids = torch.full((len(sequences), width), int(study.tokenizer.pad_token_id or 0))
     mask, count = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import experts
@@ -18,6 +16,10 @@ from overparam.measure import disk, energy, memory, speed
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOAD = "overparam.compress.experts:load_pruned"
 _STEPS = ("prompt", "generate_one", "generate_all")
@@ -135,6 +137,8 @@ def costs(
 
 def _reading(model: PreTrainedModel, batch: BatchEncoding) -> Callable[[], None]:
     """Reads the prompts, as far as the first new token."""
+    import torch
+
     inputs = _inputs(model, batch)
 
     def read() -> None:
@@ -148,6 +152,9 @@ def _writing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: BatchEncoding, new_tokens: int
 ) -> Callable[[], torch.Tensor]:
     """Writes exactly `new_tokens` tokens after each prompt."""
+    import torch
+    from transformers import GenerationConfig
+
     inputs = _inputs(model, batch)
     config = GenerationConfig(
         max_new_tokens=new_tokens,

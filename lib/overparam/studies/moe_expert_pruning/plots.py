@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from overparam.record import figures
 from overparam.studies.moe_expert_pruning.overlap import SHARE, Overlap
@@ -245,6 +244,8 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
 
 def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
     """Draw which calibration text serves which test."""
+    import seaborn as sns
+
     share, rows = table["share_pruned"].iloc[0], table
     grid = rows.pivot_table(
         index="calibration", columns="test", values="loss_change", sort=False, observed=True
@@ -277,6 +278,8 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
 
 def plot_overlap(study: Study, agreement: Overlap) -> Any:
     """Draw how far calibration texts agree on the experts that stay."""
+    import seaborn as sns
+
     matrix = agreement.matrix
     data = matrix.rename_axis("text").reset_index().melt("text", var_name="other", value_name="iou")
     with figures.style():

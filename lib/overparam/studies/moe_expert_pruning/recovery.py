@@ -6,10 +6,9 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from transformers import PreTrainedModel
 
 from overparam.compress import experts
 from overparam.data.packing import Packed, Tree, pack
@@ -28,6 +27,9 @@ from overparam.studies.moe_expert_pruning.study import (
 from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
 from overparam.support import progress
 from overparam.train import causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Examples = dict[str, list[tuple[str, str]]]  # language -> (prompt, target)
 TARGETS = ("references", "parent")

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import experts
@@ -26,6 +25,10 @@ from overparam.models.translator import PLAIN
 from overparam.record import record, stats
 from overparam.studies.moe_expert_pruning import Params
 from overparam.support.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 _GENERATING = 8  # tokens of a batch that is written, in multiples of one that is read with all its logits
@@ -336,6 +339,8 @@ def start(params: Params) -> Study:
 
 def _peak(params: Params, dtype: torch.dtype) -> float:
     """Peak of the study in multiples of the weights: all cuts at once while costs are measured, or a recovery."""
+    import torch
+
     costs = 1.1 + sum(1 - share for share in params.shares)
     if not params.recovery_shares:
         return costs

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from overparam.data import corpora, splits
 from overparam.data.packing import Tree
 from overparam.data.parallel import VERSIONS
 from overparam.models.translator import PLAIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PIECE = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
 PLAIN_CORPORA = ("20newsgroups", "reuters-r52")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
-from transformers import PreTrainedModel
 
 from overparam.data.packing import Packed, Tree, pack
 from overparam.data.parallel import verse_pairs
@@ -19,6 +18,9 @@ from overparam.studies.moe_pretraining import Params, corpus, training
 from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
 from overparam.studies.moe_pretraining.study import Study, Translator
 from overparam.train import causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MIX, PLAIN_TEXT = "training mix", "plain text"
 
@@ -62,21 +64,23 @@ def by_task(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"least": groups.min(), "most": groups.max(), **shares})
 
 
-@torch.no_grad()
 def _load(model: PreTrainedModel, batches: Iterable[Packed]) -> pd.DataFrame:
+    import torch
+
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     top_k = model.config.num_experts_per_tok
     mass, chosen_by = torch.zeros(2, layers, experts, dtype=torch.float64)
     tokens = 0
-    for batch in batches:
-        _, router_logits = causal.hidden_states(model, batch, router_logits=True)
-        real = torch.from_numpy(batch.tree > 0).flatten()
-        tokens += int(real.sum())
-        for layer, logits in enumerate(router_logits):
-            weights, chosen = logits[real].float().softmax(-1).topk(top_k)  # [tokens, top_k]
-            weights = (weights / weights.sum(-1, keepdim=True)).double()
-            mass[layer].index_add_(0, chosen.flatten(), weights.flatten())
-            chosen_by[layer] += torch.bincount(chosen.flatten(), minlength=experts)
+    with torch.no_grad():
+        for batch in batches:
+            _, router_logits = causal.hidden_states(model, batch, router_logits=True)
+            real = torch.from_numpy(batch.tree > 0).flatten()
+            tokens += int(real.sum())
+            for layer, logits in enumerate(router_logits):
+                weights, chosen = logits[real].float().softmax(-1).topk(top_k)  # [tokens, top_k]
+                weights = (weights / weights.sum(-1, keepdim=True)).double()
+                mass[layer].index_add_(0, chosen.flatten(), weights.flatten())
+                chosen_by[layer] += torch.bincount(chosen.flatten(), minlength=experts)
     layer, expert = np.indices((layers, experts))
     return pd.DataFrame(
         {

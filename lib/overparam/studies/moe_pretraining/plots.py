@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from overparam.record import figures
 from overparam.studies.moe_pretraining.load import MIX
@@ -56,6 +55,8 @@ def plot_curve(study: Study, trained: Trained) -> Any:
 
 def plot_load(study: Study, load: pd.DataFrame) -> Any:
     """Draw the routing mass of every expert on the training mix, beside its range over the tasks."""
+    import seaborn as sns
+
     tasks = load[load["task"] != MIX].groupby(["layer", "expert"])["routing_mass"]
     data = load[load["task"] == MIX][["layer", "expert", "routing_mass"]].merge(
         (tasks.max() - tasks.min()).rename("range_over_tasks").reset_index(), on=["layer", "expert"]

@@ -6,17 +6,19 @@ import copy
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.data import corpora
 from overparam.experiment.study import begins, step
 from overparam.record import record
 from overparam.studies.moe_pretraining import Params, training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOOTHED_OVER = 20  # steps of the training loss that a reader sees
 MODEL_CARD = "MODEL_CARD.md"
@@ -113,6 +115,8 @@ def store(study: Study, trained: training.Trained) -> Translator:
 
     All that is measured from here on is measured with what others will load.
     """
+    import torch
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy.deepcopy(trained.model).to(torch.bfloat16).save_pretrained(folder)

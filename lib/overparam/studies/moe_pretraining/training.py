@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.data.packing import IGNORED, Packed, pack
@@ -21,6 +19,9 @@ from overparam.studies.moe_pretraining import Params, corpus
 from overparam.support import cache, files
 from overparam.support.allocator import keep_freed_memory
 from overparam.train import causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VALIDATION_SEED = 1
 
@@ -156,15 +157,18 @@ def replay(params: Params, steps: int) -> list[float]:
     return causal.train(model, batches(params, tokenizer), first, label="replaying").loss
 
 
-@torch.no_grad()
 def validation_loss(model: PreTrainedModel, validation: list[Packed]) -> float:
     """Return the cross entropy per predicted token over batches, in nats."""
+    import torch
+    from torch.nn import functional
+
     total, count = 0.0, 0
-    for batch in validation:
-        hidden, _ = causal.hidden_states(model, batch)
-        labels = torch.from_numpy(batch.labels).flatten()
-        at = (labels != IGNORED).nonzero().squeeze(1)
-        logits = model.get_output_embeddings()(hidden.flatten(0, 1)[at])
-        total += float(functional.cross_entropy(logits, labels[at], reduction="sum"))
-        count += len(at)
+    with torch.no_grad():
+        for batch in validation:
+            hidden, _ = causal.hidden_states(model, batch)
+            labels = torch.from_numpy(batch.labels).flatten()
+            at = (labels != IGNORED).nonzero().squeeze(1)
+            logits = model.get_output_embeddings()(hidden.flatten(0, 1)[at])
+            total += float(functional.cross_entropy(logits, labels[at], reduction="sum"))
+            count += len(at)
     return total / count if count else float(np.nan)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from overparam import models
 from overparam.compress import quantize
-from overparam.compress.quantize import rounding
 from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.quantization_accuracy import quality
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDINGS = "embedding tables"
 
@@ -64,6 +65,8 @@ def sensitivity(study: Study) -> pd.DataFrame:
     `divergence` is, of an encoder, 1 − cosine to the embeddings of full precision; of a decoder, the divergence of
     the next token in nats. `outlier` is the part's largest weight over its root mean square.
     """
+    from overparam.compress.quantize import rounding
+
     model, params = study.model, study.params
     named = parts(model)
     texts = study.train_texts[-params.probe_texts :]
@@ -193,6 +196,8 @@ def _of_decoder(
 
 def _outputs(study: Study, model: PreTrainedModel, texts: list[str]) -> list[NDArray[np.float32]]:
     """Embeddings of an encoder [hidden], or log-probabilities of a decoder's next tokens [tokens, vocabulary]."""
+    import torch
+
     if not study.decoder:
         return list(study.directions(quantize.states_of(model), texts))
     found = []

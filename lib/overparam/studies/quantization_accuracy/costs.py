@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from overparam.compress import quantize
 from overparam.experiment.study import step
@@ -129,6 +128,8 @@ def _saved(
 
     Its bytes go to `sizes`, the seconds until it is loaded and has read its first text to `starts`.
     """
+    import torch
+
     kind = type(study.model)
     ids = study.tokenizer(study.train_texts[0])["input_ids"][: study.params.max_length]
     for name, system in progress.track(systems.items(), "measuring memory"):
@@ -157,6 +158,8 @@ Calls = dict[str, Callable[[], object]]
 
 def _calls(study: Study, systems: dict[str, quantize.Quantized]) -> tuple[Calls, Calls]:
     """What is timed: the small and the large call of every system."""
+    import torch
+
     texts = study.train_texts[: study.params.cost_texts]
     if not study.decoder:
 

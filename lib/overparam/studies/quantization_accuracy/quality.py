@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from overparam.compress import quantize
 from overparam.data import corpora, parallel, splits
@@ -18,6 +17,10 @@ from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study, as_quantized
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 SCORED = 64  # last tokens of a window, whose likelihood is a context length's
 _STEP = 256  # tokens that a decoder reads at once
@@ -170,6 +173,8 @@ class Reading:
 
 def read(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Reading:
     """Let a decoder read texts."""
+    import torch
+
     items, likeliest, tokens = [], [], []
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -227,6 +232,8 @@ def _likelihoods(
     study: Study, runs: Mapping[str, quantize.Steps], texts: Iterable[str]
 ) -> dict[str, NDArray[np.float64]]:
     """By scheme and text: nats, tokens, divergences from full precision in nats, and other likeliest tokens."""
+    import torch
+
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
     for text in texts:
         ids = torch.tensor([study.tokenizer(text)["input_ids"]])
@@ -247,6 +254,8 @@ def _nats(found: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
 
 def _window(run: quantize.Steps, ids: list[int]) -> NDArray[np.float64]:
     """Nats of each of the last tokens of a window, after all that stands before them, and ones, [tokens, 2]."""
+    import torch
+
     run.reset()
     everything = torch.tensor([ids])
     before = everything[:, : -SCORED - 1]
@@ -258,6 +267,8 @@ def _window(run: quantize.Steps, ids: list[int]) -> NDArray[np.float64]:
 
 
 def _logits(run: quantize.Steps, ids: torch.Tensor) -> torch.Tensor:
+    import torch
+
     run.reset()
     return torch.cat([run(part)[0].float().cpu() for part in torch.split(ids, _STEP, dim=1)])
 
@@ -295,6 +306,8 @@ def _translations(study: Study, runs: Mapping[str, quantize.Steps]) -> list[dict
 
 def _continued(study: Study, run: quantize.Steps, prompt: str, stop: str) -> tuple[str, bool]:
     """Greedy continuation up to a text that ends it, and whether that came."""
+    import torch
+
     run.reset()
     ids = torch.tensor([study.tokenizer(prompt)["input_ids"]])
     written: list[int] = []

@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import quantize
-from overparam.compress.quantize import openvino, qat
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
 from overparam.experiment.study import begins, step
@@ -26,6 +23,11 @@ from overparam.studies import recipes
 from overparam.studies.quantization_accuracy import Params
 from overparam.support import progress
 from overparam.support.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from overparam.compress.quantize import openvino
 
 CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
 
@@ -166,6 +168,8 @@ def start(params: Params) -> Study:
         ValueError: The model is quantized already, its blocks are not known, or its recipe has parts that are not.
         MemoryError: It does not fit beside its quantized copies.
     """
+    import torch
+
     copies = sum(max(16, quantize.SCHEMES[name].weights) / 32 for name in params.schemes)
     models.check_memory(
         params.model, torch.float32, times_weights=2 + copies, purpose="with its quantized copies"
@@ -217,6 +221,8 @@ def _schemes(study: Study) -> pd.DataFrame:
 
 
 def _not_trained(study: Study) -> str:
+    from overparam.compress.quantize import qat  # loads torchao
+
     body = models.blocks(study.model.base_model).layers if study.decoder else study.model
     reason = qat.reason_against(body, group_size=study.params.group_size)
     return f"{type(study.model).__name__}: {reason}" if reason else ""

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from torch import nn
-from transformers import PreTrainedModel
 
 from overparam import models
 from overparam.compress import quantize
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
-from overparam.compress.quantize import qat
 from overparam.data.packing import Tree, pack
 from overparam.evaluate import classification, samples
 from overparam.evaluate.topics import Topics, topics
@@ -33,6 +30,8 @@ from overparam.train.distillation import Recipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import nn
+    from transformers import PreTrainedModel
 
 FULL, AFTER, TRAINED = "full precision", "rounded after training", "trained with rounding"
 _TASK = "next token"  # of a decoder
@@ -226,6 +225,8 @@ def _ways(
     with_body: Callable[[Any, nn.Module], Any],
 ) -> Iterator[tuple[Way, Any]]:
     """Train a model in every way; what is rounded is its `body`."""
+    from overparam.compress.quantize import qat
+
     params = study.params
     steps, rate, size = params.qat_steps, params.qat_learning_rate, params.group_size
     fit(model, params.train_steps, params.learning_rate, seed, "full precision")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from overparam import models
 from overparam.compress import depth
 from overparam.experiment.study import step
 from overparam.measure import disk, energy, memory, speed
 from overparam.record import stats
-from overparam.studies.trailing_layer_pruning.encoding import encode
 from overparam.studies.trailing_layer_pruning.study import Study
 from overparam.support import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RESAMPLES = 2000
 _STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"
@@ -136,5 +137,7 @@ def _memory_jobs(
 
 
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
+    from overparam.studies.trailing_layer_pruning.encoding import encode
+
     params = study.params
     return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, study.max_length)

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from overparam.compress import depth
 from overparam.record import figures, ledger
@@ -138,6 +137,8 @@ def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
 
 def plot_tasks(study: Study, zero: ZeroShot) -> Any:
     """Draw each task's score by depth, as a heat map; each task's best depth is marked."""
+    import seaborn as sns
+
     table = scores_table(zero.by_depth)
     data = table.rename_axis("task").reset_index().melt("task", var_name="depth", value_name="score")
     with figures.style():

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-import transformers
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import depth
@@ -22,6 +19,9 @@ from overparam.record import record, stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
 from overparam.support import cache, progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TRAINING_FACTOR = (
     1.6  # peak of a LoRA step over the weights, batches of the default size (see README, Limits)
@@ -79,6 +79,9 @@ class Study:
 
         What the unpruned model gives is kept in the cache, for a job that is killed later on.
         """
+        import torch
+        import transformers
+
         recipe = replace(
             text_recipe(self.params), separator=" "
         )  # also in the published code, when it embeds

@@ -27,8 +27,8 @@ from overparam.assets import packages
 from overparam.assets.catalogue import PACKAGED, TINY
 from overparam.models import source as sources
 from overparam.models import weights
+from overparam.models.folder_recipe import follow, recipe
 from overparam.models.kinds import has_encoder_of_its_own
-from overparam.models.recipe import follow, recipe
 from overparam.models.twins import tiny_tokenizer, tiny_twin
 
 
