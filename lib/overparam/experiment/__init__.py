@@ -1,0 +1,1 @@
+"""What every study has in common: its parameters, its costs, its figures."""
