@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from overparam.experiment.params import StudyParams
 from overparam.publish.inventory import SUMMARY
 from overparam.record import ledger
 from overparam.record.record import SCRATCH, record_files
@@ -17,10 +19,10 @@ from overparam.record.record import SCRATCH, record_files
 RESULTS = SCRATCH.parent
 
 
-class Params(BaseModel):
+class Params(StudyParams):
     """Parameters of the study."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    study: ClassVar = "claims"
 
     results: str = Field("reference", description="a folder below results/, or the path of a results folder")
 
@@ -41,7 +43,7 @@ class Params(BaseModel):
         return record_hashes(self.folder) | ledger.hashes()
 
     def slug(self) -> str:
-        """Short name of a parameter set: the folder's."""
+        """Return a short name of the parameter set: the folder's."""
         return self.folder.name
 
 

@@ -6,136 +6,112 @@ This module is light: it holds the parameters. The steps are in `study`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from overparam.assets.catalogue import check_model_name, published
-from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
-from overparam.record import ledger
+from overparam.assets.catalogue import published
+from overparam.evaluate import LOCAL_TASKS, TOPIC_TASKS
+from overparam.experiment.params import (
+    Count,
+    Distinct,
+    EmbeddingTasks,
+    Increasing,
+    ModelName,
+    Positive,
+    Share,
+    StudyParams,
+    Topics,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
 
+class Params(StudyParams):
+    """Parameters of the study."""
 
-class Params(BaseModel):
-    """Parameters of the study; every count is a whole number, every share is between 0 and 1."""
+    study: ClassVar = "distillation_retention"
+    subsets: ClassVar = {"task_share": "shares", "kinds": "general_models"}
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    teacher: str = Field("all-MiniLM-L6-v2", description="bundled name, hub id or folder of a text encoder")
-    shares: tuple[Share, ...] = Field(
-        (0.1, 0.05), min_length=1, description="of the teacher's parameters, embedding tables included"
+    teacher: ModelName = Field("all-MiniLM-L6-v2", description="text encoder: bundled name, hub id or folder")
+    shares: Distinct[Share] = Field(
+        (0.1, 0.05), min_length=1, description="sizes of the students: shares of the teacher's parameters"
     )
-    task_share: Share = Field(0.1, description="one of shares: the student of the comparisons")
-    max_length: Annotated[int, Field(ge=8)] = Field(64, description="tokens of a text")
-    seed: int = Field(42, description="of data, first weights and bootstrap")
+    task_share: Share = Field(0.1, description="one of shares: the student that is fine-tuned and compared")
+    max_length: int = Field(64, ge=8, description="maximum tokens per text")
+    seed: int = Field(42, description="random seed of data, initial weights and bootstrap")
 
-    texts: Annotated[int, Field(ge=64)] = Field(
-        8000, description="unlabelled texts that the students learn to embed"
+    texts: int = Field(8000, ge=64, description="unlabelled texts that the students learn to embed")
+    objective: Literal["cosine", "relational", "both"] = Field(
+        "cosine", description="loss: cosine of the embeddings, similarities within a batch, or both"
     )
-    objective: Literal["cosine", "relational", "both"] = "cosine"
-    steps: Count = 600
-    batch_size: Annotated[int, Field(ge=4)] = 32
-    learning_rate: Positive = 1e-3
-    suite: tuple[str, ...] = Field(
+    steps: Count = Field(600, description="training steps of a student on unlabelled texts")
+    batch_size: int = Field(32, ge=4, description="texts per training step of a student")
+    learning_rate: Positive = Field(1e-3, description="peak learning rate of a student")
+    suite: EmbeddingTasks = Field(
         tuple(task for task in LOCAL_TASKS if task != "ReutersR52"),
         min_length=1,
-        description="embedding tasks; ReutersR52 needs a third of all texts",
+        description="embedding tasks; ReutersR52 takes a third of all texts",
     )
-    suite_items: Annotated[int, Field(ge=20)] = Field(60, description="items judged a task of the suite")
+    suite_items: int = Field(60, ge=20, description="items per embedding task")
 
-    topics: tuple[str, ...] = Field(
-        TOPIC_TASKS, min_length=1, description="classification with labels; of the hub: glue/sst2, …"
+    topics: Topics = Field(
+        TOPIC_TASKS, min_length=1, description="classification tasks with labels; from the hub: glue/sst2, …"
     )
-    labelled: Count = Field(800, description="labelled texts a task")
-    unlabelled: Annotated[int, Field(ge=0)] = Field(
-        1600, description="further texts a task that the teacher labels"
-    )
-    test_items: Annotated[int, Field(ge=20)] = Field(400, description="test texts a task")
-    characters: Annotated[int, Field(ge=32)] = Field(256, description="of an article or post")
-    teacher_steps: Count = 150
-    teacher_batch_size: Annotated[int, Field(ge=4)] = 16
-    teacher_learning_rate: Positive = 2e-4
-    student_steps: Count = 150
-    student_batch_size: Annotated[int, Field(ge=4)] = 32
-    student_learning_rate: Positive = 1e-3
-    temperature: Positive = Field(2.0, description="of the soft targets")
-    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.9, description="of the soft targets; the labels have the rest"
-    )
+    labelled: Count = Field(800, description="labelled training texts per classification task")
+    unlabelled: int = Field(1600, ge=0, description="further texts per task that only the teacher labels")
+    test_items: int = Field(400, ge=20, description="test texts per classification task")
+    characters: int = Field(256, ge=32, description="maximum characters per article or post")
+    teacher_steps: Count = Field(150, description="training steps when the teacher is fine-tuned on a task")
+    teacher_batch_size: int = Field(16, ge=4, description="texts per training step of the teacher")
+    teacher_learning_rate: Positive = Field(2e-4, description="peak learning rate of the teacher")
+    student_steps: Count = Field(150, description="training steps when a student is fine-tuned on a task")
+    student_batch_size: int = Field(32, ge=4, description="texts per training step of a fine-tuned student")
+    student_learning_rate: Positive = Field(1e-3, description="peak learning rate of a fine-tuned student")
+    temperature: Positive = Field(2.0, description="softmax temperature of the teacher's soft targets")
+    soft_weight: float = Field(0.9, ge=0, le=1, description="weight of the soft targets; labels get the rest")
     train_seeds: tuple[int, ...] = Field(
-        (42,), min_length=1, description="of teachers and of the student of task_share; others take the first"
+        (42,),
+        min_length=1,
+        description="training seeds of teachers and of the task_share student; other students use the first",
     )
 
-    per_class: tuple[Count, ...] = Field((8, 32), description="labelled texts of a class, small to large")
-    ready_made: tuple[str, ...] = Field(
-        (), description="other encoders that stand beside the students in the suite"
+    per_class: Increasing[Count] = Field((8, 32), description="labelled texts per class, smallest set first")
+    ready_made: tuple[ModelName, ...] = Field(
+        (), description="existing encoders scored beside the students on the embedding tasks"
     )
-    general_models: tuple[str, ...] = Field(
-        ("all-MiniLM-L6-v2",), description="encoders that are used as they are, by a probe"
+    general_models: tuple[ModelName, ...] = Field(
+        ("all-MiniLM-L6-v2",), description="encoders used without training, under a linear probe"
     )
     kinds: dict[str, Literal["encoder", "decoder"]] = Field(
-        {}, description="of general_models, where their folders and configurations do not say it"
+        {}, description="kind of a general model where its folder and configuration do not say it"
     )
-    decoder_teacher: str | None = Field(None, description="a decoder to distil by next token; null: none")
-    decoder_student: str | None = Field(None, description="its student, with the same tokenizer")
-    decoder_texts: Annotated[int, Field(ge=8)] = Field(512, description="texts that the decoder learns from")
-    decoder_steps: Count = 50
-    decoder_batch_size: Count = 8
-    decoder_learning_rate: Positive = 1e-5
-    cost_texts: Annotated[int, Field(ge=2)] = Field(
-        32, description="texts of a batch when costs are measured"
+    decoder_teacher: ModelName | None = Field(
+        None, description="decoder to distil by next-token prediction; null: none"
     )
-    cost_repeats: Annotated[int, Field(ge=3)] = 7
+    decoder_student: ModelName | None = Field(
+        None, description="student of that decoder, with the same tokenizer"
+    )
+    decoder_texts: int = Field(512, ge=8, description="texts that the decoder student learns from")
+    decoder_steps: Count = Field(50, description="training steps of the decoder student")
+    decoder_batch_size: Count = Field(8, description="texts per training step of the decoder student")
+    decoder_learning_rate: Positive = Field(1e-5, description="peak learning rate of the decoder student")
+    cost_texts: int = Field(32, ge=2, description="texts per batch when costs are measured")
+    cost_repeats: int = Field(7, ge=3, description="timed repetitions when costs are measured")
 
-    retention_target: Annotated[float, Field(gt=0, le=100)] = Field(
-        90.0, description="percent of the teacher's score that the claim says is kept"
+    retention_target: float = Field(
+        90.0, gt=0, le=100, description="score that the claim says is kept, % of the teacher's"
     )
-    export: bool = Field(
-        True, description="save the students of the first seed as folders in the user's cache"
-    )
-
-    @field_validator("teacher", "decoder_teacher", "decoder_student")
-    @classmethod
-    def _known_model(cls, value: str | None) -> str | None:
-        return value if value is None else check_model_name(value)
-
-    @field_validator("general_models", "ready_made")
-    @classmethod
-    def _known_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_model_name, value))
+    export: bool = Field(True, description="save the first seed's students as folders in the user's cache")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Params:
+    def _consistent(self) -> Self:
         if (self.decoder_teacher is None) != (self.decoder_student is None):
             raise ValueError("decoder_teacher and decoder_student are given together, or both are null")
-        if self.task_share not in self.shares:
-            raise ValueError(f"task_share must be among shares, {self.task_share} is not")
-        if unknown := sorted(set(self.kinds) - set(self.general_models)):
-            raise ValueError(f"kinds must be of general_models, {unknown[0]!r} is not among them")
-        for name, given, allowed in (
-            ("suite", self.suite, LOCAL_TASKS),
-            ("topics", self.topics, (*TOPIC_TASKS, *GLUE_TASKS)),
-        ):
-            if unknown := [task for task in given if task not in allowed]:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}, {unknown[0]!r} is not")
-        for name, values in (("shares", self.shares), ("topics", self.topics), ("suite", self.suite)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} repeat")
-        if list(self.per_class) != sorted(set(self.per_class)):
-            raise ValueError(f"per_class must increase, got {self.per_class}")
         return self
-
-    def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key of a job: of the ledger's claims that it judges."""
-        return ledger.hashes("distillation_retention")
 
     def resources(self) -> dict[str, float]:
         """Return what a job needs of a machine: decoders from the hub are meant for a GPU."""
         return {"GPU": 1} if self.decoder_teacher and published(self.decoder_teacher) else {}
 
     def slug(self) -> str:
-        """Short name of a parameter set: the teacher's."""
+        """Return a short name of the parameter set: the teacher's."""
         return Path(self.teacher).name

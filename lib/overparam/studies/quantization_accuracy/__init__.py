@@ -5,18 +5,23 @@ This module is light: it holds the parameters. The steps are in `study`.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
 
-from overparam.assets.catalogue import check_model_name
-from overparam.evaluate import GLUE_TASKS, LOCAL_TASKS, TOPIC_TASKS
-from overparam.record import ledger
+from overparam.evaluate import LOCAL_TASKS
+from overparam.experiment.params import (
+    Count,
+    Distinct,
+    EmbeddingTasks,
+    Increasing,
+    ModelName,
+    Positive,
+    StudyParams,
+    Topics,
+    among,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Bits = Annotated[int, Field(ge=2, le=8)]
-Positive = Annotated[float, Field(gt=0)]
 SCHEMES = (
     "bf16",
     "fp32-compiled",
@@ -35,115 +40,83 @@ SCHEMES = (
     "bitsandbytes-int8",
     "bitsandbytes-nf4",
 )
+Bits = Annotated[int, Field(ge=2, le=8)]
+Schemes = Annotated[Distinct[str], among(SCHEMES)]
 
 
-class Params(BaseModel):
-    """Parameters of the study; every count is a whole number."""
+class Params(StudyParams):
+    """Parameters of the study."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    study: ClassVar = "quantization_accuracy"
+    subsets: ClassVar = {"mixed_bits": "bits"}
 
-    model: str = Field(
-        "all-MiniLM-L6-v2", description="bundled name, hub id or folder; an encoder or a decoder"
+    model: ModelName = Field(
+        "all-MiniLM-L6-v2", description="encoder or decoder: bundled name, hub id or folder"
     )
     kind: Literal["auto", "encoder", "decoder"] = Field(
-        "auto", description="which of both it is; auto: what its folder and its configuration say"
+        "auto", description="kind of the model; auto: what its folder and configuration say"
     )
-    schemes: tuple[str, ...] = Field(
+    schemes: Schemes = Field(
         tuple(name for name in SCHEMES if name != "fp32-compiled"),
         min_length=1,
-        description="beside fp32; those that this machine cannot run are listed with the reason",
+        description="schemes compared with fp32; those that cannot run here are listed with the reason",
     )
-    seed: int = Field(42, description="of data, draws and bootstrap")
-    max_length: Annotated[int, Field(ge=8)] = Field(64, description="tokens of a text that is embedded")
-    calibration_texts: Annotated[int, Field(ge=8)] = Field(
-        300, description="real texts that show NNCF what activations look like"
-    )
+    seed: int = Field(42, description="random seed of data, samples and bootstrap")
+    max_length: int = Field(64, ge=8, description="maximum tokens per embedded text")
+    calibration_texts: int = Field(300, ge=8, description="texts on which NNCF calibrates activations")
 
-    suite: tuple[str, ...] = Field(
+    suite: EmbeddingTasks = Field(
         tuple(task for task in LOCAL_TASKS if task != "ReutersR52"),
         min_length=1,
-        description="embedding tasks, of an encoder",
+        description="embedding tasks (encoders)",
     )
-    suite_items: Annotated[int, Field(ge=20)] = Field(60, description="items judged a task of the suite")
+    suite_items: int = Field(60, ge=20, description="items per embedding task")
 
-    languages: tuple[str, ...] = Field(("en", "fr", "de", "es", "it"), description="of verses, for a decoder")
-    likelihood_texts: Annotated[int, Field(ge=4)] = Field(
-        24, description="held-out texts a language, and of news"
+    languages: tuple[str, ...] = Field(
+        ("en", "fr", "de", "es", "it"), description="languages of the held-out verses (decoders)"
     )
-    context_lengths: tuple[Annotated[int, Field(ge=128)], ...] = Field(
-        (256, 512, 1024), description="tokens of context, for a decoder"
+    likelihood_texts: int = Field(24, ge=4, description="held-out texts per language, and of news")
+    context_lengths: Increasing[Annotated[int, Field(ge=128)]] = Field(
+        (256, 512, 1024), description="context lengths, tokens (decoders)"
     )
-    context_windows: Count = Field(3, description="texts of each length; their last 64 tokens are scored")
-    translated_items: Annotated[int, Field(ge=0)] = Field(
-        8, description="sentences into French, for a decoder"
+    context_windows: Count = Field(
+        3, description="texts per context length; the last 64 tokens of each are scored"
     )
-    new_tokens: Count = Field(48, description="the most that a translation has")
+    translated_items: int = Field(8, ge=0, description="sentences translated into French (decoders)")
+    new_tokens: Count = Field(48, description="maximum tokens per translation")
 
-    bits: tuple[Bits, ...] = Field((8, 6, 5, 4, 3, 2), min_length=2, description="of simulated rounding")
-    group_size: Count = Field(
-        32, description="weights that share a scale when rounding is simulated or trained"
+    bits: tuple[Bits, ...] = Field(
+        (8, 6, 5, 4, 3, 2), min_length=2, description="bits per weight in simulated rounding"
     )
-    probe_texts: Annotated[int, Field(ge=8)] = Field(
-        48, description="texts that show what a part's rounding changes"
-    )
-    mixed_bits: tuple[Bits, ...] = Field(
-        (3, 4), min_length=1, description="uniform bits whose size mixed ones have"
+    group_size: Count = Field(32, description="weights per scale in simulated rounding and its training")
+    probe_texts: int = Field(48, ge=8, description="texts for the sensitivity of each part to rounding")
+    mixed_bits: Distinct[Bits] = Field(
+        (3, 4), min_length=1, description="uniform bits whose total size mixed bits must match; some of bits"
     )
 
-    topics: tuple[str, ...] = Field(
-        ("ReutersR8",), description="classification that an encoder is trained for; of the hub: glue/sst2, …"
+    topics: Topics = Field(
+        ("ReutersR8",), description="classification tasks (encoders); from the hub: glue/sst2, …"
     )
-    labelled: Count = Field(600, description="labelled texts a task")
-    test_items: Annotated[int, Field(ge=20)] = Field(400, description="test texts a task")
-    characters: Annotated[int, Field(ge=32)] = Field(256, description="of an article or post")
-    train_steps: Count = Field(100, description="of fine-tuning in full precision")
+    labelled: Count = Field(600, description="labelled training texts per classification task")
+    test_items: int = Field(400, ge=20, description="test texts per classification task")
+    characters: int = Field(256, ge=32, description="maximum characters per article or post")
+    train_steps: Count = Field(100, description="training steps in full precision")
     qat_steps: Count = Field(
-        60, description="more, with rounding; the same without it, before rounding afterwards"
+        60, description="further steps with rounding; as many without it before rounding afterwards"
     )
-    train_batch_size: Annotated[int, Field(ge=4)] = 16
-    learning_rate: Positive = 2e-4
-    qat_learning_rate: Positive = 1e-4
+    train_batch_size: int = Field(16, ge=4, description="texts per training step")
+    learning_rate: Positive = Field(2e-4, description="peak learning rate in full precision")
+    qat_learning_rate: Positive = Field(1e-4, description="peak learning rate of the further steps")
     qat_bits: tuple[Bits, ...] = Field(
-        (8, 4, 3, 2), min_length=1, description="of trained and of plain rounding"
+        (8, 4, 3, 2), min_length=1, description="bits per weight, rounded in training or afterwards"
     )
-    train_seeds: tuple[int, ...] = Field((42,), min_length=1)
+    train_seeds: tuple[int, ...] = Field((42,), min_length=1, description="training seeds")
 
-    cost_texts: Annotated[int, Field(ge=2)] = Field(
-        32, description="texts of a batch when costs are measured"
+    cost_texts: int = Field(32, ge=2, description="texts per batch when costs are measured")
+    cost_tokens: Count = Field(
+        32, description="prompt length when a decoder's costs are measured: four times this, in tokens"
     )
-    cost_tokens: Count = Field(32, description="tokens that a decoder writes when costs are measured")
-    cost_repeats: Annotated[int, Field(ge=3)] = 7
+    cost_repeats: int = Field(7, ge=3, description="timed repetitions when costs are measured")
 
-    margin: Positive = Field(1.0, description="percent of the quality that may go where none is said to")
-    modest_margin: Positive = Field(2.0, description="percent that 8 bits are said to cost at most")
-
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, value: str) -> str:
-        return check_model_name(value)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Params:
-        for name, given, allowed in (
-            ("schemes", self.schemes, SCHEMES),
-            ("suite", self.suite, LOCAL_TASKS),
-            ("topics", self.topics, (*TOPIC_TASKS, *GLUE_TASKS)),
-            ("mixed_bits", self.mixed_bits, self.bits),
-        ):
-            if unknown := [each for each in given if each not in allowed]:
-                raise ValueError(
-                    f"{name} must be among {', '.join(map(str, allowed))}, {unknown[0]!r} is not"
-                )
-            if len(set(given)) < len(given):
-                raise ValueError(f"{name} repeat")
-        if list(self.context_lengths) != sorted(set(self.context_lengths)):
-            raise ValueError(f"context_lengths must increase, got {self.context_lengths}")
-        return self
-
-    def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key of a job: of the ledger's claims that it judges."""
-        return ledger.hashes("quantization_accuracy")
-
-    def slug(self) -> str:
-        """Short name of a parameter set: the model's."""
-        return Path(self.model).name
+    margin: Positive = Field(1.0, description="loss up to which quality counts as unchanged, %")
+    modest_margin: Positive = Field(2.0, description="loss that 8 bits are said to cost at most, %")

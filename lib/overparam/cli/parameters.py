@@ -1,0 +1,63 @@
+"""Write the comments of the notebooks' parameters cells from the studies' Params.
+
+``python -m overparam.cli.parameters``: what a parameter means is said once, in the description of its field.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from overparam.runner import notebook as notebooks
+from overparam.runner.plan import NOTEBOOKS, STUDIES
+from overparam.support.files import write_changed
+
+_LINE = 110  # as the formatter has it
+
+
+def commented(notebook: Path) -> str:
+    """Return the text of a notebook whose parameters cell has the descriptions of its study's Params as comments."""
+    params = importlib.import_module(f"{STUDIES}.{notebook.stem.partition('_')[2]}").Params
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    (cell,) = (each for each in content["cells"] if "parameters" in each["metadata"].get("tags", []))
+    cell["source"] = cell_source(params, notebooks.parameters(notebook)).splitlines(keepends=True)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def cell_source(params: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """Return the source of a parameters cell: each value below the description of its field."""
+    lines = []
+    for name, field in params.model_fields.items():
+        lines += [f"# {field.description}", _assignment(name, values[name])]
+    return "\n".join(lines)
+
+
+def _assignment(name: str, value: Any) -> str:
+    line = f"{name} = {_literal(value)}"
+    if len(line) <= _LINE or not isinstance(value, list):
+        return line
+    return "\n".join([f"{name} = [", *(f"    {_literal(each)}," for each in value), "]"])
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return repr(value)
+
+
+def main() -> None:
+    """Rewrite every notebook whose comments differ."""
+    for path in sorted(NOTEBOOKS.glob("[0-9]*_*.ipynb")):
+        if write_changed(path, commented(path).encode()):
+            print(f"{path.name}: parameters cell written")
+
+
+if __name__ == "__main__":
+    main()
