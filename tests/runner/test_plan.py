@@ -164,9 +164,15 @@ def test_key_follows_what_the_job_depends_on_and_nothing_else(project):
     keys["params"] = make(project, [{"keep_layers": 4}])[0].key
     keys["inputs"] = make(project, inputs={"weights": "abc"})[0].key
     for name in ("toy/more.py", "shared.py", "toy/__init__.py", "__init__.py"):
-        (package / name).write_text((package / name).read_text() + "\n# changed\n")
+        before = make(project)[0].key
+        (package / name).write_text('"""A docstring."""\n' + (package / name).read_text() + "\n# a comment\n")
+        assert make(project)[0].key == before
+        (package / name).write_text((package / name).read_text() + "CHANGED = True\n")
         keys[name] = make(project)[0].key
     content["cells"][0]["source"] = "# Another title"
+    notebook.write_text(json.dumps(content))
+    assert make(project)[0].key == keys["__init__.py"]
+    content["cells"][4]["source"] = content["cells"][4]["source"].replace("keep_layers)", "keep_layers + 1)")
     notebook.write_text(json.dumps(content))
     keys["notebook"] = make(project)[0].key
     assert len(set(keys.values())) == len(keys)
@@ -194,10 +200,12 @@ def test_a_study_may_add_hashes_to_its_keys(project):
     assert job.parts["inputs"] == {"weights": "abc"}
 
 
-def test_reachable_code_includes_ours(project):
-    modules = make(project)[0].parts["modules"]
-    assert {"overparam.support.progress", "overparam.record.record", "overparam.record.stats"} <= set(modules)
-    assert {"toystudies", "toystudies.shared", "toystudies.toy.more", "toystudies.toy.steps"} <= set(modules)
+def test_reachable_code_includes_ours_and_what_only_records_is_in_the_drawing_key(project):
+    (job,) = make(project)
+    modules = job.parts["modules"]
+    assert {"overparam.support.progress", "overparam.record.record"} <= set(job.drawing["modules"])
+    assert not job.drawing["modules"].keys() & modules.keys()
+    assert {"toystudies.shared", "toystudies.toy.more", "toystudies.toy.steps"} <= set(modules)
     assert not {"toystudies.unrelated", "overparam.runner.plan", "json"} & set(modules)
 
 
@@ -217,7 +225,9 @@ def test_every_reason_is_told(project):
     for name in ("a", "b", "c", "d"):
         (package / "toy" / f"{name}.py").write_text("")
     (package / "shared.py").write_text("import os\n")
-    notebook.write_text(notebook.read_text().replace("A toy study", "Another title"))
+    notebook.write_text(
+        notebook.read_text().replace("steps.value(keep_layers)", "steps.value(keep_layers + 1)")
+    )
     (job,) = make(project, [{"margin": 2.0}], inputs={"weights": "abc"})
     expected = "notebook changed; code changed: toystudies.shared, toystudies.toy.a, toystudies.toy.b, toystudies.toy.c"
     assert job.reason == f"{expected} and 1 more; parameters changed: margin (1.0 → 2.0)"
