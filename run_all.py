@@ -4,13 +4,13 @@
     python run_all.py --profile smoke --dry-run     what would run, and why
     python run_all.py --jobs 2 --timeout 7200       two notebooks at once, two hours each at most
     python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster
-    python run_all.py report [PATH]                 README's table, REPORT.md and the gallery from results
+    python run_all.py report [PATH]                 README's front page, REPORT.md and the gallery from results
     python run_all.py verify [PATH]                 is every file of a results folder what its record says?
     python run_all.py redraw [PATH]                 every figure and verdict anew, without measuring; --style FILE
     python run_all.py compare A B                   which quality metrics of two results folders agree
     python run_all.py cite FIGURE                   BibTeX and a caption
 
-Exit code: 0 all done, 1 some jobs failed or were left to another run, or something is not right, 2 bad input,
+Exit code: 0 all done, 1 some jobs failed or were left to another run, or a check failed, 2 bad input,
 130 interrupted.
 """
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 
 from overparam.publish import gallery, inventory
 
@@ -110,6 +111,37 @@ def test_the_claims_come_first(pages):
     text = (pages / "index.html").read_text()
     assert text.index('class="claims"') < text.index("<figure")
     assert re.findall(r"<h2[^>]*>([^<]+)", text)[0] == "Claims"
+
+
+def test_every_verdict_leads_to_its_row_in_the_notebook(pages):
+    soup = BeautifulSoup((pages / "index.html").read_text(), "html.parser")
+    links = [link["href"] for link in soup.select("table.claims a") if link.get_text() == "notebook"]
+    assert len(links) == len(list(inventory.take(RESULTS).verdicts()))
+    for link in links:
+        page, _, anchor = link.partition("#")
+        row = BeautifulSoup((pages / page).read_text(), "html.parser").select_one(f"tr[id='{anchor}']")
+        statement = soup.select_one(f"tbody[id='{anchor}'] .statement").get_text()
+        assert statement in row.get_text().replace("`", ""), link
+
+
+def test_verdicts_are_counted_by_study_first(pages):
+    soup = BeautifulSoup((pages / "index.html").read_text(), "html.parser")
+    counts = soup.find("table")
+    assert counts["class"] == ["counts"]
+    sums = [int(cell.get_text()) for cell in counts.select("tfoot td")]
+    assert sum(sums) == len(list(inventory.take(RESULTS).verdicts("claim")))
+    for link in counts.select("tbody a"):
+        assert soup.find(id=link["href"].removeprefix("#")).name == "h3"
+
+
+def test_checks_have_a_table_of_their_own(pages):
+    soup = BeautifulSoup((pages / "index.html").read_text(), "html.parser")
+    (table,) = [each for each in soup.select("table.claims") if each.th.get_text() == "check"]
+    assert len(table.select("tbody")) == len(inventory.take(RESULTS).questions("check"))
+    assert "chrF++ 42" in table.get_text()
+    assert "met" in [each.get_text() for each in table.select(".verdict")]
+    others = [each.get_text() for each in soup.select("table.claims") if each is not table]
+    assert not any("chrF++ 42" in text for text in others)
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])

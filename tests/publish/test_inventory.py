@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from overparam.publish import inventory, pages, readme
+from overparam.publish import inventory, pages, readme, tables
 from overparam.record import ledger
 
 
@@ -25,7 +25,7 @@ def test_an_empty_or_absent_folder_holds_nothing_and_says_what_is_missing(tmp_pa
         assert found.records == []
         assert found.problems == []
     assert {entry.id for entry in found.missing} == {entry.id for entry in ledger.entries()}
-    assert "No results yet" in readme.table(found, tmp_path)
+    assert "No results yet" in readme.front(found, tmp_path)
     assert "No results yet" in pages.text(found)
 
 
@@ -37,7 +37,7 @@ def test_unknown_claim_fields_leave_out_that_record_and_no_other(results):
     assert problem.startswith("layers/small-1/record.json is not a valid record: claim 'large'")
     assert "colour" in problem
     assert "left out of the report" in problem
-    assert "A light cut" in readme.table(found, results)
+    assert "A light cut" in tables.questions_table(found, "layers", results)
 
 
 def test_two_verdicts_on_one_claim_are_named_and_the_first_is_shown(results):
@@ -56,6 +56,32 @@ def test_of_two_records_of_one_job_the_newer_is_shown(results, make_record):
     assert [inventory.folder(record).name for record in found.records] == ["small-1", "tiny-2"]
     assert [inventory.folder(record).name for record in found.superseded] == ["tiny-1"]
     assert "layers/tiny-1 is superseded by a newer record of tiny" in found.remarks()
+
+
+def test_claims_and_checks_are_kept_apart_and_stand_in_the_order_of_the_ledger(tmp_path, make_record):
+    for study, ids in (
+        ("distillation_retention", ("distillation-speed", "distillation-soft-targets")),
+        ("trailing_layer_pruning", ("l3prune-cost", "l3prune-large")),
+    ):
+        make_record(tmp_path / study / "tiny-1", study=study)
+        edit(
+            tmp_path / study / "tiny-1" / "record.json",
+            lambda r, ids=ids: [claim.update(id=name) for claim, name in zip(r["claims"], ids, strict=True)],
+        )
+    found = inventory.take(tmp_path)
+    claims = [question.claim.id for question in found.questions("claim")]
+    assert claims == ["l3prune-large", "l3prune-cost", "distillation-soft-targets"]
+    assert [question.claim.id for question in found.questions("check")] == ["distillation-speed"]
+    assert [study for study, _ in tables.counts(found)] == [
+        "trailing_layer_pruning",
+        "distillation_retention",
+    ]
+    page = pages.text(found)
+    assert "A light cut" not in page[page.index("### Distillation retention") : page.index("## Checks")]
+    assert (
+        "| A light cut \\| costs next to nothing | Distillation retention |"
+        in page[page.index("## Checks") :]
+    )
 
 
 def test_failed_and_unfinished_jobs_are_no_results(results, make_record):
@@ -82,7 +108,7 @@ def test_a_figure_deleted_by_hand_is_marked_in_the_report(results):
     (results / "layers" / "tiny-1" / "loss.png").unlink()
     page = pages.text(inventory.take(results))
     assert "Missing: loss.png." in page
-    assert "![" not in page.split("## layers: tiny")[1]
+    assert "![" not in page.split("## Layers: tiny")[1]
 
 
 def test_report_is_the_same_twice_and_links_to_files_that_are_there(results):

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -74,14 +75,66 @@ def test_a_study_that_a_profile_runs_answers_its_claims_there():
             assert set(jobs) <= expected, path.stem
 
 
+def a_claim(content):
+    return next(claim for claim in content["claims"] if claim["id"] == "l3prune-negligible-30")
+
+
+def test_checks_are_those_whose_source_is_this_suite():
+    checks = {entry.id for entry in ledger.entries() if entry.type == "check"}
+    assert {"moe-pretraining-load", "distillation-speed"} <= checks
+    assert not [entry.id for entry in ledger.entries() if entry.id in checks and entry.front]
+
+
+def test_studies_stand_in_the_order_of_their_notebooks():
+    notebooks = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
+    order = [path.stem.partition("_")[2] for path in notebooks]
+    assert ledger.studies() == [study for study in order if study in ledger.studies()]
+
+
+def test_words_of_the_front_page_make_no_study_due(monkeypatch):
+    before, whole = ledger.hashes("trailing_layer_pruning"), ledger.hashes()
+    changed = [entry.model_copy(update={"front": None}) for entry in ledger.entries()]
+    file = ledger._file().model_copy(update={"claims": tuple(changed)})
+    monkeypatch.setattr(ledger, "_file", lambda: file)
+    assert ledger.hashes("trailing_layer_pruning") == before
+    assert ledger.hashes() != whole
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: d["claims"][0].update(colour="red"), "colour"),
         (lambda d: d["claims"][0].pop("source"), "source"),
         (lambda d: d["claims"][0].update(kind="sometimes"), "kind"),
-        (lambda d: d["claims"].append(d["claims"][0]), "more than one claim l3prune-negligible-30"),
+        (lambda d: d["claims"].append(d["claims"][0]), "more than one claim moe-pretraining-load"),
         (lambda d: d["claims"][0].update(paper="nobody"), "lists no paper nobody"),
+        (
+            lambda d: d["claims"][0].pop("type"),
+            "moe-pretraining-load is a goal of this suite, so it needs `type: check`",
+        ),
+        (
+            lambda d: a_claim(d).update(type="check"),
+            "l3prune-negligible-30 is a check, so its source has to say",
+        ),
+        (lambda d: a_claim(d)["front"].update(claim="x" * 91), "at most 90 characters"),
+        (
+            lambda d: d["claims"][0].update(front=a_claim(d)["front"]),
+            "moe-pretraining-load is a check: only claims",
+        ),
+        (
+            lambda d: a_claim(d)["front"].update(of="another"),
+            "stands for several claims: name one .* got 'another'",
+        ),
+        (
+            lambda d: [each.update(front=a_claim(d)["front"]) for each in d["claims"]],
+            "35 claims have `front`, at most 20",
+        ),
+        (
+            lambda d: [
+                each.pop("front", None) for each in d["claims"] if each["study"] == "trailing_layer_pruning"
+            ],
+            "no claim of trailing_layer_pruning has `front`: each study needs one",
+        ),
     ],
 )
 def test_a_broken_ledger_is_refused_with_the_reason(tmp_path, change, message):

@@ -14,6 +14,7 @@ from overparam.studies.claims import study as steps
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "reference"
+STUDIES = ("trailing_layer_pruning", "moe_expert_pruning", "distillation_retention", "quantization_accuracy")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,8 @@ def summarise(folder, monkeypatch):
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(folder))
     study = steps.start(Params())
     table = steps.claim_table(study)
-    plots.plot_forest(study, steps.forest(study))
+    steps.check_table(study)
+    list(plots.plot_forests(study, steps.forest(study)))
     plots.plot_pareto(study, pareto.points(study.found))
     steps.conditions(study)
     return table, steps.finish(study)
@@ -35,7 +37,8 @@ def summarise(folder, monkeypatch):
 def test_the_same_records_give_the_same_bytes(tmp_path, monkeypatch):
     _, first = summarise(tmp_path / "a", monkeypatch)
     _, second = summarise(tmp_path / "b", monkeypatch)
-    assert {figure.id for figure in first.figures} == {"fig:claims-forest", "fig:claims-pareto"}
+    forests = {f"fig:claims-forest-{study.replace('_', '-')}" for study in STUDIES}
+    assert {figure.id for figure in first.figures} == {*forests, "fig:claims-pareto"}
     files = [name for figure in first.figures for name in figure.files]
     assert {Path(name).suffix for name in files} == {".pdf", ".png", ".csv"}
     assert [figure.files for figure in first.figures] == [figure.files for figure in second.figures]
@@ -46,17 +49,30 @@ def test_the_same_records_give_the_same_bytes(tmp_path, monkeypatch):
 def test_every_claim_is_in_the_table_with_its_verdict(tmp_path, monkeypatch):
     table, _ = summarise(tmp_path / "a", monkeypatch)
     found = inventory.take(RESULTS)
-    assert len(table) == len(list(found.claims())) + len(found.missing)
-    assert set(table["verdict"]) <= {claim.verdict for claim, _ in found.claims()} | {"no record"}
+    claims = list(found.verdicts("claim"))
+    assert len(table) == len(claims) + sum(entry.type == "claim" for entry in found.missing)
+    assert set(table["verdict"]) <= {claim.verdict for claim, _ in claims} | {"no record"}
+    assert not table["claim"].str.contains("chrF++ 42", regex=False).any()
+
+
+def test_checks_say_whether_they_are_met(tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    study = steps.start(Params())
+    table = steps.check_table(study).set_index("check")
+    assert table.loc["The small translator reaches chrF++ 42 from English into French", "outcome"] == "met"
+    assert len(table) == len(list(study.found.verdicts("check")))
+    counts = steps.counts(study)
+    assert counts.to_numpy().sum() == len(list(study.found.verdicts("claim")))
+    assert counts.index.tolist()[0] == "Trailing layer pruning"
 
 
 def test_numbers_of_the_forest_are_in_points_or_percent(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
     rows = steps.forest(steps.start(Params())).set_index(["claim", "model"])
-    slope = rows.loc[("l3prune-cost", "gemma-3-270m")]
+    slope = rows.loc[("l3prune-cost", "Gemma")]
     assert slope["value"] == pytest.approx(0.87, abs=0.01)
     assert slope["published"] == 0
-    assert rows.loc[("experts-shared", "moe-translator"), "published"] == pytest.approx(46)
+    assert rows.loc[("experts-shared", "translator"), "published"] == pytest.approx(46)
     assert (rows["low"] <= rows["value"]).all()
 
 
@@ -67,6 +83,11 @@ def test_the_pareto_figure_starts_at_the_full_model():
     np.testing.assert_allclose(full["speed"], 1)
     # another library's file of the same weights may be larger
     assert points["size_percent"].between(0, 101).all()
+    assert set(points["study"]) == set(STUDIES)
+    best = plots._unbeaten(points[(points["model"] == "Gemma") & (points["curve"] == "fewer bits")], "speed")
+    assert best["speed"].is_monotonic_increasing
+    assert best["kept_percent"].is_monotonic_decreasing
+    assert len(best) > 1
 
 
 def test_students_are_read_as_their_study_writes_them(tmp_path):
@@ -91,7 +112,7 @@ def test_students_are_read_as_their_study_writes_them(tmp_path):
 def test_nothing_to_draw_is_said(tmp_path):
     assert pareto.points(inventory.take(tmp_path)).empty
     assert "no record" in plots.plot_pareto(None, pd.DataFrame())
-    assert "no record" in plots.plot_forest(None, pd.DataFrame())
+    assert ["no record" in text for text in plots.plot_forests(None, pd.DataFrame())] == [True]
 
 
 def test_an_unknown_folder_is_refused():
@@ -114,10 +135,14 @@ def test_report_and_verify_on_one_study_as_a_user_runs_them(tmp_path):
     assert "missing: moe_expert_pruning" in made.stdout
     assert (ROOT / "README.md").read_bytes() == readme
     assert "All claims" in (results / "REPORT.md").read_text()
-    assert "moe expert" not in (results / "gallery" / "index.html").read_text()
+    index = (results / "gallery" / "index.html").read_text()
+    assert "fig:claims-forest-trailing-layer-pruning@" in index
+    assert 'href="moe_expert' not in index
     checked = run("verify", results)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "all checks passed" in checked.stdout
     (results / study.parent.name / study.name / "figure_cost.csv").write_text("x\n1\n")
     checked = run("verify", results)
     assert checked.returncode == 1
     assert "figure_cost.csv: its content is not" in checked.stdout
+    assert "checks failed" in checked.stdout

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -53,12 +54,21 @@ def main(arguments: Sequence[str], root: Path) -> int:
 
 
 def report(results: Path, root: Path) -> int:
-    """Write everything that is made from records; return 1 when a record had to be left out."""
+    """Write everything that is made from records; return 1 when a record had to be left out.
+
+    Raises:
+        ValueError: when a record of the reference results was made with uncommitted changes; nothing is written then.
+    """
     started = time.monotonic()
     found = inventory.take(results)
+    is_reference = results.resolve() == _reference(root).resolve()
+    if is_reference:
+        _refuse_uncommitted(found)
     if found.studies and (root / "notebooks").is_dir():
         _summarise(results, root)
         found = inventory.take(results)
+        if is_reference:
+            _refuse_uncommitted(found)
     if results.is_dir():
         for name, write in (
             (pages.FILE, pages.write),
@@ -72,7 +82,7 @@ def report(results: Path, root: Path) -> int:
         print(f"{gallery.build(found)} written")
     else:
         print(f"no records in {results}: `python run_all.py --profile {results.name}` makes them")
-    if results.resolve() == _reference(root).resolve():
+    if is_reference:
         changed = readme.fill(root / "README.md", results)
         print(f"README.md {'filled from' if changed else 'is current with'} {results}")
     for remark in found.remarks():
@@ -85,13 +95,19 @@ def check(results: Path, root: Path) -> int:
     """Print the table of `verify.check`; return 1 when something is wrong."""
     inputs = claims.record_hashes(results) if results.is_dir() else None
     findings = verify.check(results, age=lambda record: changed_since(record, root), summary_inputs=inputs)
-    if results.resolve() == _reference(root).resolve() and readme.stale(root / "README.md", results):
-        findings.append(
-            verify.Finding("README.md", "stale", "records have changed since: run `run_all.py report`")
-        )
+    if results.resolve() == _reference(root).resolve():
+        findings += [
+            verify.Finding(
+                name, "uncommitted", "made with uncommitted changes: not fit for reference results"
+            )
+            for name in inventory.take(results).uncommitted()
+        ]
+        if readme.stale(root / "README.md", results):
+            changed = "records have changed since: run `run_all.py report`"
+            findings.append(verify.Finding("README.md", "stale", changed))
     print(verify.table(findings))
     wrong = sum(finding.failed for finding in findings)
-    print(f"\n{results}: {f'{wrong} of {len(findings)} are not right' if wrong else 'all is right'}")
+    print(f"\n{results}: {f'{wrong} of {len(findings)} checks failed' if wrong else 'all checks passed'}")
     return FAILED if wrong else OK
 
 
@@ -211,6 +227,19 @@ def _summarise(results: Path, root: Path) -> None:
             print(f"note: the figures of all claims could not be made: {outcome.message}")
 
 
+def _refuse_uncommitted(found: inventory.Inventory) -> None:
+    """Raise ValueError for records whose code nobody can look up; a summary of claims among them is removed."""
+    if names := found.uncommitted():
+        for record in found.records:
+            if record.study == inventory.SUMMARY and record.provenance["git"]["dirty"]:
+                shutil.rmtree(inventory.folder(record))
+        raise ValueError(
+            f"made with uncommitted changes, so not fit for reference results: {', '.join(names)}. Commit the changes, "
+            "then make them again: a study by `run_all.py --profile reference --force --only STUDY`, the summary of "
+            "claims by `run_all.py report`"
+        )
+
+
 def _reference(root: Path) -> Path:
     return root / "results" / "reference"
 
@@ -220,7 +249,7 @@ def _parser(root: Path) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     reference = _reference(root)
     made = commands.add_parser(
-        "report", help="README's table, REPORT.md, figures.json, RO-Crate metadata, HTML gallery"
+        "report", help="README's picture and table, REPORT.md, figures.json, RO-Crate metadata, HTML gallery"
     )
     made.add_argument(
         "results", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"

@@ -1,1 +1,1 @@
-"""What is made of a folder of results: README's table, REPORT.md, the gallery, checks, comparisons, citations."""
+"""What is made of a folder of results: front page, REPORT.md, gallery, checks, comparisons, citations."""

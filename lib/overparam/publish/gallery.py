@@ -9,11 +9,10 @@ import json
 import re
 import shutil
 import struct
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import jinja2
@@ -23,15 +22,17 @@ from bs4.element import NavigableString, Tag
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 
-from overparam.publish import citing, readme
+from overparam.publish import citing, tables
 from overparam.publish.citing import Cited
-from overparam.publish.inventory import SUMMARY, Inventory, folder
+from overparam.publish.inventory import SUMMARY, Inventory, Question, folder
 from overparam.publish.pages import TEMPLATES
 from overparam.record import ledger
+from overparam.record.claims import Claim
 from overparam.record.record import FILE_NAME, NOTEBOOK_NAME, Record
 from overparam.support.files import replace_folder
 
 FOLDER = "gallery"
+FOREST = "fig:claims-forest-"  # and the study
 TONES = {
     "reproduced": "good",
     "reproduced in direction": "half",
@@ -74,9 +75,10 @@ def build(found: Inventory, destination: Path | None = None) -> Path:
         _copy(record, working)
     shown = {id(record): [_shown(cited, working) for cited in _of(found, record)] for record in found.records}
     environment = _environment(found)
-    pages = {"index.html": environment.get_template("index.html").render(**_index(found, shown))}
-    for record in found.records:
-        pages[page_of(record)] = _notebook_page(environment, record, shown[id(record)])
+    pages = {
+        page_of(record): _notebook_page(environment, record, shown[id(record)]) for record in found.records
+    }
+    pages["index.html"] = environment.get_template("index.html").render(**_index(found, shown, pages))
     sections = [section for name, html in pages.items() for section in _sections(name, html)]
     for name, html in pages.items():
         (working / name).write_text(html, encoding="utf-8")
@@ -90,7 +92,7 @@ def build(found: Inventory, destination: Path | None = None) -> Path:
 
 def label(record: Record) -> str:
     """What pages call a record."""
-    return f"{record.study.replace('_', ' ')}: {record.slug}" if record.study != SUMMARY else "all claims"
+    return f"{tables.title(record.study)}: {record.slug}" if record.study != SUMMARY else "All claims"
 
 
 def page_of(record: Record) -> str:
@@ -98,54 +100,98 @@ def page_of(record: Record) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{record.study}-{record.slug}") + ".html"
 
 
+def anchor_of(claim: Claim) -> str:
+    """Id of the place of a claim: of its row in the executed notebook, and of its rows on the first page."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"claim-{claim.id}")
+
+
+def _studies(found: Inventory) -> list[str]:
+    return list(dict.fromkeys(record.study for record in found.studies))
+
+
 def _environment(found: Inventory) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    summary = [record for record in found.records if record.study == SUMMARY]
+    by_study = {study: [r for r in found.studies if r.study == study] for study in _studies(found)}
     environment.globals.update(
         profile=found.root.resolve().name,
-        records=[*found.studies, *(record for record in found.records if record.study == SUMMARY)],
-        origin=readme.origin(found.studies) if found.studies else "",
+        records=[*found.studies, *summary],
+        menu=[*((tables.title(study), records) for study, records in by_study.items()), ("", summary)],
+        short=lambda record: "All claims" if record.study == SUMMARY else ledger.model_name(record.slug),
+        origin=tables.origin(found.studies) if found.studies else "",
+        nothing=tables.nothing(found),
         label=label,
+        title=tables.title,
         page_of=page_of,
         dotted=ledger.without_words,
     )
     return environment
 
 
-def _index(found: Inventory, shown: dict[int, list[Shown]]) -> dict[str, Any]:
-    rows = []
-    for claim, record in found.claims():
-        entry = ledger.find(claim.id)
-        paper = ledger.papers()[entry.paper] if entry and entry.paper else None
-        figure = readme.png_of(claim, record) and f"{page_of(record)}#{claim.figure.removeprefix('fig:')}"
-        rows.append(
-            {
-                "claim": claim,
-                "record": record,
-                "anchor": f"{claim.id}-{record.slug}",
-                "measured": readme.measured_text(claim),
-                "note": readme.shown_of(claim.note),
-                "tone": TONES[claim.verdict],
-                "figure": figure,
-                "json": _file(record, FILE_NAME),
-                "url": paper.url if paper else None,
-                "conditions": paper.conditions if paper else None,
-            }
-        )
-    number: Counter[str] = Counter(claim.verdict for claim, _ in found.claims())
+def _index(found: Inventory, shown: dict[int, list[Shown]], pages: dict[str, str]) -> dict[str, Any]:
+    counts = tables.counts(found)
+    summary = [each for record in found.records if record.study == SUMMARY for each in shown[id(record)]]
     return {
-        "claims": rows,
-        "counts": f"Of {sum(number.values())} verdicts: "
-        + ", ".join(f"{number[verdict]} {verdict}" for verdict in TONES if number[verdict])
-        + "."
-        if rows
-        else "",
+        "verdicts": [(verdict, TONES[verdict]) for verdict in tables.VERDICTS],
+        "counts": counts,
+        "sums": [sum(column) for column in zip(*(numbers for _, numbers in counts), strict=True)],
+        "studies": [
+            (study, list(_questions(found, "claim", pages, study)), _forest_of(study, summary))
+            for study, _ in counts
+        ],
+        "checks": list(_questions(found, "check", pages)),
         "remarks": found.remarks(),
         "missing": found.missing,
         "groups": [(record, shown[id(record)]) for record in found.studies],
-        "summary": [
-            each for record in found.records if record.study == SUMMARY for each in shown[id(record)]
+        "summary": [each for each in summary if not each.figure.id.startswith(FOREST)],
+    }
+
+
+def _forest_of(study: str, summary: Sequence[Shown]) -> Shown | None:
+    wanted = f"{FOREST}{study.replace('_', '-')}"
+    return next((each for each in summary if each.figure.id == wanted), None)
+
+
+def _questions(
+    found: Inventory, type: Literal["claim", "check"], pages: dict[str, str], study: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """What the first page shows of claims, or of checks: one statement, and a row for each model."""
+    for question in found.questions(type):
+        if study in (None, question.study):
+            paper = _paper(question)
+            yield {
+                "anchor": anchor_of(question.claim),
+                "statement": question.claim.statement,
+                "source": question.claim.source,
+                "url": paper.url if paper else None,
+                "conditions": paper.conditions if paper else None,
+                "published": question.claim.published,
+                "study": question.study,
+                "answers": [_answer(type, claim, record, pages) for claim, record in question.answers],
+            }
+
+
+def _paper(question: Question) -> ledger.Paper | None:
+    return ledger.papers()[question.entry.paper] if question.entry and question.entry.paper else None
+
+
+def _answer(type: str, claim: Claim, record: Record, pages: dict[str, str]) -> dict[str, Any]:
+    page, place = page_of(record), anchor_of(claim)
+    cell = f"{page}#{place}" if f'id="{place}"' in pages[page] else page
+    figure = tables.png_of(claim, record) and f"{page}#{claim.figure.removeprefix('fig:')}"
+    return {
+        "model": record.slug,
+        "measured": tables.measured_text(claim),
+        "note": tables.shown_of(claim.note),
+        "claim": claim,
+        "verdict": tables.outcome(claim) if type == "check" else claim.verdict,
+        "tone": TONES[claim.verdict],
+        "links": [
+            (text, link)
+            for text, link in (("notebook", cell), ("figure", figure), ("record", _file(record, FILE_NAME)))
+            if link
         ],
     }
 
@@ -211,7 +257,7 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
     elif not path.is_file():
         body += f'<p class="missing">Missing: {record.notebook.file}.</p>'
     else:
-        body, used = _rendered(path, blocks)
+        body, used = _rendered(path, blocks, record.claims)
         links.append(("executed notebook", _file(record, record.notebook.file)))
     return environment.get_template("run.html").render(
         current=record,
@@ -221,8 +267,10 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
     )
 
 
-def _rendered(path: Path, figures: Sequence[str]) -> tuple[str, int]:
+def _rendered(path: Path, figures: Sequence[str], claims: Sequence[Claim]) -> tuple[str, int]:
     """Render an executed notebook; its pictures, in their order, become the record's figures.
+
+    The first row of a table that begins with the statement of a claim gets the claim's anchor.
 
     Returns:
         The HTML, and how many of the figures are in it: none if there are not as many pictures as figures.
@@ -238,16 +286,30 @@ def _rendered(path: Path, figures: Sequence[str]) -> tuple[str, int]:
     for output, html in zip(pictures, figures, strict=True) if fits else ():
         output.data = nbformat.from_dict({"text/html": html})
         output.metadata["figure"] = True
+    waiting = {" ".join(claim.statement.split()): anchor_of(claim) for claim in claims}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if html := output.get("data", {}).get("text/html"):
-                output.data["text/html"] = _without_empty_headers(html.replace('<table border="1"', "<table"))
+                html = _without_empty_headers(html.replace('<table border="1"', "<table"))
+                output.data["text/html"] = _with_anchors(html, waiting)
     exporter = HTMLExporter(
         template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
     exporter.register_filter("first_line", lambda source: source.strip().partition("\n")[0] or "code")
     body, _ = exporter.from_notebook_node(notebook)
     return _linked(body), len(figures) if fits else 0
+
+
+def _with_anchors(html: str, waiting: dict[str, str]) -> str:
+    """Give ids to the rows of a verdict table; `waiting` maps statements to ids, and loses those that are given."""
+    if not waiting or ">verdict</th>" not in html:
+        return html
+    soup = BeautifulSoup(html, "html.parser")
+    for row in soup.select("tbody tr"):
+        first = row.find("td")
+        if first and (anchor := waiting.pop(" ".join(first.get_text().split()), None)):
+            row["id"] = anchor
+    return str(soup)
 
 
 def _without_empty_headers(html: str) -> str:
@@ -279,7 +341,7 @@ def _sections(page: str, html: str) -> list[dict[str, str]]:
         }
 
     found = []
-    for part in main.select("figure[id], tr[id]"):
+    for part in main.select("figure[id], tbody[id]"):
         title = part.select_one(".statement, .id")
         text = " ".join(part.extract().get_text(" ").split())
         found.append(section(title, part["id"], text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from overparam.record import ledger
 from overparam.record.claims import Claim
@@ -14,13 +15,33 @@ from overparam.record.record import UNFINISHED, Record, load, record_files
 SUMMARY = "claims"  # the study that reads the records of all others
 
 
+@dataclass(frozen=True)
+class Question:
+    """A claim or a check, and what each record has to say on it.
+
+    Attributes:
+        study: The study that asks it.
+        entry: Its place in the ledger, or None where the ledger has none.
+        answers: The claim with its verdict and its record, a model each.
+    """
+
+    study: str
+    entry: Entry | None
+    answers: list[tuple[Claim, Record]]
+
+    @property
+    def claim(self) -> Claim:
+        """The first answer: its statement, source and published value are those of all."""
+        return self.answers[0][0]
+
+
 @dataclass
 class Inventory:
     """The records of a results folder, and what is wrong with it or missing from it.
 
     Attributes:
         root: The results folder.
-        records: One for each study and slug, the newest, by study and slug.
+        records: One for each study and slug, the newest, in the order of the ledger's studies, then by slug.
         superseded: Older records of the same study and slug.
         problems: What could not be read or is contradictory, a line each.
         failed: Jobs that ended in an error and have no newer record, as study/slug.
@@ -41,13 +62,28 @@ class Inventory:
         """The records that measured something: all but the summary of claims."""
         return [record for record in self.records if record.study != SUMMARY]
 
-    def claims(self) -> Iterator[tuple[Claim, Record]]:
-        """Every claim with its record: by study, then claim, then slug."""
-        for study in dict.fromkeys(record.study for record in self.studies):
-            of_study = [record for record in self.studies if record.study == study]
-            for claim_id in dict.fromkeys(claim.id for record in of_study for claim in record.claims):
-                for record in of_study:
-                    yield from ((claim, record) for claim in record.claims if claim.id == claim_id)
+    def questions(self, type: Literal["claim", "check"] | None = None) -> list[Question]:
+        """Claims and checks that records answer, by study, in the order of the ledger.
+
+        Args:
+            type: Only claims, or only checks; both by default. What the ledger does not know counts as a claim.
+        """
+        answers: dict[tuple[str, str], list[tuple[Claim, Record]]] = {}
+        for record in self.studies:
+            for claim in record.claims:
+                answers.setdefault((record.study, claim.id), []).append((claim, record))
+        every = [Question(study, ledger.find(claim_id), each) for (study, claim_id), each in answers.items()]
+        every.sort(key=lambda each: (_place(each.study), ledger.position(each.claim.id)))
+        return [each for each in every if type in (None, each.entry.type if each.entry else "claim")]
+
+    def verdicts(self, type: Literal["claim", "check"] | None = None) -> Iterator[tuple[Claim, Record]]:
+        """The answers to `questions`, one after the other."""
+        for question in self.questions(type):
+            yield from question.answers
+
+    def uncommitted(self) -> list[str]:
+        """Records that were made with uncommitted changes, as study/slug."""
+        return [_name(record) for record in self.records if record.provenance["git"]["dirty"]]
 
     def remarks(self) -> list[str]:
         """Problems, failures and what is superseded, missing or unknown: a line each, for readers."""
@@ -59,7 +95,7 @@ class Inventory:
         ]
         for study in dict.fromkeys(entry.study for entry in self.missing):
             number = sum(entry.study == study for entry in self.missing)
-            lines.append(f"missing: {study}, of which {number} claims have no record")
+            lines.append(f"missing: {study}, of which no record answers {number} claims or checks")
         lines += [f"{name} is not in the ledger" for name in self.unknown]
         return lines
 
@@ -85,7 +121,7 @@ def take(results_dir: str | Path) -> Inventory:
             found.problems.append(f"{name}: its record says {record.status!r}, not 'complete' (left out)")
             continue
         found.records.append(record)
-    found.records.sort(key=lambda record: (record.study, record.slug, record.started, record.key))
+    found.records.sort(key=lambda record: (*_place(record.study), record.slug, record.started, record.key))
     newest = {(record.study, record.slug): record for record in found.records}
     found.superseded = [record for record in found.records if newest[record.study, record.slug] is not record]
     found.records = list(newest.values())
@@ -98,13 +134,19 @@ def take(results_dir: str | Path) -> Inventory:
             first = next(claim for claim in record.claims if claim.id == claim_id)
             record.claims = [claim for claim in record.claims if claim.id != claim_id or claim is first]
     found.failed = sorted(_failed(root, found.records))
-    answered = {claim.id for claim, _ in found.claims()}
+    answered = {claim.id for claim, _ in found.verdicts()}
     expected = ledger.entries(root.resolve().name)
     found.missing = [e for e in expected if not any(ledger.find(claim_id) == e for claim_id in answered)]
     found.unknown = [
-        f"{_name(record)}: {claim.id}" for claim, record in found.claims() if ledger.find(claim.id) is None
+        f"{_name(record)}: {claim.id}" for claim, record in found.verdicts() if ledger.find(claim.id) is None
     ]
     return found
+
+
+def _place(study: str) -> tuple[int, str]:
+    """The order of studies: the ledger's, then any others by name."""
+    order = ledger.studies()
+    return (order.index(study) if study in order else len(order), study)
 
 
 def _name(record: Record) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from overparam.publish import readme
+from overparam.publish import tables
 from overparam.publish.inventory import SUMMARY, Inventory, folder
 from overparam.record import ledger
 from overparam.record.record import Figure, Record
@@ -25,7 +25,7 @@ def text(found: Inventory) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["cell"] = lambda value: value.replace("|", "\\|").replace("\n", " ")
+    environment.filters["cell"] = tables.cell
 
     def link(record: Record, name: str) -> str:
         return quote((folder(record).relative_to(found.root) / name).as_posix())
@@ -40,7 +40,9 @@ def text(found: Inventory) -> str:
 
     return environment.get_template(FILE).render(
         name=found.root.resolve().name,
-        table=readme.table(found, found.root),
+        found=found,
+        tables=tables,
+        remarks=[f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks()],
         summary=next((record for record in found.records if record.study == SUMMARY), None),
         records=found.studies,
         missing=found.missing,

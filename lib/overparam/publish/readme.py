@@ -1,26 +1,25 @@
-"""The results table of the README, made from records and never by hand."""
+"""The part of the README that is made from records: one picture, and a short table of chosen claims."""
 
 from __future__ import annotations
 
-import math
-import os
 from pathlib import Path
-from urllib.parse import quote
 
-from overparam.publish.inventory import Inventory, folder, take
-from overparam.record.claims import Claim
-from overparam.record.record import FILE_NAME, Record
+from overparam.publish import pages, tables
+from overparam.publish.inventory import SUMMARY, Inventory, Question, folder, take
+from overparam.record import ledger
+from overparam.record.ledger import CELL, Entry, Front
 from overparam.support.files import write_atomic
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-_HEAD = "| claim | published | model | measured [95 % CI] | verdict |\n|---|---|---|---|---|"
+PICTURE = "fig:claims-pareto"
+_BETWEEN = " · "
 
 
 def fill(readme_path: str | Path, results_dir: str | Path) -> bool:
-    """Replace the README's results table by the one made from the records; return whether anything changed.
+    """Replace what the README has between its two marks by what the records say; return whether anything changed.
 
     Raises:
-        ValueError: when the README lacks the two marks around the table.
+        ValueError: when the README lacks the two marks.
     """
     path = Path(readme_path)
     before = path.read_text()
@@ -32,19 +31,30 @@ def fill(readme_path: str | Path, results_dir: str | Path) -> bool:
 
 
 def stale(readme_path: str | Path, results_dir: str | Path) -> bool:
-    """Tell whether the README's table differs from the one that the records give now."""
+    """Tell whether the README differs from what the records say now."""
     path = Path(readme_path)
     text = path.read_text()
     return _filled(path, text, Path(results_dir)) != text
 
 
-def table(found: Inventory, relative_to: str | Path) -> str:
-    """Return the table of all claims in a results folder, with links relative to a folder."""
-    rows = [_row(claim, record, Path(relative_to)) for claim, record in found.claims()]
-    if not rows:
-        return f"No results yet: `python run_all.py --profile {found.root.name}` makes them."
-    remarks = [f"\n{remark[0].upper()}{remark[1:]}." for remark in found.remarks()]
-    return "\n".join([_HEAD, *rows, "", origin(found.studies), *remarks])
+def front(found: Inventory, relative_to: str | Path) -> str:
+    """The picture and the table of the front page, with links relative to a folder."""
+    if not found.studies:
+        return tables.nothing(found)
+    base = Path(relative_to)
+    parts = [_picture(found, base), table(found), _below(found, base)]
+    parts += [f"{_models(found)} {tables.origin(found.studies)}".strip()]
+    parts += [f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(found: Inventory) -> str:
+    """The chosen claims in the order of the ledger, a row each."""
+    answered = {question.claim.id: question for question in found.questions("claim")}
+    rows = [
+        _row(entry, entry.front, answered.get(entry.front_id())) for entry in ledger.entries() if entry.front
+    ]
+    return tables.markdown(["claim", "published", "measured [95 % CI]", "verdict"], rows)
 
 
 def _filled(path: Path, text: str, results_dir: Path) -> str:
@@ -52,65 +62,54 @@ def _filled(path: Path, text: str, results_dir: Path) -> str:
         raise ValueError(f"{path} needs one line {START} and, below it, one line {END}")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{table(take(results_dir), path.parent)}\n{END}{after}"
+    return f"{before}{START}\n{front(take(results_dir), path.parent)}\n{END}{after}"
 
 
-def _row(claim: Claim, record: Record, base: Path) -> str:
-    links = [("figure", folder(record) / name) for name in [png_of(claim, record)] if name]
-    links.append(("record", folder(record) / FILE_NAME))
-    linked = ", ".join(f"[{label}]({relative(path, base)})" for label, path in links)
-    measured = "; ".join(part for part in (measured_text(claim), shown_of(claim.note)) if part)
-    cells = [claim.statement, claim.published, record.slug, f"{measured} ({linked})", claim.verdict]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _picture(found: Inventory, base: Path) -> str:
+    for record in found.records:
+        for figure in record.figures:
+            if (record.study, figure.id) == (SUMMARY, PICTURE):
+                png = next(name for name in figure.files if name.endswith(".png"))
+                return f"![{figure.caption.split('. ')[0]}]({tables.relative(folder(record) / png, base)})"
+    return ""
 
 
-def png_of(claim: Claim, record: Record) -> str | None:
-    """Name of the picture that shows a claim, or None where its record has none."""
-    files = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
-    return next((name for name in files if name.endswith(".png")), None)
+def _row(entry: Entry, words: Front, question: Question | None) -> list[str]:
+    if question is None:
+        return [words.claim, words.published, "—", f"no record ({tables.title(entry.study).lower()})"]
+    names = [ledger.model_name(record.slug) for _, record in question.answers]
+    numbers = [tables.interval(claim, words.plus) for claim, _ in question.answers]
+    verdicts = [claim.verdict for claim, _ in question.answers]
+    measured = _side_by_side([f"{n} {number}" for n, number in zip(names, numbers, strict=True)], words.unit)
+    if len(set(verdicts)) == 1:
+        return [words.claim, words.published, measured, verdicts[0]]
+    by_model = [f"{name} {verdict}" for name, verdict in zip(names, verdicts, strict=True)]
+    return [words.claim, words.published, measured, _side_by_side(by_model)]
 
 
-def shown_of(note: str) -> str:
-    """Return what the table shows of a note: its first sentence, and others with a measured interval."""
-    first, *others = note.split(". ")
-    return ". ".join([first, *(sentence for sentence in others if "[" in sentence)]).rstrip(". ")
+def _side_by_side(parts: list[str], unit: str = "") -> str:
+    """As many parts as a cell of the front page holds, and how many are left out."""
+    for number in range(len(parts), 0, -1):
+        more = [f"{len(parts) - number} more"] if number < len(parts) else []
+        text = _BETWEEN.join([f"{_BETWEEN.join(parts[:number])} {unit}".strip(), *more])
+        if len(text) <= CELL:
+            return text
+    raise ValueError(f"a cell of the front page has {CELL} characters at most, {text!r} has {len(text)}")
 
 
-def measured_text(claim: Claim) -> str:
-    """The measured number with its interval and unit, or a dash."""
-    if claim.measured is None:
-        return "—"
-    m = claim.measured
-    digits = 2 if max(abs(end) for end in (m.value, m.low, m.high) if math.isfinite(end)) < 10 else 1
-    value, low, high = (_number(number, digits) for number in (m.value, m.low, m.high))
-    return f"{value} [{low}, {high}] {claim.unit}".strip()
+def _models(found: Inventory) -> str:
+    """What the short names of models stand for."""
+    slugs = sorted({record.slug for record in found.studies if ledger.model_name(record.slug) != record.slug})
+    names = [f"{ledger.model_name(slug)} is {slug}" for slug in slugs]
+    return f"{', '.join(names)}." if names else ""
 
 
-def _number(value: float, digits: int) -> str:
-    if math.isinf(value):
-        return "−∞" if value < 0 else "∞"
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", "−")
-
-
-def origin(records: list[Record]) -> str:
-    """Say by which code and on which machines records were made."""
-    machines = {
-        f"{hw['cpu']} ({hw['logical_cores']} logical cores, {hw['ram_gib']:g} GiB)"
-        for hw in (record.provenance["hardware"] for record in records)
-    }
-    states = {
-        (git["sha"] or "unknown")[:10] + (" with uncommitted changes" if git["dirty"] else "")
-        for git in (record.provenance["git"] for record in records)
-    }
-    return (
-        f"Made by `python run_all.py report` from {len(records)} record{'s' if len(records) > 1 else ''}; "
-        f"measured on {' and '.join(sorted(machines))} by commit {', '.join(sorted(states))}."
-    )
-
-
-def relative(path: Path, base: Path) -> str:
-    """A link from a folder to a file."""
-    return quote(Path(os.path.relpath(path.resolve(), base.resolve())).as_posix())
+def _below(found: Inventory, base: Path) -> str:
+    """Where the rest is, and how the checks went."""
+    claims, checks = list(found.verdicts("claim")), [claim for claim, _ in found.verdicts("check")]
+    report = tables.relative(found.root / pages.FILE, base)
+    text = f"All {len(claims)} verdicts with conditions, figures and records: [{pages.FILE}]({report})."
+    if checks:
+        met = sum(claim.verdict == "reproduced" for claim in checks)
+        text += f" Of {len(checks)} [checks]({report}#checks), conditions of this suite's own, {met} are met."
+    return text

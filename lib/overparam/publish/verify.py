@@ -17,7 +17,7 @@ Age = Callable[[Record], list[str]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: what was checked, whether it is right, and what is wrong."""
+    """One line of the table: what was checked, whether it passed, and what is wrong."""
 
     what: str
     state: str

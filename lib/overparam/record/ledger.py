@@ -7,13 +7,13 @@ from the ledger, and the verdict from `claims.judge`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overparam.record import claims
 from overparam.record.claims import Claim, Kind
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEDGER = Path(__file__).with_name("claims.yaml")
+FRONT_ROWS = 20  # at most, on the front page
+CELL = 90  # characters of a cell there, at most
+_OWN = "this suite"  # the source of a check names it, the source of a claim does not
 _WORD = r"\{\w+[^}]*\}"
 
 
@@ -59,13 +62,33 @@ class Common(_Strict):
     unit: str
 
 
+class Front(_Strict):
+    """A row of the table on the front page, in few words.
+
+    Attributes:
+        claim: The statement.
+        published: The published value.
+        of: The claim's id, where the entry stands for several of one form.
+        plus: Added to the measured number: what is measured as a loss of 7 % is shown as 93 % kept.
+        unit: Of the number that is shown.
+    """
+
+    claim: str = Field(max_length=CELL)
+    published: str = Field(max_length=CELL)
+    of: str | None = None
+    plus: float = 0.0
+    unit: str
+
+
 class Entry(_Strict):
-    """One claim of the ledger.
+    """One claim of the ledger, or one check.
 
     Attributes:
         id: Of the claim in records; with {words}, any id of that form.
+        type: A claim is somebody's published statement; a check is a condition of this suite's own.
+        front: Its row on the front page, for the chosen few; only claims have one.
         study: The study that answers it.
-        paper: Name of its paper, or None for a goal of this suite.
+        paper: Name of the paper that states it, or that a check is set against.
         statement: The claim in one's own words; {words} are filled in by the study.
         source: Paper and section or table; {paper} is the paper's `cite`.
         published: The published value, as it is shown to readers.
@@ -81,6 +104,8 @@ class Entry(_Strict):
     """
 
     id: str
+    type: Literal["claim", "check"] = "claim"
+    front: Front | None = None
     study: str
     paper: str | None = None
     statement: str
@@ -100,6 +125,10 @@ class Entry(_Strict):
         """Tell whether a record's claim is this one."""
         return bool(re.fullmatch(pattern(self.id), claim_id))
 
+    def front_id(self) -> str:
+        """Id of the claim that the front page shows of it."""
+        return (self.front and self.front.of) or self.id
+
     def cited(self) -> str:
         """The source with the paper's name filled in."""
         return self.source.replace("{paper}", papers()[self.paper].cite if self.paper else "")
@@ -114,6 +143,7 @@ class Entry(_Strict):
 
 
 class _File(_Strict):
+    models: dict[str, str]
     papers: dict[str, Paper]
     claims: tuple[Entry, ...]
 
@@ -127,18 +157,45 @@ def read(path: Path) -> _File:
     """Read a ledger.
 
     Raises:
-        ValueError: for unknown or missing fields, ids that repeat, or a paper that is not listed.
+        ValueError: for unknown or missing fields, ids that repeat, a paper that is not listed, a claim without
+            somebody else as its source, a check with one, or a front page with too many or too few rows.
     """
     try:
         found = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name} is not a valid ledger: {error}") from error
-    ids = [entry.id for entry in found.claims]
-    if repeated := sorted({each for each in ids if ids.count(each) > 1}):
-        raise ValueError(f"{path.name} has more than one claim {', '.join(repeated)}")
-    if unknown := sorted({e.paper for e in found.claims if e.paper and e.paper not in found.papers}):
-        raise ValueError(f"{path.name} lists no paper {', '.join(unknown)}")
+    if problems := [*_wrong_entries(found), *_wrong_front(found.claims)]:
+        raise ValueError(f"{path.name}: {'; '.join(problems)}")
     return found
+
+
+def _wrong_entries(file: _File) -> Iterator[str]:
+    ids = [entry.id for entry in file.claims]
+    if repeated := sorted({each for each in ids if ids.count(each) > 1}):
+        yield f"more than one claim {', '.join(repeated)}"
+    if unknown := sorted({e.paper for e in file.claims if e.paper and e.paper not in file.papers}):
+        yield f"lists no paper {', '.join(unknown)}"
+    for entry in file.claims:
+        own = _OWN in entry.source
+        if entry.type == "claim" and own:
+            yield f"{entry.id} is a goal of {_OWN}, so it needs `type: check`"
+        if entry.type == "check" and not own:
+            yield f"{entry.id} is a check, so its source has to say that it is a goal of {_OWN}"
+
+
+def _wrong_front(entries: tuple[Entry, ...]) -> Iterator[str]:
+    chosen = [entry for entry in entries if entry.front]
+    if len(chosen) > FRONT_ROWS:
+        yield f"{len(chosen)} claims have `front`, at most {FRONT_ROWS} can"
+    for entry in chosen:
+        if entry.type == "check":
+            yield f"{entry.id} is a check: only claims can have `front`"
+        shown = entry.front_id()
+        if "{" in shown or not entry.answers(shown):
+            yield f"{entry.id} stands for several claims: name one of them in `front: {{of: …}}`, got {shown!r}"
+    without = {e.study for e in entries if e.type == "claim"} - {e.study for e in chosen}
+    if without:
+        yield f"no claim of {', '.join(sorted(without))} has `front`: each study needs one at least"
 
 
 def entries(profile: str | None = None) -> tuple[Entry, ...]:
@@ -150,6 +207,22 @@ def entries(profile: str | None = None) -> tuple[Entry, ...]:
 def papers() -> dict[str, Paper]:
     """The papers by name."""
     return _file().papers
+
+
+def studies() -> list[str]:
+    """The studies in the order of the ledger, which is that of their notebooks."""
+    return list(dict.fromkeys(entry.study for entry in _file().claims))
+
+
+def position(claim_id: str) -> int:
+    """Where a claim stands in the ledger; those that are not in it come last."""
+    entry = find(claim_id)
+    return _file().claims.index(entry) if entry else len(_file().claims)
+
+
+def model_name(slug: str) -> str:
+    """A model's short name for tables and figures, or the slug itself where the ledger has none."""
+    return _file().models.get(slug, slug)
 
 
 def find(claim_id: str) -> Entry | None:
@@ -181,10 +254,15 @@ def points(paper: str) -> pd.DataFrame:
 
 
 def hashes(study: str | None = None) -> dict[str, str]:
-    """Hash of what the verdicts of a study, or of all, rest on, for keys of jobs: {"claims.yaml": SHA-256}."""
-    own = [entry for entry in _file().claims if study in (None, entry.study)]
+    """Hash of what the verdicts of a study rest on, for keys of jobs: {"claims.yaml": SHA-256}.
+
+    Without a study it is the hash of the whole ledger, with the words of the front page, which decide no verdict.
+    """
+    if study is None:
+        return {"claims.yaml": digest(_file().model_dump())}
+    own = [entry for entry in _file().claims if entry.study == study]
     cited = {name: paper.model_dump() for name, paper in papers().items() if name in {e.paper for e in own}}
-    return {"claims.yaml": digest([[entry.model_dump() for entry in own], cited])}
+    return {"claims.yaml": digest([[entry.model_dump(exclude={"type", "front"}) for entry in own], cited])}
 
 
 def without_words(template: str) -> str:

@@ -2,128 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pandas as pd
 
 from overparam.publish.inventory import Inventory, folder
+from overparam.record import ledger
 from overparam.record.record import Record
 from overparam.record.stats import Estimate
 
-COLUMNS = ["study", "model", "system", "size_percent", "speed", "kept_percent", "low", "high"]
+COLUMNS = ["study", "model", "curve", "size_percent", "speed", "kept_percent", "low", "high"]
+BITS = "quantization_accuracy"  # it compares bytes, and keeps scores and speeds as metrics
+# Of each study: name of its curve, tables with the score kept, column that joins them with the costs, the score and
+# its interval in percent of the full model's, column of the costs for the speed, rows that are drawn.
+SOURCES = {
+    "trailing_layer_pruning": (
+        *("fewer layers", ["trained"], "depth"),
+        *(["100 * retention", "100 * retention_low", "100 * retention_high"], "batch_seconds", "depth > 0"),
+    ),
+    "moe_expert_pruning": (
+        *(
+            "fewer experts",
+            ["quality", "recovery"],
+            "share_pruned",
+            ["100 + change_percent", "100 + low", "100 + high"],
+        ),
+        *("generate_all_seconds", "calibration != 'one language'"),
+    ),
+    "distillation_retention": (
+        *("distilled", ["suite"], "share", ["kept", "kept_low", "kept_high"]),
+        *("batch_seconds", "system in ['teacher', 'distilled']"),
+    ),
+}
 
 
 def points(found: Inventory) -> pd.DataFrame:
-    """Every compressed model whose quality and cost were measured.
+    """Every compressed model whose quality and cost were measured, and the full ones.
 
     Args:
         found: The records; a study that measures neither, or whose tables are gone, has no rows.
 
     Returns:
-        Columns: study, model, system; size_percent, its parameters (of a quantized model: its bytes) in
-        percent of the full model's; speed, in times the
-        full model's; kept_percent with low and high, its score in percent of the full model's.
+        Columns: study, model, curve; size_percent, its parameters (of a quantized model: its bytes) in percent of the
+        full model's; speed, in times the full model's; kept_percent with low and high, its score in percent of the
+        full model's.
     """
-    rows = [
-        pd.DataFrame(_READERS[record.study](record)).assign(study=record.study, model=record.slug)
-        for record in found.records
-        if record.study in _READERS and _has_tables(record)
-    ]
-    return pd.concat(rows, ignore_index=True)[COLUMNS] if rows else pd.DataFrame(columns=COLUMNS)
-
-
-def _has_tables(record: Record) -> bool:
-    return all(
-        (folder(record) / record.tables[name].file).is_file()
-        for name in _TABLES[record.study]
-        if name in record.tables
-    )
-
-
-def _table(record: Record, name: str) -> pd.DataFrame:
-    return pd.read_csv(folder(record) / record.tables[name].file)
-
-
-def _costs(record: Record, by: str, full: float, seconds: str) -> pd.DataFrame:
-    """Size in percent and speed in times of the full model, by the column `by`."""
-    costs = _table(record, "costs").set_index(by)
-    parameters, times = costs["parameters"], costs[seconds]
-    return pd.DataFrame({"size_percent": 100 * parameters / parameters[full], "speed": times[full] / times})
-
-
-def _layers(record: Record) -> pd.DataFrame:
-    trained = _table(record, "trained")
-    costs = _costs(record, "depth", trained["depth"].max(), "batch_seconds")
-    kept = trained.set_index("depth")[["retention", "retention_low", "retention_high"]].mul(100)
-    kept.columns = pd.Index(["kept_percent", "low", "high"])
-    return costs.join(kept, how="inner").assign(system="leading layers, trained").reset_index(drop=True)
-
-
-def _experts(record: Record) -> pd.DataFrame:
-    costs = _costs(record, "share_pruned", 0.0, "generate_all_seconds")
-    quality, recovery = _table(record, "quality"), _table(record, "recovery")
-    published = (quality["method"] == "routing_mass") & (quality["allocation"] == "divergence")
-    guarded = (quality["method"] == "routing_mass_super") & (quality["share_pruned"] > 0)
-    alone = quality["calibration"] == "one language"
-    recovered = (recovery["method"] == "routing_mass") & (recovery["targets"] == "parent")
-    systems = {
-        "routing mass": quality[published & ~alone],
-        "super experts kept, one language each": quality[guarded & alone],
-        "recovered": recovery[recovered & (recovery["trained"] == "all parameters")],
-    }
     parts = []
-    for name, rows in systems.items():
-        kept = rows.set_index("share_pruned")[["change_percent", "low", "high"]].add(100)
-        kept = kept.rename(columns={"change_percent": "kept_percent"})
-        parts.append(costs.join(kept, how="inner").assign(system=name))
-    return pd.concat(parts).reset_index(drop=True)
+    for record in found.records:
+        rows = _bits(record) if record.study == BITS else _joined(record)
+        parts.append(rows.assign(study=record.study, model=ledger.model_name(record.slug)))
+    some = [part for part in parts if len(part)] or [pd.DataFrame()]
+    return pd.concat(some, ignore_index=True).reindex(columns=COLUMNS)
 
 
-def _students(record: Record) -> pd.DataFrame:
-    suite = _table(record, "suite")
-    kept = suite[suite["system"].isin(["teacher", "distilled"])].set_index("share")[
-        ["kept", "kept_low", "kept_high"]
-    ]
-    kept.columns = pd.Index(["kept_percent", "low", "high"])
-    costs = _costs(record, "share", 1.0, "batch_seconds")
-    return costs.join(kept, how="inner").assign(system="distilled students").reset_index(drop=True)
+def _joined(record: Record) -> pd.DataFrame:
+    if record.study not in SOURCES:
+        return pd.DataFrame()
+    curve, names, by, columns, seconds, drawn = SOURCES[record.study]
+    paths = [folder(record) / record.tables[name].file for name in ("costs", *names) if name in record.tables]
+    if len(paths) <= len(names) or not all(path.is_file() for path in paths):
+        return pd.DataFrame()
+    costs, *scores = (pd.read_csv(path) for path in paths)
+    rows = pd.concat(scores).query(drawn).merge(costs, on=by)
+    full = costs.sort_values("parameters").iloc[-1]
+    values = [100 * rows["parameters"] / full["parameters"], full[seconds] / rows[seconds]]
+    values += [rows.eval(column) for column in columns]
+    return pd.DataFrame(dict(zip(COLUMNS[3:], values, strict=True))).assign(curve=curve)
 
 
-def _schemes(record: Record) -> pd.DataFrame:
-    costs = _table(record, "costs").set_index("scheme")
-    whole = costs.loc["fp32", "disk_bytes"]
-    rows = []
-    for library in ("torchao", "openvino", "bitsandbytes"):
-        names = [
-            name
-            for name in costs.index
-            if name.startswith(f"{library}-") and f"kept_{name}" in record.metrics
-        ]
-        for name in ["fp32", *names] if names else []:
-            metric = record.metrics.get(f"kept_{name}")
-            kept = metric.estimate if metric and metric.estimate else Estimate(100.0, 100.0, 100.0, 1)
-            rows.append(
-                {
-                    "system": f"quantized, {library}",
-                    "size_percent": 100 * costs.loc[name, "disk_bytes"] / whole,
-                    "speed": record.metrics[f"speed_up_{name}"].value if metric else 1.0,
-                    "kept_percent": kept.value,
-                    "low": kept.low,
-                    "high": kept.high,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-_READERS: dict[str, Callable[[Record], pd.DataFrame]] = {
-    "trailing_layer_pruning": _layers,
-    "moe_expert_pruning": _experts,
-    "distillation_retention": _students,
-    "quantization_accuracy": _schemes,
-}
-_TABLES = {
-    "trailing_layer_pruning": ("trained", "costs"),
-    "moe_expert_pruning": ("quality", "recovery", "costs"),
-    "distillation_retention": ("suite", "costs"),
-    "quantization_accuracy": ("costs",),
-}
+def _bits(record: Record) -> pd.DataFrame:
+    rows = [[100.0, 1.0, 100.0, 100.0, 100.0]]
+    for name in (name.removeprefix("kept_") for name in record.metrics if name.startswith("kept_")):
+        share, speed = (record.metrics.get(f"{what}_{name}") for what in ("disk_share", "speed_up"))
+        kept = record.metrics[f"kept_{name}"].estimate
+        if share and speed and isinstance(kept, Estimate):
+            rows.append([share.value, speed.value, kept.value, kept.low, kept.high])
+    return pd.DataFrame(rows, columns=COLUMNS[3:]).assign(curve="fewer bits")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from overparam.publish import tables
 from overparam.record import figures
 from overparam.studies.claims.study import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = {
     "reproduced": figures.OKABE_ITO[2],
@@ -18,109 +24,159 @@ COLOURS = {
     "inconclusive": "#777777",
 }
 _LINEAR = 10  # points or percent: up to here the axis is linear, beyond it logarithmic
+_TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
 _WIDE = 2.1 * figures.WIDTH
+_ROW, _LINE, _GAP = 0.17, 0.125, 0.09  # inches: a model's row, a line of a statement, between two claims
+_STATEMENT, _MODEL = 2.75, 0.75  # inches: width of statements and of models' names
+_LEAST, _SLOWEST = (
+    50,
+    0.5,
+)  # percent kept and times the full model's speed; what has less of either is not drawn
+_APART = 0.058  # of the axes' height, between two labels of curves
 
 
-def plot_forest(study: Study, data: pd.DataFrame) -> Any:
-    """Draw the published point of each claim against the measured interval."""
+def plot_forests(study: Study, data: pd.DataFrame) -> Iterator[Any]:
+    """Draw, for each study, the published point of each claim against the measured interval."""
     if data.empty:
-        return "no record answers a claim of the ledger with a number"
-    rows = data.iloc[::-1].reset_index(drop=True)
+        yield "no record answers a claim of the ledger with a number"
+    for name, rows in data.groupby("study", sort=False):
+        yield _forest(study, str(name), rows.reset_index(drop=True))
+
+
+def _forest(study: Study, name: str, rows: pd.DataFrame) -> Any:
+    places, statements, height = _places(rows)
+    caption = (
+        f"{tables.title(name)}: what was published (diamonds) against what was measured (dots with 95 % interval), "
+        "in points of a score of 100 or in percent of the full model; 0 is no change, in proportion, or the goal. "
+        "Bars: the margin of a rule that allows no loss, or asks for a gain. The axis is linear within ±10 and "
+        "logarithmic beyond."
+    )
     with figures.style():
-        figure, axes = plt.subplots(figsize=(_WIDE, 0.9 + 0.24 * len(rows)))
-        places = np.arange(len(rows))
-        for verdict, colour in COLOURS.items():
-            these = rows["verdict"] == verdict
-            if these.any():
-                part = rows[these]
-                errors = figures.error_bars(part, "value", "low", "high")
-                axes.errorbar(
-                    part["value"],
-                    places[these],
-                    xerr=errors,
-                    color=colour,
-                    marker="o",
-                    linestyle="",
-                    label=verdict,
-                )
-        axes.plot(
-            rows["published"],
-            places,
-            marker="D",
-            color="black",
-            markerfacecolor="white",
-            linestyle="",
-            label="published",
-        )
-        axes.plot(
-            rows["bound"],
-            places,
-            marker="|",
-            color="black",
-            markersize=8,
-            linestyle="",
-            label="margin of the rule",
-        )
-        axes.axvline(0, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)
+        left, width, tall = _STATEMENT + _MODEL, _WIDE - _STATEMENT - _MODEL - 0.1, height + 0.68
+        figure, axes = plt.subplots(figsize=(_WIDE, tall), layout="none")
+        axes.set_position((left / _WIDE, 0.42 / tall, width / _WIDE, height / tall))
+        _draw_verdicts(axes, rows, places)
+        end = max(115.0, 1.1 * float(rows[["low", "high"]].abs().to_numpy().max()))
+        axes.set_xlim(-end, end)
         axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.0)
-        axes.set_xticks(
-            [-100, -30, -10, -5, 0, 5, 10, 30, 100],
-            labels=["−100", "−30", "−10", "−5", "0", "5", "10", "30", "100"],
-        )
+        axes.set_xticks(_TICKS, labels=[str(tick).replace("-", "−") for tick in _TICKS])
         axes.minorticks_off()
-        labels = [f"{row.claim}\n{row.model} ({row.unit})" for row in rows.itertuples()]
-        axes.set_yticks(places, labels=[label.replace("\n", ", ") for label in labels], fontsize=6)
-        axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel("points or percent, as each row says; linear within ±10")
-        figure.legend(loc="outside upper center", ncols=3, fontsize=6)
-        caption = (
-            f"Published points (diamonds) against what was measured (dots with 95 % interval): {len(rows)} verdicts on "
-            f"{data['model'].nunique()} models, in points of a score of 100 or in percent of the unpruned model; "
-            "0 is no change, in proportion, or the goal. Bars: the margin of a rule that allows no loss, or asks for a "
-            "gain. The axis is linear within ±10 and logarithmic beyond."
+        axes.set_yticks(places, labels=rows["model"], fontsize=6.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(height, 0)
+        for place, text in statements:
+            across: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False, "zorder": 0}
+            axes.plot(
+                [-left / width, 1], [place - _GAP / 2] * 2, color="#dddddd", lw=0.6, marker="", **across
+            )
+            axes.annotate(
+                text, (-left / width, place + 0.03), xycoords=("axes fraction", "data"), fontsize=6.5, va="top",
+                linespacing=1.15, xytext=(3, 0), textcoords="offset points", annotation_clip=False,
+            )  # fmt: skip
+        axes.set_xlabel("points or percent, as each claim says", fontsize=7)
+        figure.legend(loc="upper right", ncols=6, fontsize=6, handletextpad=0.3, columnspacing=1)
+        identity = f"fig:claims-forest-{name.replace('_', '-')}"
+        return figures.publish(figure, identity, data=rows, caption=caption, recorder=study.recorder)
+
+
+def _places(rows: pd.DataFrame) -> tuple[list[float], list[tuple[float, str]], float]:
+    """Where each row is drawn, where each statement begins, and how tall all of it is; inches from the top."""
+    places, statements, top = [], [], _GAP / 2
+    for _, group in rows.groupby("claim", sort=False):
+        first = group.iloc[0]
+        lines = textwrap.wrap(
+            f"{first['statement'].replace('`', '')} ({first['unit']})", 58, break_on_hyphens=False
         )
-        return figures.publish(
-            figure, "fig:claims-forest", data=data, caption=caption, recorder=study.recorder
-        )
+        statements.append((top, "\n".join(lines)))
+        places += [top + _ROW * (number + 0.5) for number in range(len(group))]
+        top += max(_ROW * len(group), _LINE * len(lines)) + _GAP
+    return places, statements, top
+
+
+def _draw_verdicts(axes: Axes, rows: pd.DataFrame, places: list[float]) -> None:
+    heights = np.array(places)
+    for verdict, colour in COLOURS.items():
+        these = (rows["verdict"] == verdict).to_numpy()
+        if these.any():
+            bars = figures.error_bars(rows[these], "value", "low", "high")
+            look: dict[str, Any] = {"color": colour, "marker": "o", "linestyle": "", "label": verdict}
+            axes.errorbar(rows["value"][these], heights[these], xerr=bars, **look)
+    alone: dict[str, Any] = {"color": "black", "linestyle": ""}
+    axes.plot(rows["published"], heights, marker="D", markerfacecolor="white", label="published", **alone)
+    axes.plot(rows["bound"], heights, marker="|", markersize=7, label="margin of the rule", **alone)
+    axes.axvline(0, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)
 
 
 def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
     """Draw quality kept against size and against speed, over all studies."""
     if data.empty:
         return "no record has both a score and a cost of a compressed model"
+    drawn = data[(data["kept_percent"] >= _LEAST) & (data["speed"] >= _SLOWEST)]
+    caption = (
+        "Score kept against size (parameters that are left, embedding tables included; of fewer bits, bytes) and "
+        f"against speed: {data['model'].nunique()} models, {data['curve'].nunique()} ways to make them smaller. Lines "
+        "with 95 % intervals join the settings that no other of their curve beats in both; pale dots are the others. "
+        "Scores are those of each study (mean over embedding tasks, chrF++, perplexity): curves of one model can be "
+        "compared, levels of two cannot. Speed is that of a batch, for decoders that of the next token. "
+        f"{len(data) - len(drawn)} settings that keep less than {_LEAST} % or run at less than {_SLOWEST:g} times the "
+        "speed are not drawn."
+    )
     with figures.style():
-        figure, (size, speed) = plt.subplots(1, 2, sharey=True, figsize=(_WIDE, 0.9 * figures.WIDTH))
-        groups = data.groupby(["model", "system"], sort=False)
-        markers = dict(zip(data["model"].unique(), figures.MARKERS * 3, strict=False))
-        for number, ((model, system), rows) in enumerate(groups):
-            ordered = rows.sort_values("size_percent")
-            errors = figures.error_bars(ordered, "kept_percent", "low", "high")
-            look = {
-                "color": figures.OKABE_ITO[number % 5 if number % 8 > 5 else number % 8],
-                "marker": markers[model],
-                "linestyle": "-" if number % 2 == 0 else "--",
-                "linewidth": 0.8,
-            }
-            size.errorbar(
-                ordered["size_percent"],
-                ordered["kept_percent"],
-                yerr=errors,
-                label=f"{model}: {system}",
-                **look,
-            )
-            speed.errorbar(ordered["speed"], ordered["kept_percent"], yerr=errors, **look)
-        size.invert_xaxis()
-        size.set(xlabel="parameters or bytes left (%)", ylabel="score kept (% of the full model)")
-        speed.set(xlabel="speed (times the full model)")
-        for axes in (size, speed):
+        figure, (size, speed) = plt.subplots(1, 2, sharey=True, figsize=(_WIDE, 2.9), layout="none")
+        figure.subplots_adjust(left=0.065, right=0.835, bottom=0.13, top=0.97, wspace=0.5)
+        for axes, cost in ((size, "size_percent"), (speed, "speed")):
             axes.axhline(100, color="#aaaaaa", linewidth=0.8, marker="", zorder=0)
-        figure.legend(loc="outside upper center", ncols=2, fontsize=6)
-        caption = (
-            "Score kept against the parameters that are left, embedding tables included, and against speed: "
-            f"{data['model'].nunique()} models of {data['study'].nunique()} studies, 95 % intervals. Scores are those "
-            "of each study (mean over embedding tasks, chrF++): curves of one model can be compared, levels of two "
-            "can not. Speed is of encoding a batch, or of translating one."
-        )
+            axes.set(xscale="log", ylim=(_LEAST - 2, 104))
+            _draw_curves(axes, drawn, cost)
+        size.invert_xaxis()
+        size.set_xticks([100, 50, 20, 10, 5], labels=["100", "50", "20", "10", "5"])
+        speed.set_xticks([0.5, 1, 2, 5, 10], labels=["0.5", "1", "2", "5", "10"])
+        for axes in (size, speed):
+            axes.minorticks_off()
+        size.set(xlabel="size (% of the full model)", ylabel="score kept (% of the full model)")
+        speed.set_xlabel("speed (times the full model)")
         return figures.publish(
-            figure, "fig:claims-pareto", data=data, caption=caption, recorder=study.recorder
+            figure, "fig:claims-pareto", data=drawn, caption=caption, recorder=study.recorder
         )
+
+
+def _draw_curves(axes: Axes, data: pd.DataFrame, cost: str) -> None:
+    """A line for each way to make each model smaller: a colour for the way, a marker for the model."""
+    ends = []
+    colours = dict(zip(data["curve"].unique(), figures.OKABE_ITO * 3, strict=False))
+    markers = dict(zip(data["model"].unique(), figures.MARKERS * 3, strict=False))
+    for (curve, model), rows in data.groupby(["curve", "model"], sort=False):
+        best = _unbeaten(rows, cost)
+        if best.empty:  # neither the full model nor anything smaller or faster
+            continue
+        look: dict[str, Any] = {"color": colours[curve], "marker": markers[model]}
+        others = rows.drop(index=best.index)
+        axes.plot(others[cost], others["kept_percent"], linestyle="", alpha=0.25, markersize=2.5, **look)
+        bars = figures.error_bars(best, "kept_percent", "low", "high")
+        axes.errorbar(best[cost], best["kept_percent"], yerr=bars, **look)
+        last = best.iloc[-1]
+        ends.append((float(last[cost]), float(last["kept_percent"]), f"{model}, {curve}", colours[curve]))
+    _label_curves(axes, ends)
+
+
+def _unbeaten(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The full model, and the smaller or faster rows that no other beats in both quality and cost."""
+    smaller = cost == "size_percent"
+    full = rows["size_percent"].eq(100) & rows["speed"].eq(1)
+    gains = rows[full | (rows[cost] < 100 if smaller else rows[cost] > 1)].round({cost: 1})
+    ordered = gains.sort_values([cost, "kept_percent"], ascending=[smaller, False])
+    best = ordered["kept_percent"].cummax().shift(fill_value=-np.inf)
+    return rows.loc[ordered.index[(ordered["kept_percent"] > best) | full[ordered.index]][::-1]]
+
+
+def _label_curves(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write the name of each curve right of the axes, tied to its end (x, y, name, colour); no two names overlap."""
+    low, high = axes.get_ylim()
+    height = np.inf
+    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
+        height = min((y - low) / (high - low), height - min(_APART, 1 / len(ends)))
+        tie = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            name, (x, y), xytext=(1.08, height), textcoords="axes fraction", color=colour, fontsize=6.5, va="center",
+            annotation_clip=False, arrowprops={**tie, "relpos": (0, 0.5)},
+        )  # fmt: skip

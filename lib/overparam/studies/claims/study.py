@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from overparam.publish import inventory, readme
+from overparam.publish import inventory, tables
 from overparam.publish.inventory import Inventory
 from overparam.record import ledger, record
+from overparam.record.claims import Claim
+from overparam.record.ledger import Entry
+from overparam.record.record import Record
 from overparam.studies.claims import Params, record_hashes
 
 
@@ -36,39 +39,65 @@ def start(params: Params) -> Study:
 def claim_table(study: Study) -> pd.DataFrame:
     """Every claim that a record answers, and every claim of the ledger that none does."""
     rows = [
-        {
-            "claim": claim.statement,
-            "published": claim.published,
-            "study": source.study,
-            "model": source.slug,
-            "measured [95 % CI]": readme.measured_text(claim),
-            "verdict": claim.verdict,
-            "rule": claim.rule,
-        }
-        for claim, source in study.found.claims()
+        _row(claim, source) | {"verdict": claim.verdict} for claim, source in study.found.verdicts("claim")
     ]
     rows += [
-        {
-            "claim": entry.shown(),
-            "published": ledger.without_words(entry.published),
-            "study": entry.study,
-            "measured [95 % CI]": "—",
-            "verdict": "no record",
-        }
-        for entry in study.found.missing
+        _open(entry) | {"verdict": "no record"} for entry in study.found.missing if entry.type == "claim"
     ]
     columns = ["claim", "published", "study", "model", "measured [95 % CI]", "verdict", "rule"]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     study.recorder.table("claims_table", table)
-    for verdict, number in sorted(Counter(claim.verdict for claim, _ in study.found.claims()).items()):
+    for verdict, number in sorted(
+        Counter(claim.verdict for claim, _ in study.found.verdicts("claim")).items()
+    ):
         study.recorder.metric(verdict.replace(" ", "_"), number, "verdicts")
     return table
+
+
+def check_table(study: Study) -> pd.DataFrame:
+    """The conditions that this suite sets itself, and whether its models meet them."""
+    rows = [
+        _row(claim, source) | {"outcome": tables.outcome(claim)}
+        for claim, source in study.found.verdicts("check")
+    ]
+    rows += [
+        _open(entry) | {"outcome": "no record"} for entry in study.found.missing if entry.type == "check"
+    ]
+    names = {"claim": "check", "published": "condition"}
+    columns = ["check", "condition", "study", "model", "measured [95 % CI]", "outcome", "rule"]
+    table = pd.DataFrame(
+        [{names.get(k, k): v for k, v in row.items()} for row in rows], columns=columns
+    ).fillna("")
+    study.recorder.table("checks_table", table)
+    return table
+
+
+def _row(claim: Claim, source: Record) -> dict[str, str]:
+    return {
+        "claim": claim.statement,
+        "published": claim.published,
+        "study": source.study,
+        "model": source.slug,
+        "measured [95 % CI]": tables.measured_text(claim),
+        "rule": claim.rule,
+    }
+
+
+def _open(entry: Entry) -> dict[str, str]:
+    published = ledger.without_words(entry.published)
+    return {"claim": entry.shown(), "published": published, "study": entry.study, "measured [95 % CI]": "—"}
+
+
+def counts(study: Study) -> pd.DataFrame:
+    """How many verdicts of each kind the claims of each study have."""
+    rows = {tables.title(name): numbers for name, numbers in tables.counts(study.found)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(tables.VERDICTS))
 
 
 def conditions(study: Study) -> pd.DataFrame:
     """What differs from the published conditions, a row for each claim and record."""
     rows = []
-    for claim, source in study.found.claims():
+    for claim, source in study.found.verdicts("claim"):
         entry = ledger.find(claim.id)
         paper = ledger.papers()[entry.paper] if entry and entry.paper else None
         rows.append(
@@ -91,11 +120,11 @@ def forest(study: Study) -> pd.DataFrame:
     """Measured and published numbers of every claim in points or percent.
 
     Returns:
-        Columns: claim, model, verdict, unit, value, low, high; published, NaN where it is no number; bound, the end of
-        what the claim's rule accepts.
+        Columns: claim, statement, model, study, verdict, unit, value, low, high; published, NaN where it is no number;
+        bound, the end of what the claim's rule accepts.
     """
     rows = []
-    for claim, source in study.found.claims():
+    for claim, source in study.found.verdicts("claim"):
         entry = ledger.find(claim.id)
         if entry is None or claim.measured is None:
             continue
@@ -108,7 +137,7 @@ def forest(study: Study) -> pd.DataFrame:
             {
                 "claim": claim.id,
                 "statement": claim.statement,
-                "model": source.slug,
+                "model": ledger.model_name(source.slug),
                 "study": source.study,
                 "verdict": claim.verdict,
                 "unit": entry.common.unit if entry.common else claim.unit,
@@ -124,7 +153,7 @@ def forest(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def finish(study: Study) -> record.Record:
+def finish(study: Study) -> Record:
     """Write the record; its last file is record.json."""
     study.recorder.finish()
     return study.recorder.record
