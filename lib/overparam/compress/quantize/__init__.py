@@ -2,6 +2,7 @@
 
 from overparam.compress.quantize.allocation import allocate_bits
 from overparam.compress.quantize.coverage import Coverage
+from overparam.compress.quantize.exporting import export
 from overparam.compress.quantize.reasons import reason_against
 from overparam.compress.quantize.rounding import (
     matrices,
@@ -15,10 +16,9 @@ from overparam.compress.quantize.schemes import BASELINE, SCHEMES, Scheme, refus
 from overparam.compress.quantize.systems import (
     HiddenStates,
     Quantized,
-    Steps,
+    StepwiseDecoder,
     batches,
     embed,
-    export,
     load,
     quantize,
     states_of,
@@ -32,7 +32,7 @@ __all__ = [
     "HiddenStates",
     "Quantized",
     "Scheme",
-    "Steps",
+    "StepwiseDecoder",
     "allocate_bits",
     "batches",
     "embed",
