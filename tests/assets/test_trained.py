@@ -53,7 +53,7 @@ def test_without_a_record_the_error_says_how_to_make_one(results):
 
 def test_a_folder_may_be_named(results, tmp_path, monkeypatch):
     monkeypatch.setenv("OVERPARAM_MOE_TRANSLATOR", str(tmp_path / "model"))
-    with pytest.raises(FileNotFoundError, match=r"OVERPARAM_MOE_TRANSLATOR .*no folder with a model"):
+    with pytest.raises(FileNotFoundError, match=r"OVERPARAM_MOE_TRANSLATOR .*not a folder with a model"):
         models.load(NAME)
     expected = save(tmp_path / "model")
     assert torch.equal(models.load(NAME, causal=True)[0].lm_head.weight, expected.lm_head.weight.float())

@@ -215,7 +215,7 @@ def test_vocabularies_must_be_the_same():
         distill_decoder(twin(), larger, *pairs(), RECIPE)
     tokenizer, other = models.tiny_tokenizer(), models.tiny_tokenizer()
     other.add_tokens(["zebra"])
-    with pytest.raises(ValueError, match="'zebra' is missing in the one, 260 in the other"):
+    with pytest.raises(ValueError, match="'zebra' is missing in the student's, 260 in the teacher's"):
         distill_decoder(twin(), twin(), *pairs(), RECIPE, tokenizers=(tokenizer, other))
     found = distill_decoder(twin(), twin(), *pairs(), RECIPE, tokenizers=(tokenizer, models.tiny_tokenizer()))
     assert found[0] == pytest.approx(0, abs=1e-6)
@@ -224,7 +224,7 @@ def test_vocabularies_must_be_the_same():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": [[1]]}, "equally many, at least 1, got 1 and 2"),
+        ({"prompts": [[1]]}, "equal in number, at least 1, got 1 and 2"),
         ({"prompts": [], "targets": []}, "got 0 and 0"),
         ({"prompts": [[1], []]}, "prompt 1 has no token"),
         ({"targets": [[], [1]]}, "target 0 has no token"),
@@ -234,8 +234,8 @@ def test_vocabularies_must_be_the_same():
         ({"on_policy_share": 1.5}, "on_policy_share must be in 0..1, got 1.5"),
         ({"batch_size": 0}, "must be at least 1, got 6, 1 and 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"recipe": replace(RECIPE, balance=0.01)}, "knows no label_smoothing and no balance"),
-        ({"recipe": replace(RECIPE, label_smoothing=0.1)}, "knows no label_smoothing and no balance"),
+        ({"recipe": replace(RECIPE, balance=0.01)}, "has no label_smoothing and no balance"),
+        ({"recipe": replace(RECIPE, label_smoothing=0.1)}, "has no label_smoothing and no balance"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"objective": "jsd", "beta": 1.0}, "beta must be between 0 and 1"),
     ],
@@ -266,7 +266,7 @@ def test_divergence_by_text_is_that_of_one_text_after_the_other():
             alone = divergence(student, teacher, [prompt], [target], loss=loss)
             assert row[column] / row[2] == pytest.approx(alone, rel=1e-4)
     assert np.abs(decoder.token_kl(teacher, teacher, prompts, targets)[:, :2]).max() < 1e-5
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="equal in number"):
         decoder.token_kl(student, teacher, prompts, targets[1:])
 
 

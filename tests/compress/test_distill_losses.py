@@ -170,7 +170,7 @@ def test_a_batch_without_labels_learns_from_the_teacher_alone():
         ([0, 1], False, 0.5, "soft_weight 0.5 needs teacher_logits"),
         ([0, 3], True, 0.5, "labels must be in 0..2, or -100 for none, got 3"),
         ([0, -1], True, 0.5, "got -1"),
-        ([0, 1, 2], True, 0.5, r"labels must be one a row, \[2\], got \[3\]"),
+        ([0, 1, 2], True, 0.5, r"labels must be one per row, \[2\], got \[3\]"),
         ([-100, -100], True, 0.0, "nothing to learn"),
     ],
 )

@@ -381,9 +381,7 @@ def test_cost_without_an_unknown_token_is_no_unknown_share():
     assert distill.cost(tokenizer, tokenizer, ["日本"]) == distill.VocabularyCost(1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"), [([], "no texts"), ([" ", ""], "nothing but white space in the 2")]
-)
+@pytest.mark.parametrize(("texts", "message"), [([], "no texts"), ([" ", ""], "only white space in the 2")])
 def test_cost_of_nothing_is_refused(retrained, texts, message):
     with pytest.raises(ValueError, match=message):
         distill.cost(retrained, retrained, texts)
@@ -588,7 +586,7 @@ def test_borrowing_leaves_the_teacher_and_the_random_state_alone():
     [
         ({"vocab_size": 100}, {}, "the tokenizer has 260 tokens, the student's table 100 rows"),
         ({}, {"pooling": "max"}, "pooling must be one of .* got 'max'"),
-        ({"hidden_size": 64}, {}, "of 32 dimensions have no 64 principal components"),
+        ({"hidden_size": 64}, {}, "of 32 dimensions have fewer than 64 principal components"),
     ],
 )
 def test_vectors_that_cannot_be_borrowed_are_refused(fields, options, message):

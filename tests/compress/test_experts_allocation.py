@@ -158,11 +158,11 @@ def test_allocation_without_a_cap_is_the_proportional_share():
     [
         (([0.1, 0.2], 3, 2, 8), r"total must be in 4\.\.16 .*got 3"),
         (([0.1, 0.2], 17, 2, 8), r"total must be in 4\.\.16 .*got 17"),
-        (([0.0, 0.0], 8, 2, 8), "of one language"),
+        (([0.0, 0.0], 8, 2, 8), "of the same language"),
         (([0.1, -0.2], 8, 2, 8), "not negative"),
         (([0.1, float("nan")], 8, 2, 8), "must be finite"),
-        (([], 8, 2, 8), "one number a layer"),
-        (([[0.1]], 8, 2, 8), "one number a layer"),
+        (([], 8, 2, 8), "one number per layer"),
+        (([[0.1]], 8, 2, 8), "one number per layer"),
         (([0.1, 0.2], 8, 9, 8), r"top_k must be in 1\.\.8"),
         (([0.1, 0.2], 8, 0, 8), r"top_k must be in 1\.\.8"),
     ],
@@ -190,8 +190,8 @@ def test_experts_can_be_ruled_out_or_kept_at_any_score():
 @pytest.mark.parametrize(
     ("scores", "counts", "groups", "message"),
     [
-        ([[0.1, 0.2]], [1, 1], 1, "one count a layer"),
-        ([0.1, 0.2], [1, 1], 1, "one count a layer"),
+        ([[0.1, 0.2]], [1, 1], 1, "one count per layer"),
+        ([0.1, 0.2], [1, 1], 1, "one count per layer"),
         ([[0.1, 0.2]], [3], 1, r"1\.\.2 experts, got 3"),
         ([[0.1, 0.2]], [0], 1, r"1\.\.2 experts, got 0"),
         ([[0.1, -math.inf]], [2], 1, r"1\.\.1 experts, got 2"),

@@ -63,14 +63,14 @@ MORE = {
 }  # fmt: skip
 REFUSED = {  # what the error says
     "dbrx": "rows of one matrix",
-    "deepseek_v4": r"looks experts up in a table \(tid2eid\)",
+    "deepseek_v4": r"looks up experts in a table \(tid2eid\)",
     "doge": "no module `experts`",
     "ernie4_5_vl_moe_text": "layer 1 has 2 mixtures of experts",
     "inkling_text": "no matrix of 8 rows",
     "jetmoe": "no router beside its experts",
     "longcat_flash": r"tensors for \[8, 10\] experts",
-    "nllb-moe": "modules of their own",
-    "switch_transformers": "modules of their own",
+    "nllb-moe": "its experts are separate modules",
+    "switch_transformers": "its experts are separate modules",
     "zaya": "no matrix of 8 rows",
 }
 ODD = {
@@ -278,7 +278,7 @@ def test_models_with_two_stacks_of_experts_say_where_they_are():
     model.model.vision_tower = models.tiny_twin("mixtral")
     with pytest.raises(
         ValueError,
-        match=r"model\.model\.vision_tower\.layers, model\.model\.language_model\.layers.*Pass a model that holds one",
+        match=r"model\.model\.vision_tower\.layers, model\.model\.language_model\.layers.*Pass a model with only one",
     ):
         experts.layers(model)
     assert len(experts.layers(model.model.language_model)) == 2
@@ -306,7 +306,10 @@ def unproven(monkeypatch, change):
             lambda logits, weights, indices: (logits, weights, indices.clamp(max=4)),
             "minus infinity|does not choose",
         ),
-        (lambda logits, weights, indices: (logits, weights * (1 + indices), indices), "do not give"),
+        (
+            lambda logits, weights, indices: (logits, weights * (1 + indices), indices),
+            "do not compute the same",
+        ),
         (
             lambda logits, weights, indices: (logits, weights, torch.full_like(indices, 7)),
             "minus infinity|are not there",
@@ -359,7 +362,7 @@ def test_configurations_that_build_other_tensors_are_not_saved(tmp_path):
 
 def test_top_k_of_the_configuration_cannot_differ_between_layers():
     model = tiny("gemma4_text", **MORE["gemma4_text"])
-    with pytest.raises(ValueError, match=r"read top-k from the configuration.*\[1, 2\]"):
+    with pytest.raises(ValueError, match=r"read one top-k for all layers.*\[1, 2\]"):
         experts.prune(model, [[0], [1, 2]], lower_top_k=True)
     before = models.count_parameters(model)
     assert (before.active - before.block) * 8 == before.expert * 2

@@ -178,7 +178,7 @@ def test_failed_training_takes_the_adapters_out():
 
 def test_single_transposed_experts_have_no_adapter():
     model = experts.prune(twin("gpt_oss"), [[0, 1], [3], [0, 1], [2, 3]], lower_top_k=True)
-    with pytest.raises(ValueError, match="single expert that decoder layer 1 has left"):
+    with pytest.raises(ValueError, match="single expert left in decoder layer 1"):
         experts.recover(model, batches(), RECIPE, lora=experts.Lora())
     assert experts.recover(model, batches(), RECIPE).loss
 
@@ -208,7 +208,7 @@ def test_balance_is_that_of_each_layer_by_hand():
 
 
 def test_balance_needs_experts():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has none; train it with balance 0"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no such router; train it with balance 0"):
         causal.train(models.tiny_twin("llama", causal=True), batches(), RECIPE)
     with pytest.raises(ValueError, match="is dense"):
         experts.recover(models.tiny_twin("llama", causal=True), batches(), RECIPE)
@@ -230,7 +230,7 @@ def test_interrupted_runs_go_on_where_they_stopped(lora, optimizer, tmp_path):
     log = experts.recover(resumed, batches(), recipe, lora=lora, checkpoint=tmp_path / "state", every=2)
     assert log.loss == expected.loss
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
-    with pytest.raises(ValueError, match="model of other tensors"):
+    with pytest.raises(ValueError, match="model that has other tensors"):
         experts.recover(twin("gpt_oss", [4] * 4), batches(), recipe, lora=lora, checkpoint=tmp_path / "state")
 
 

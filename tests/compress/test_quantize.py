@@ -80,7 +80,7 @@ def test_only_named_matrices_are_rounded(encoder):
     after = quantize.matrices(model)
     assert not torch.equal(after[name], before[name])
     assert all(torch.equal(after[each], before[each]) for each in others)
-    with pytest.raises(ValueError, match="'nothing' is no matrix of the model"):
+    with pytest.raises(ValueError, match="'nothing' is not a matrix of the model"):
         quantize.round_weights(model, {"nothing": 4})
 
 

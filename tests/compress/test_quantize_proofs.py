@@ -205,7 +205,7 @@ def test_coverage_is_measured_and_saved(tmp_path):
     assert again.coverage == found.coverage
     everything = quantize.quantize(model, "openvino-int8-weights", decoder=True)
     assert everything.coverage.shares == {8: pytest.approx(1)}
-    with pytest.raises(ValueError, match="no matrix and no embedding table"):
+    with pytest.raises(ValueError, match="no matrices and no embedding tables"):
         quantize.round_weights(nn.LayerNorm(4), 4)
 
 

@@ -88,7 +88,7 @@ def test_a_prefix_is_read_and_not_scored(pairs):
 
 def test_bad_input_is_named(pairs):
     model, tokenizer = models.tiny_twin("llama", causal=True), models.tiny_tokenizer()
-    with pytest.raises(ValueError, match="equally many, at least 1, got 2 and 1"):
+    with pytest.raises(ValueError, match="equal in number, at least 1, got 2 and 1"):
         negative_log_likelihood(model, tokenizer, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="at least 1, got 0 and 0"):
         negative_log_likelihood(model, tokenizer, [], [])
@@ -96,7 +96,7 @@ def test_bad_input_is_named(pairs):
         negative_log_likelihood(model, tokenizer, ["a", "b"], ["c", ""])
     with pytest.raises(ValueError, match="no texts"):
         perplexity(model, tokenizer, [])
-    with pytest.raises(ValueError, match="text 1 has less than two tokens"):
+    with pytest.raises(ValueError, match="text 1 has fewer than two tokens"):
         perplexity(model, tokenizer, ["a", ""])
     broken = models.tiny_twin("llama", causal=True)
     with torch.no_grad():

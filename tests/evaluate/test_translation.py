@@ -185,7 +185,7 @@ def test_a_language_that_is_not_known_is_not_checked_and_said(capsys):
     ("hypotheses", "references", "ended", "message"),
     [
         ([], [], [], "at least 1, got 0, 0 and 0"),
-        (["a"], ["a", "b"], [True], "equally many, at least 1, got 1, 2 and 1"),
+        (["a"], ["a", "b"], [True], "equal in number, at least 1, got 1, 2 and 1"),
         (["a"], ["a"], [], "got 1, 1 and 0"),
         (["a", "b"], ["a", " "], [True, True], "1 of 2 references are empty, the first at index 1"),
     ],

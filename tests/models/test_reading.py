@@ -263,7 +263,7 @@ def test_a_template_that_refuses_a_user_alone_is_said():
     tokenizer = models.tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role required') }}"
     with pytest.raises(
-        ValueError, match=r"no message of the user alone: System role required; give a template"
+        ValueError, match=r"not accept a single user message: System role required; give a template"
     ):
         batches(tokenizer, ["light"], recipe=depth.PUBLISHED)
 

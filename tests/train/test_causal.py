@@ -196,7 +196,7 @@ def test_a_model_that_makes_its_logits_otherwise_is_refused_before_it_is_trained
     model.forward = doubled
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = pack([Tree([1, 7], [[20, 30, 40]])], rows=1, length=16)
-    with pytest.raises(NotExactError, match="LlamaForCausalLM is not trained here"):
+    with pytest.raises(NotExactError, match="LlamaForCausalLM cannot be trained here"):
         causal.train(model, batches, causal.Recipe(steps=1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

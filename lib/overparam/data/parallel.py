@@ -226,7 +226,7 @@ def _shared_verses(split: str) -> tuple[str, ...]:
 @functools.cache
 def _interface(language: str) -> dict[str, Pair]:
     """All usable strings of a language by id; the first of those that read the same."""
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     seen: set[str] = set()
     folder = packages.fetch(CORPORA["interface"])
     for file in sorted(folder.glob(f"*/**/locale/{language}/LC_MESSAGES/*.po")):
@@ -236,8 +236,8 @@ def _interface(language: str) -> dict[str, Pair]:
             if key not in seen and key != normalise(target):
                 seen.add(key)
                 id_ = f"{package}:{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-                found[id_] = Pair(id_, source, target)
-    return found
+                pairs[id_] = Pair(id_, source, target)
+    return pairs
 
 
 def _messages(file: Path) -> Iterator[tuple[str, str]]:

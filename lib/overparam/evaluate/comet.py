@@ -55,7 +55,7 @@ def comet(
     sizes = {len(sources), len(hypotheses), len(references), len(failures)}
     if len(sizes) > 1 or not sources:
         raise ValueError(
-            "sources, hypotheses, references and failures must be equally many, at least 1, got "
+            "sources, hypotheses, references and failures must be equal in number, at least 1, got "
             f"{len(sources)}, {len(hypotheses)}, {len(references)} and {len(failures)}"
         )
     items = np.zeros((len(sources), 1))

@@ -1,9 +1,9 @@
 """Scores of embeddings on local and hub tasks: every view of a model from one embedding pass.
 
-mteb does the scoring: each task is run by `mteb.evaluate` once a view, with an encoder that looks the view's
-vectors up. Nothing is read from an earlier run's results.
+mteb does the scoring: `mteb.evaluate` runs each task once per view, with an encoder that looks up the view's vectors.
+Results of earlier runs are never read.
 
-Scoring the nine local tasks at 100 items takes about 2 seconds a view of 640 dimensions on one core.
+Scoring the nine local tasks with 100 items each takes about 2 s per view of 640 dimensions on one core.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from overparam.evaluate.registry import makers
 from overparam.support.progress import track
 
 if TYPE_CHECKING:
-    from overparam.evaluate.items import Items
+    from overparam.evaluate.items import Scores
     from overparam.evaluate.view import View
 
 Embed = Callable[[list[str], str | None], NDArray[np.float32]]
@@ -45,14 +45,14 @@ class TaskScore:
     """The score of one view on one task.
 
     Attributes:
-        task: The task's name; of a hub task with several languages, "name (subset)", one score each.
+        task: The task's name; for a hub task with several languages, "name (subset)", with one score each.
         type: mteb's task type, such as "STS".
         metric: The name of mteb's main score.
         view: Index into the views that `embed` returns.
         score: mteb's main score, 0..1.
-        items: float64 [n, k], per item; `overparam.evaluate.items` says what they are for each type.
+        items: Per-item scores, float64 [n, k]; `overparam.evaluate.items` describes them for each type.
         statistic: Name of the function of `items` that gives `score`: "mean", "spearman", "average_precision"
-            or "v_measure_mean". Retrieval scores agree to 5 digits, as mteb rounds them.
+            or "v_measure_mean". Retrieval scores agree to 5 digits because mteb rounds them.
     """
 
     task: str
@@ -60,12 +60,12 @@ class TaskScore:
     metric: str
     view: int
     score: float
-    items: Items
+    items: Scores
     statistic: str
 
 
 def task_names() -> list[str]:
-    """Names of the local tasks. Any MTEB task on the hub can be named as well, where there is a network."""
+    """Names of the local tasks. With a network, any MTEB task on the hub can be used as well."""
     return list(LOCAL_TASKS)
 
 
@@ -82,28 +82,28 @@ def evaluate(
 ) -> list[TaskScore]:
     """Score every view of an embedder on tasks.
 
-    All texts of the local tasks are embedded first, by one call of `embed` a distinct instruction (a single
-    call without instructions), each text once however many tasks use it. Texts of hub tasks are embedded as
-    mteb asks for them, once for all views.
+    All texts of the local tasks are embedded first, with one call of `embed` per distinct instruction (a single call
+    without instructions), each text once even if several tasks use it. Texts of hub tasks are embedded when mteb
+    requests them, once for all views.
 
     Args:
-        embed: Gives the embeddings of texts, for all views at once.
+        embed: Returns the embeddings of texts, for all views at once.
         tasks: Names of local tasks (see `task_names`) or of MTEB tasks on the hub.
-        max_items: How many queries, texts or verses a local task judges, at least 20; None means 1000, or as
-            many as there are. Hub tasks are always whole.
-        seed: Chooses the texts of local tasks, and mteb's draws.
+        max_items: Items per local task (queries, texts or verses), at least 20; None for 1000, or as many as exist.
+            Hub tasks always use all items.
+        seed: Chooses the texts of local tasks, and seeds mteb.
         views: Which views to score; all by default.
-        instructions: Pass each task's instruction to `embed` (to queries only, in retrieval); None otherwise.
+        instructions: Whether to pass each task's instruction to `embed` (in retrieval, only for queries).
         languages: Languages to keep of multilingual hub tasks; None keeps all.
-        cache_dir: Folder to write mteb's own result files to. They are written, never read: mteb would take
-            the score of a changed text or model for current.
+        cache_dir: Folder for mteb's own result files. They are written, never read: mteb would reuse the score of a
+            changed text or model.
 
     Returns:
-        Scores by task, in the order given, then by view.
+        Scores by task, in the given order, then by view.
 
     Raises:
-        ValueError: An unknown or repeated task, none at all, a size or view out of range, or embeddings of a
-            wrong shape or not finite.
+        ValueError: A task is unknown or repeated, there are no tasks, a size or view is out of range, or embeddings
+            have the wrong shape or are not finite.
         ConnectionError: A hub task's data could not be loaded.
     """
     from overparam.evaluate.local import LocalTask
@@ -121,29 +121,29 @@ def evaluate(
             wanted.setdefault(instruction, {}).setdefault(text, name)
     for instruction, owners in wanted.items():
         shared.fill(list(owners), instruction, owners)
-    if not wanted:  # hub tasks only: one text tells how many views there are
+    if not wanted:  # only hub tasks: embed one text to learn the number of views
         shared.fill([tasks[0]], None, {tasks[0]: tasks[0]})
 
-    found: list[TaskScore] = []
+    task_scores: list[TaskScore] = []
     memo, held = shared, ""
     jobs = [(name, view) for name in tasks for view in shared.views]
     for name, view in track(jobs, "scoring embeddings"):
-        if name != held:  # texts of a hub task are dropped after it
+        if name != held:  # texts of a hub task are dropped when it is done
             memo, held = shared if name in LOCAL_TASKS else Memo(embed, shared.views), name
         with _random_state_kept():
-            found.extend(_score(make[name](), View(memo.get, view, instructions), cache_dir))
-    return found
+            task_scores.extend(_score(make[name](), View(memo.get, view, instructions), cache_dir))
+    return task_scores
 
 
 def bag_of_words(
     texts: list[str],
     instruction: str | None = None,  # noqa: ARG001
 ) -> NDArray[np.float32]:
-    """Hashed words and word pairs, sublinear counts, unit length: the floor that a model has to beat.
+    """Embed by hashed words and word pairs, with sublinear counts and unit length: the floor that a model must beat.
 
     Args:
-        texts: What to embed.
-        instruction: Ignored, as is usual for words counted.
+        texts: Texts to embed.
+        instruction: Ignored.
 
     Returns:
         float32 [texts, 1, 4096].
@@ -158,7 +158,7 @@ def bag_of_words(
 
 
 class Memo:
-    """Embeddings of all texts met so far, by instruction; `embed` is called for new ones only."""
+    """Embeddings of all texts so far, by instruction; `embed` is called only for new texts."""
 
     def __init__(self, embed: Embed, views: Sequence[int] | None) -> None:
         self.embed = embed
@@ -167,7 +167,7 @@ class Memo:
         self._shape: tuple[int, ...] | None = None
 
     def fill(self, texts: list[str], instruction: str | None, owners: dict[str, str]) -> None:
-        """Embed `texts`; `owners` names the task of each, for errors."""
+        """Embed `texts`; `owners` maps each text to its task, for error messages."""
         texts = [text for text in dict.fromkeys(texts) if (instruction, text) not in self._rows]
         if not texts:
             return
@@ -212,7 +212,7 @@ def _score(task: Any, view: View, cache_dir: Path | str | None) -> list[TaskScor
     statistic = statistic_of(task)
     if not task.data_loaded:
         task.load_data()
-    # local tasks are so small that a second thread costs more than it does, and busy machines suffer most
+    # local tasks are so small that a second thread makes them slower, most of all on busy machines
     threads = threadpool_limits(1 if isinstance(task, LocalTask) else None)
     with tempfile.TemporaryDirectory() as folder, _quiet(), threads:
         result = mteb.evaluate(
@@ -227,22 +227,22 @@ def _score(task: Any, view: View, cache_dir: Path | str | None) -> list[TaskScor
         ).task_results[0]
         predictions = json.loads((Path(folder) / task.prediction_file_name).read_text())
     parts = [(split, scores) for split, by_subset in result.scores.items() for scores in by_subset]
-    found = []
+    task_scores = []
     for split, scores in parts:
         subset = scores["hf_subset"]
         data = task.dataset[subset][split] if subset in task.dataset else task.dataset[split]
         items = items_of(task, data, predictions[subset][split], scores)
         name = task.metadata.name if len(parts) == 1 else f"{task.metadata.name} ({subset}, {split})"
         score = float(scores["main_score"])
-        found.append(
+        task_scores.append(
             TaskScore(name, task.metadata.type, task.metadata.main_score, view.view, score, items, statistic)
         )
-    return found
+    return task_scores
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Undo that every mteb task seeds the generators of the whole process: the caller may be in training."""
+    """Restore the random generators, which every mteb task seeds for the whole process: the caller may be training."""
     import torch
 
     python, legacy = random.getstate(), np.random.get_state()
@@ -256,7 +256,7 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep mteb's log, progress bars and scikit-learn's warnings out of notebooks."""
+    """Hide mteb's log and progress bars, and scikit-learn's warnings."""
     import datasets
 
     logger = logging.getLogger("mteb")

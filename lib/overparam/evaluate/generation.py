@@ -128,13 +128,13 @@ def generate(
     ends = _end_tokens(model, tokenizer)
     marker = tokenizer(answer_after, add_special_tokens=False).input_ids if answer_after else []
     groups = list(_groups(ids, limits, batch_tokens // num_beams))
-    found: dict[int, Generation] = {}
+    generations: dict[int, Generation] = {}
     for rows in progress.track(groups, label):
         batch, allowed = [ids[row] for row in rows], [limits[row] for row in rows]
         new = _continue(model, tokenizer, batch, allowed, ends, num_beams, stop)
         for row, tokens in zip(rows, new, strict=True):
-            found[row] = _read(tokenizer, tokens, limits[row], ends, stop, marker)
-    return [found[row] for row in range(len(ids))]
+            generations[row] = _read(tokenizer, tokens, limits[row], ends, stop, marker)
+    return [generations[row] for row in range(len(ids))]
 
 
 def _continue(
@@ -161,10 +161,10 @@ def _continue(
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids]).to(model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]).to(model.device)
     criteria = StoppingCriteriaList([StopText(tokenizer, stop, width)] if stop else [])
-    found: list[list[int]] = [[] for _ in ids]
+    written: list[list[int]] = [[] for _ in ids]
     rows, cache = list(range(len(ids))), None
     while rows:
-        left = max(limits[row] - len(found[row]) for row in rows)
+        left = max(limits[row] - len(written[row]) for row in rows)
         with torch.inference_mode():
             output = model.generate(
                 input_ids=input_ids,  # [rows, width and what was written]
@@ -176,13 +176,13 @@ def _continue(
                 stopping_criteria=criteria,
             )
         for row, sequence in zip(rows, output.sequences.tolist(), strict=True):
-            found[row] = sequence[width:]
+            written[row] = sequence[width:]
         if num_beams > 1:
             break
         done = [
-            len(found[row]) >= limits[row]
-            or any(token in ends for token in found[row])
-            or (stop is not None and stop in tokenizer.decode(found[row], skip_special_tokens=True))
+            len(written[row]) >= limits[row]
+            or any(token in ends for token in written[row])
+            or (stop is not None and stop in tokenizer.decode(written[row], skip_special_tokens=True))
             for row in rows
         ]
         staying = [place for place, over in enumerate(done) if not over]
@@ -193,7 +193,7 @@ def _continue(
                 cache.batch_select_indices(torch.tensor(staying, device=model.device))
             input_ids = output.sequences[staying]
             mask = torch.nn.functional.pad(mask[staying], (0, input_ids.shape[1] - mask.shape[1]), value=1)
-    return found
+    return written
 
 
 def _config(new_tokens: int, num_beams: int, ends: list[int], padding: int) -> GenerationConfig:

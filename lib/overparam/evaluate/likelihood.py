@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overparam.models.reading.tokens import groups
 from overparam.support import progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Items = NDArray[np.float64]
 
 
 def negative_log_likelihood(
@@ -28,33 +27,33 @@ def negative_log_likelihood(
     add_special_tokens: bool = True,
     end_token: bool = True,
     label: str = "scoring translations",
-) -> Items:
-    """How unlikely the model finds each target after its prompt, end token included.
+) -> NDArray[np.float64]:
+    """Compute the negative log-likelihood of each target after its prompt.
 
-    The ids are those of the prompt, then those of the target without special tokens, then the end token. Logits
-    are computed for target tokens alone.
+    The ids are those of the prompt, then those of the target without special tokens, then the end token. Logits are
+    computed only for target tokens.
 
     Args:
         model: A decoder with its language-modelling head.
         tokenizer: Its tokenizer, which has an end token.
         prompts: Texts before the targets.
-        targets: Texts to score, one a prompt.
-        batch_tokens: Tokens of a batch, padding included. A batch's logits take up to 8 bytes times its target
-            tokens times the vocabulary: 2 GB for 1,024 target tokens of a vocabulary of 262,144.
+        targets: Texts to score, one per prompt.
+        batch_tokens: Maximum tokens per batch, padding included. A batch's logits take up to 8 bytes times its target
+            tokens times the vocabulary: 2 GB for 1,024 target tokens and a vocabulary of 262,144.
         add_special_tokens: Whether the tokenizer adds its own special tokens to prompts.
         end_token: Whether the end token after a target is scored, too.
-        label: What the progress bar says.
+        label: Text of the progress bar.
 
     Returns:
-        float64 [n, 2]: negative log-likelihood in nats, number of target tokens. Their sums give the mean a token
-        and the perplexity (`report.stats` statistics "nll_per_token" and "perplexity").
+        float64 [n, 2]: negative log-likelihood in nats, number of target tokens. Their sums give the mean per token
+        and the perplexity (`record.stats` statistics "nll_per_token" and "perplexity").
 
     Raises:
         ValueError: No prompts, unequal numbers of prompts and targets, an empty target, or no end token.
     """
     if len(prompts) != len(targets) or not prompts or isinstance(prompts, str):
         raise ValueError(
-            f"prompts and targets must be equally many, at least 1, got {len(prompts)} and {len(targets)}"
+            f"prompts and targets must be equal in number, at least 1, got {len(prompts)} and {len(targets)}"
         )
     if empty := [index for index, target in enumerate(targets) if not target.strip()]:
         raise ValueError(f"{len(empty)} of {len(targets)} targets are empty, the first at index {empty[0]}")
@@ -78,41 +77,44 @@ def perplexity(
     max_length: int = 512,
     batch_tokens: int = 1024,
     label: str = "scoring texts",
-) -> Items:
-    """How unlikely the model finds each text: every token but the first one (<bos>, where there is one).
+) -> NDArray[np.float64]:
+    """Compute the negative log-likelihood of each text: of every token but the first (<bos>, if there is one).
 
     Args:
         model: A decoder with its language-modelling head.
         tokenizer: Its tokenizer.
         texts: Texts of at least two tokens.
-        prefix: What comes before each text and is not scored, such as a tag that asks for plain text.
-        max_length: Tokens of a text, special tokens and prefix included; longer ones are cut. No end token is added.
+        prefix: Text before each text that is not scored, such as a tag that requests plain text.
+        max_length: Maximum tokens per text, special tokens and prefix included; longer texts are cut. No end token is
+            added.
         batch_tokens: As in `negative_log_likelihood`.
-        label: What the progress bar says.
+        label: Text of the progress bar.
 
     Returns:
         float64 [n, 2]: negative log-likelihood in nats, number of tokens scored; see `negative_log_likelihood`.
 
     Raises:
-        ValueError: No texts, or one of less than two tokens.
+        ValueError: No texts, or a text of fewer than two tokens.
     """
     if not texts or isinstance(texts, str):
         raise ValueError("there are no texts to score: give a list of texts")
     ids = tokenizer([prefix + text for text in texts], truncation=True, max_length=max_length).input_ids
     start = len(tokenizer(prefix).input_ids) if prefix else 1
     if short := [index for index, row in enumerate(ids) if len(row) <= start]:
-        raise ValueError(f"text {short[0]} has less than two tokens: nothing in it can be predicted")
+        raise ValueError(f"text {short[0]} has fewer than two tokens: nothing in it can be predicted")
     return _score(model, [(row, start) for row in ids], batch_tokens, label)
 
 
-def _score(model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_tokens: int, label: str) -> Items:
-    """Score of each row (ids, where the target begins)."""
+def _score(
+    model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_tokens: int, label: str
+) -> NDArray[np.float64]:
+    """Score each row, given as (ids, index of the first target token)."""
     import torch
 
     items = np.zeros((len(rows), 2))
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     with torch.inference_mode():
-        for group in progress.track(list(_groups(order, rows, batch_tokens)), label):
+        for group in progress.track(list(groups(order, [ids for ids, _ in rows], batch_tokens)), label):
             losses = _losses(model, [rows[row] for row in group])
             for row, loss in zip(group, losses, strict=True):
                 items[row] = loss.sum(), len(loss)
@@ -121,25 +123,15 @@ def _score(model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_toke
     return items
 
 
-def _groups(order: list[int], rows: list[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[int]]:
-    group: list[int] = []
-    for row in order:
-        if group and len(rows[group[0]][0]) * (len(group) + 1) > batch_tokens:
-            yield group
-            group = []
-        group.append(row)
-    yield group
-
-
 def _losses(model: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[NDArray[np.float64]]:
-    """Negative log-likelihood of every target token of each row. Padding on the right changes nothing."""
+    """Negative log-likelihood of every target token of each row. Padding is on the right, where it has no effect."""
     import torch
     from torch.nn import functional
 
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
-    scored = torch.zeros((len(rows), width), dtype=torch.bool)  # places that predict a target token
+    scored = torch.zeros((len(rows), width), dtype=torch.bool)  # positions that predict a target token
     for at, (ids, start) in enumerate(rows):
         input_ids[at, : len(ids)] = torch.tensor(ids)
         mask[at, : len(ids)] = 1
@@ -156,7 +148,7 @@ def _losses(model: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[N
 
 @contextmanager
 def _head_sees(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
-    """Give the head only the hidden states at `places`; what the model does to logits stays its own code."""
+    """Pass only the hidden states at `places` to the head; the model's own code computes the logits."""
 
     def select(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (args[0][places][None],)  # [1, targets, hidden]

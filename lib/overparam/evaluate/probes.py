@@ -116,9 +116,9 @@ def bag_of_words(
         raise ValueError(f"a bag of words needs examples of at least 2 classes, got {len(classes)}")
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     regression = _fitted(words, _WORD_STRENGTHS, list(train_texts), labels, int(counts.min()), seed)
-    found = np.zeros((len(test_texts), labels.max() + 1))
-    found[:, classes] = regression.predict_proba(list(test_texts))
-    return found
+    probabilities = np.zeros((len(test_texts), labels.max() + 1))
+    probabilities[:, classes] = regression.predict_proba(list(test_texts))
+    return probabilities
 
 
 def majority(train_labels: ArrayLike, n: int) -> Classes:

@@ -131,8 +131,8 @@ def _rows(name: str, part: str) -> Dataset:
     return corpora.reuters(name.removeprefix("Reuters").lower(), part)
 
 
-def _named(found: samples.Labelled, names: list[str]) -> samples.Labelled:
-    return samples.Labelled(found.texts, [names[int(label)] for label in found.labels])
+def _named(labelled: samples.Labelled, names: list[str]) -> samples.Labelled:
+    return samples.Labelled(labelled.texts, [names[int(label)] for label in labelled.labels])
 
 
 def _numbers(labels: list[str], classes: tuple[str, ...]) -> NDArray[np.int64]:

@@ -93,13 +93,13 @@ def score(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    found = failures(hypotheses, references, ended=ended, target_language=target_language)
-    kept = ["" if reason else text for text, reason in zip(hypotheses, found, strict=True)]
+    reasons = failures(hypotheses, references, ended=ended, target_language=target_language)
+    kept = ["" if reason else text for text, reason in zip(hypotheses, reasons, strict=True)]
     bleu = BLEU(tokenize=_BLEU_TOKENIZERS.get(target_language, "13a"))
     return TranslationScore(
         _corpus_score(CHRF(word_order=2), "chrf++", kept, references),
         _corpus_score(bleu, "bleu", kept, references),
-        found,
+        reasons,
         language_is_known(target_language),
     )
 
@@ -131,7 +131,7 @@ def failures(
     sizes = (len(hypotheses), len(references), len(ended))
     if len(set(sizes)) > 1 or not sizes[0] or isinstance(hypotheses, str):
         raise ValueError(
-            f"hypotheses, references and ended must be equally many, at least 1, got {sizes[0]}, {sizes[1]} "
+            f"hypotheses, references and ended must be equal in number, at least 1, got {sizes[0]}, {sizes[1]} "
             f"and {sizes[2]}"
         )
     if empty := [index for index, reference in enumerate(references) if not reference.strip()]:

@@ -1,4 +1,4 @@
-"""Parameter counts that say where the parameters are."""
+"""Parameter counts by part of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ParameterCounts:
         embedding: Token, position and type embedding tables.
         block: Everything that is neither an embedding table nor an expert.
         expert: Experts of mixture-of-experts layers.
-        active: What one token uses: all but the embedding tables and the experts it is not routed to.
+        active: Parameters that one token uses: all but embedding tables and experts it is not routed to.
     """
 
     total: int
@@ -30,8 +30,8 @@ class ParameterCounts:
 def count_parameters(model: PreTrainedModel) -> ParameterCounts:
     """Count the parameters of `model`, the embedding table included.
 
-    Published counts of pruned encoders often leave the embedding table out; on a small model with a
-    large vocabulary it is most of the model.
+    Published counts of pruned encoders often leave out the embedding table, which is most of a small model with a
+    large vocabulary.
     """
     embedding_ids = {
         id(parameter)

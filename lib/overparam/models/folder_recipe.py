@@ -1,4 +1,4 @@
-"""What a sentence-transformers folder says of how its texts become embeddings, and the same in PyTorch."""
+"""How a sentence-transformers folder turns texts into embeddings: read from its files, and followed in PyTorch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TRANSFORMER_SETTINGS = (  # older models named the file after their architectur
         for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
     ),
 )
-# settings of the transformer that change no number of a text's embedding, or that `models.load` sees to
+# settings of the transformer that do not change embeddings, or that `models.load` handles
 _HARMLESS = (
     "attn_implementation",
     "dtype",
@@ -54,7 +54,7 @@ _HARMLESS = (
     "device_map",
 )
 _ATTRIBUTE = "_sentence_recipe"
-_NO_LIMIT = 10**6  # what tokenizers say who know of none is far beyond
+_NO_LIMIT = 10**6  # tokenizers without a limit give a far larger number
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Dense:
 
     Attributes:
         path: Its folder.
-        inputs: Width of what it reads.
-        outputs: Width of what it gives.
-        bias: Whether it has one.
-        activation: Name of a class of ``torch.nn``.
+        inputs: Input width.
+        outputs: Output width.
+        bias: Whether it has a bias.
+        activation: Name of a class in ``torch.nn``.
         residual: Whether its input is added to its output.
     """
 
@@ -86,17 +86,17 @@ class Recipe:
     """How a sentence-transformers model makes embeddings.
 
     Attributes:
-        pooling: What is made of the hidden states of a text; several are concatenated. "cls" is the first token,
-            "last" the last, "weighted_mean" weighs token i by i, "mean_sqrt_length" divides the sum by √length.
+        pooling: How the hidden states of a text are pooled; several results are concatenated. "cls" is the first
+            token, "last" the last, "weighted_mean" weights token i by i, "mean_sqrt_length" divides the sum by √length.
         include_prompt: Whether the tokens of a prompt are pooled too.
         after: What follows the pooling, in order: `Dense` layers, and "unit length".
-        prompts: Texts that are put before others, by name.
-        prompt: The one that is put before every text unless another is named; empty for none.
-        max_length: Tokens of a text at most; None for what the tokenizer says.
-        lower: Whether texts are put in lower case.
-        width: First dimensions that are kept of an embedding; None for all.
-        refused: Why it cannot be followed, where it has parts that are not known here; empty otherwise.
-        where: Folder or hub id with the weights of the dense layers.
+        prompts: Prompts by name, to be put before texts.
+        prompt: The default prompt, put before every text; empty for none.
+        max_length: Maximum tokens per text; None for the tokenizer's own limit.
+        lower: Whether texts are lower-cased.
+        width: How many leading dimensions of an embedding are kept; None for all.
+        refused: Why the recipe cannot be followed, if it has unknown parts; empty otherwise.
+        where: Folder or hub id that holds the weights of the dense layers.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -112,7 +112,7 @@ class Recipe:
 
     @property
     def dense(self) -> tuple[Dense, ...]:
-        """Its linear layers."""
+        """The dense layers."""
         return tuple(each for each in self.after if isinstance(each, Dense))
 
     @property
@@ -121,7 +121,7 @@ class Recipe:
         return "unit length" in self.after
 
     def outputs(self, hidden: int) -> int:
-        """Width of its embeddings, where hidden states have width `hidden`."""
+        """Width of the embeddings, for hidden states of width `hidden`."""
         full = self.dense[-1].outputs if self.dense else hidden * len(self.pooling)
         return full if self.width is None else min(self.width, full)
 
@@ -130,11 +130,11 @@ class Recipe:
         return replace(self, after=tuple(each for each in self.after if not isinstance(each, Dense)))
 
     def length(self, wished: int) -> int:
-        """Tokens of a text: what is wished for, or the model's own maximum where that is less."""
+        """Maximum tokens per text: `wished`, or the model's own maximum if that is lower."""
         return wished if self.max_length is None else min(wished, self.max_length)
 
     def describe(self) -> dict[str, str]:
-        """Its parts in words, for a record."""
+        """The recipe in words, for a record."""
         return {
             "pooling": " and ".join(self.pooling),
             "dense": "; ".join(map(str, self.dense)) or "none",
@@ -156,13 +156,13 @@ class Recipe:
 
 
 class Embedder(nn.Module):
-    """Makes embeddings of hidden states as a recipe says; without one, their mean at unit length.
+    """Turns hidden states into embeddings as a recipe says; without a recipe, into their mean at unit length.
 
     Args:
-        recipe: Of the model.
+        recipe: The model's recipe.
 
     Raises:
-        ValueError: If the recipe has parts that are not known here.
+        ValueError: If the recipe has unknown parts.
         OSError: If weights of a dense layer are missing.
     """
 
@@ -180,21 +180,23 @@ class Embedder(nn.Module):
         Args:
             states: Hidden states, padded on the right. [texts, tokens, hidden]
             mask: 1 for tokens, 0 for padding. [texts, tokens]
-            pooled: 1 for the tokens that are pooled; those of `mask` by default. [texts, tokens]
+            pooled: 1 for the tokens to pool; `mask` by default. [texts, tokens]
         """
         chosen = mask if pooled is None else pooled
-        found = torch.cat([_POOL[each](states.float(), chosen) for each in self.recipe.pooling], dim=-1)
+        vectors = torch.cat([_POOL[each](states.float(), chosen) for each in self.recipe.pooling], dim=-1)
         layers = iter(self.layers)
         for step in self.recipe.after:
-            found = next(layers)(found) if isinstance(step, Dense) else nn.functional.normalize(found, dim=-1)
-        return found[:, : self.recipe.width]
+            vectors = (
+                next(layers)(vectors) if isinstance(step, Dense) else nn.functional.normalize(vectors, dim=-1)
+            )
+        return vectors[:, : self.recipe.width]
 
     def prompted(self, texts: Sequence[str]) -> list[str]:
-        """Texts with the prompt before them, as the transformer reads them."""
+        """Put the default prompt before each text."""
         return [self.recipe.prompt + text for text in texts]
 
     def skipped(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return how many first tokens of a text are not pooled: those of a prompt that is left out."""
+        """Return how many leading tokens are not pooled: those of a prompt that the recipe excludes."""
         if self.recipe.include_prompt or not self.recipe.prompt:
             return 0
         ids = tokenizer(self.recipe.prompt)["input_ids"]
@@ -204,19 +206,20 @@ class Embedder(nn.Module):
 def recipe(model: str | PreTrainedModel) -> Recipe | None:
     """Return the recipe of a sentence-transformers model, or None for a model without one.
 
-    It is read from ``modules.json`` and what that names, in the layout of any version; none of its code is run.
+    It is read from ``modules.json`` and the files named there, in the layout of any version. No code from the folder
+    is run.
 
     Args:
-        model: A name as for `load`, or a model that `load` gave.
+        model: A name as for `load`, or a model returned by `load`.
     """
     if not isinstance(model, str):
-        found, layers = getattr(model, _ATTRIBUTE, (None, None))
-        if found and found.dense and layers != model.config.get_text_config().num_hidden_layers:
+        known, layers = getattr(model, _ATTRIBUTE, (None, None))
+        if known and known.dense and layers != model.config.get_text_config().num_hidden_layers:
             progress.note(
                 "the dense layers of the model's recipe are left out: they were trained for its last layer"
             )
-            return cast(Recipe, found.without_dense())
-        return cast("Recipe | None", found)
+            return cast(Recipe, known.without_dense())
+        return cast("Recipe | None", known)
     if model.startswith(TINY):
         return None
     where = source.root(model)
@@ -225,16 +228,16 @@ def recipe(model: str | PreTrainedModel) -> Recipe | None:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise ValueError where a recipe has parts that are not known here."""
+    """Raise ValueError if a recipe has unknown parts."""
     if recipe.refused:
         raise ValueError(
-            f"{recipe.where} cannot be embedded with as its modules.json says: {recipe.refused}. Remove modules.json "
-            "to take it for a plain model, whose last hidden states are averaged."
+            f"{recipe.where} cannot be used as its modules.json says: {recipe.refused}. Remove modules.json "
+            "to use it as a plain model, whose last hidden states are averaged."
         )
 
 
 def follow(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer cut and write texts as the recipe says, and let the model know its recipe."""
+    """Set the tokenizer's maximum length and lower-casing from the recipe, and attach the recipe to the model."""
     positions = usable_positions(model)
     own = int(tokenizer.model_max_length)
     limit = recipe.max_length or (own if positions is None else min(own, positions))
@@ -251,11 +254,11 @@ def follow(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def dense_weights(recipe: Recipe, dense: Dense) -> dict[str, torch.Tensor]:
-    """Return the weights of a dense layer by name, from safetensors.
+    """Read the weights of a dense layer, by name, from safetensors.
 
     Raises:
-        OSError: If there is no such file.
-        ValueError: If they do not fit its configuration.
+        OSError: If the file is missing.
+        ValueError: If the weights do not fit the layer's configuration.
     """
     path = source.file(recipe.where, f"{dense.path}/model.safetensors")
     if path is None:
@@ -266,7 +269,7 @@ def dense_weights(recipe: Recipe, dense: Dense) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = load_file(path)
     if weights["linear.weight"].shape != (dense.outputs, dense.inputs):
         raise ValueError(
-            f"{path} is {list(weights['linear.weight'].shape)}, by its config.json {[dense.outputs, dense.inputs]}"
+            f"{path} is {list(weights['linear.weight'].shape)}, its config.json says {[dense.outputs, dense.inputs]}"
         )
     return weights
 
@@ -284,10 +287,10 @@ class _DenseLayer(nn.Module):
         self.activation, self.adds = getattr(nn, dense.activation)(), dense.residual
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.activation(self.linear(inputs))
+        outputs: torch.Tensor = self.activation(self.linear(inputs))
         if self.adds:
-            found = found + (inputs if self.residual is None else self.residual(inputs))
-        return found
+            outputs = outputs + (inputs if self.residual is None else self.residual(inputs))
+        return outputs
 
 
 def _first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -327,11 +330,11 @@ _POOL = {
 
 
 class _UnknownPartError(Exception):
-    """A part of a recipe that is not known here."""
+    """A part of a recipe that this module does not know."""
 
 
 def _read(where: Path | str, modules: list[dict[str, Any]]) -> Recipe:
-    """Read all parts; what is not known is remembered, so that only who wants embeddings meets it."""
+    """Read all parts. An unknown part is stored, not raised: it matters only to callers that want embeddings."""
     try:
         names = [_class_of(module) for module in modules]
         if names[:2] != ["Transformer", "Pooling"]:
@@ -369,18 +372,20 @@ def _class_of(module: dict[str, Any]) -> str:
 
 
 def _transformer(where: Path | str, path: str) -> dict[str, Any]:
-    """Settings of the transformer module."""
+    """Read the settings of the transformer module."""
     prefix = f"{path}/" if path else ""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in _TRANSFORMER_SETTINGS if isinstance(where, Path) else _TRANSFORMER_SETTINGS[:1]:
-        found = source.read_json(where, prefix + name) or {}
-        if found:
+        settings = source.read_json(where, prefix + name) or {}
+        if settings:
             break
-    if found.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise _UnknownPartError(f"its transformer does {found['transformer_task']}")
-    if found.get("module_output_name", "token_embeddings") != "token_embeddings":
-        raise _UnknownPartError(f"its transformer gives {found['module_output_name']}, not token_embeddings")
-    text = (found.get("modality_config") or {"text": {}}).get("text")
+    if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
+        raise _UnknownPartError(f"its transformer does {settings['transformer_task']}")
+    if settings.get("module_output_name", "token_embeddings") != "token_embeddings":
+        raise _UnknownPartError(
+            f"its transformer gives {settings['module_output_name']}, not token_embeddings"
+        )
+    text = (settings.get("modality_config") or {"text": {}}).get("text")
     wanted = {"method": "forward", "method_output_name": "last_hidden_state"}
     if text is None or {**wanted, **text} != wanted:
         raise _UnknownPartError("its transformer does not pool the last hidden states of plain text")
@@ -392,15 +397,15 @@ def _transformer(where: Path | str, path: str) -> dict[str, Any]:
         "tokenizer_args",
         "processor_kwargs",
     ):
-        given = dict(found.get(group) or {})
+        given = dict(settings.get(group) or {})
         length = given.pop("model_max_length", None)
         if length is not None:
-            found.setdefault("max_seq_length", length)
+            settings.setdefault("max_seq_length", length)
         if others := sorted(set(given) - set(_HARMLESS)):
             raise _UnknownPartError(f"{group} of its transformer sets {', '.join(others)}")
-    if found.get("processing_kwargs"):
+    if settings.get("processing_kwargs"):
         raise _UnknownPartError("processing_kwargs of its transformer are set")
-    return found
+    return settings
 
 
 def _poolings(config: dict[str, Any]) -> tuple[str, ...]:
@@ -409,23 +414,23 @@ def _poolings(config: dict[str, Any]) -> tuple[str, ...]:
         modes = [mode for key, mode in _OLD_POOLINGS.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if unknown := [mode for mode in modes if mode not in _OURS]:
-        raise _UnknownPartError(f"its pooling {unknown[0]!r} is not known here")
+        raise _UnknownPartError(f"its pooling {unknown[0]!r} is unknown")
     return tuple(_OURS[mode] for mode in modes)
 
 
 def _step(where: Path | str, module: dict[str, Any], name: str) -> Dense | str:
-    """A module after the pooling; empty for one that does nothing outside of training."""
+    """Read a module after the pooling; an empty string for one that only acts in training."""
     if name == "Normalize":
         return "unit length"
     if name == "Dropout":
         return ""
     if name != "Dense":
-        raise _UnknownPartError(f"its module {name} is not known here")
+        raise _UnknownPartError(f"its module {name} is unknown")
     config = source.read_json(where, f"{module['path']}/config.json") or {}
     if {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")} != {
         "sentence_embedding"
     }:
-        raise _UnknownPartError("its dense layer works on other things than sentence embeddings")
+        raise _UnknownPartError("its dense layer reads or writes something other than sentence embeddings")
     path, _, activation = str(
         config.get("activation_function", "torch.nn.modules.activation.Tanh")
     ).rpartition(".")

@@ -1,4 +1,4 @@
-"""Encoder or decoder: what a checkpoint is by its configuration."""
+"""Whether a checkpoint is an encoder or a decoder, by its configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from overparam.models import source
 from overparam.models.folder_recipe import recipe
 
 Kind = Literal["auto", "encoder", "decoder"]
-_WRITES_TEXT = (  # of pictures or sounds
+_WRITES_TEXT = (  # about pictures or sounds
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -31,11 +31,11 @@ def is_decoder(name: str, *, kind: Kind = "auto") -> bool:
     """Return whether `name` is a decoder: a model that predicts the next token.
 
     A sentence-transformers folder is an encoder, whatever its architecture. Otherwise the configuration decides: what
-    it says of its attention, then which heads transformers has for its architecture (see `decodes`).
+    it says about attention, then which heads transformers has for its architecture (see `decodes`).
 
     Args:
         name: As for `load`.
-        kind: "encoder" or "decoder" says it by hand.
+        kind: "encoder" or "decoder" to decide by hand.
     """
     if kind != "auto":
         return kind == "decoder"
@@ -68,17 +68,17 @@ def decodes(config: PreTrainedConfig) -> bool:
         return False
     if masked or str(MODEL_MAPPING_NAMES.get(config.model_type)).endswith("Encoder"):
         return bool(getattr(text, "is_decoder", False) or getattr(text, "causal", False))
-    return getattr(text, "attn_type", "uni") == "uni"  # of XLNet, which reads both ways by default
+    return getattr(text, "attn_type", "uni") == "uni"  # XLNet reads both ways by default
 
 
 def has_encoder_of_its_own(config: PreTrainedConfig) -> bool:
-    """Return whether transformers has a class for the encoder alone of an encoder-decoder, such as T5EncoderModel."""
+    """Return whether transformers has a class for only the encoder of an encoder-decoder, such as T5EncoderModel."""
     return str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type)).endswith("EncoderModel")
 
 
 def _text(config: PreTrainedConfig) -> PreTrainedConfig:
     try:
         text: PreTrainedConfig = config.get_text_config()
-    except ValueError:  # several: of a model with an encoder and a decoder
+    except ValueError:  # it has several: an encoder and a decoder
         return config
     return text

@@ -1,9 +1,8 @@
-"""One loader for bundled models, hub ids and local folders."""
+"""The loader for bundled models, hub ids and local folders."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from overparam.models import weights
 from overparam.models.folder_recipe import follow, recipe
 from overparam.models.kinds import has_encoder_of_its_own
 from overparam.models.twins import tiny_tokenizer, tiny_twin
+from overparam.support.files import sha256
 
 
 def load(
@@ -41,13 +41,13 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text encoder (or a decoder without its head) and its tokenizer.
 
-    A sentence-transformers folder is loaded with its recipe: the tokenizer cuts texts to its length (and puts them in
-    lower case where it says so), and `recipe` gives the rest for the model that is returned.
+    A sentence-transformers folder is loaded with its recipe: the tokenizer cuts texts to the recipe's length and
+    lower-cases them if the recipe says so; `recipe` returns the rest for the loaded model.
 
     Args:
         name: A bundled name (`catalogue.BUNDLED`), a local folder, or a hub id ``owner/model``.
-        dtype: Of the weights; float32 by default.
-        device: Where to put the model; the CPU by default.
+        dtype: Dtype of the weights; float32 by default.
+        device: Device of the model; the CPU by default.
         causal: Load the decoder with its language-modelling head, to score and generate text.
 
     Returns:
@@ -55,8 +55,8 @@ def load(
 
     Raises:
         ValueError: If the name is neither bundled, nor a folder, nor a hub id; or if the checkpoint lacks weights that
-            the model computes with, holds more blocks than its configuration says, or is an adapter.
-        OSError: If a hub model is neither cached nor within reach, or a model that the suite trains is not there.
+            the model uses, holds more blocks than its configuration says, or is an adapter.
+        OSError: If a hub model is neither cached nor reachable, or a model that the suite trains is missing.
     """
     dtype = dtype or torch.float32
     if name.startswith(TINY):
@@ -97,8 +97,10 @@ def provenance(name: str) -> dict[str, str]:
         own = recipe(name)
         files = sorted(Path(sources.source(name)).glob("*.safetensors"))
         heads = [root / dense.path / "model.safetensors" for dense in (own.dense if own else ())]
-        files += [head for head in heads if head.is_file()]  # without it, who needs the head refuses
-        return {str(file.relative_to(root)): _sha256(file) for file in files}
+        files += [
+            head for head in heads if head.is_file()
+        ]  # a missing head is an error only where it is needed
+        return {str(file.relative_to(root)): sha256(file) for file in files}
     return {name: f"hub commit {getattr(sources.config(name), '_commit_hash', None)}"}
 
 
@@ -111,19 +113,17 @@ def required_memory(name: str, *, dtype: torch.dtype | None = None) -> int:
 
 
 def random_twin(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
-    """Return a model of the same configuration with random weights: what the architecture gives untrained."""
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
+    """Return an untrained model of the same configuration, with random weights."""
+    from overparam.models.seeding import seeded
+
+    with seeded(seed):
         twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-        return twin.to(model.device).eval()
-    finally:
-        torch.set_rng_state(state)
+    return twin.to(model.device).eval()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers reports of a model that is loaded or traced, errors apart."""
+    """Hide transformers' messages while a model is loaded or traced, except errors."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -140,20 +140,15 @@ def bf16_is_fast() -> bool:
 
 
 def _class(config: PreTrainedConfig, *, causal: bool = False) -> Any:
-    """The class that reads a checkpoint: of an encoder-decoder such as T5, that of its encoder where there is one."""
+    """The class that loads a checkpoint; for an encoder-decoder such as T5, that of its encoder if there is one."""
     if causal:
         return AutoModelForCausalLM
     return AutoModelForTextEncoding if has_encoder_of_its_own(config) else AutoModel
 
 
 def _dequantized(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that turn a checkpoint in MXFP4 (GPT-OSS) into plain tensors, which can be watched and sliced."""
+    """Arguments that load an MXFP4 checkpoint (GPT-OSS) as plain tensors, which can be watched and sliced."""
     stored = getattr(config, "quantization_config", None) or {}
     return (
         {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == "mxfp4" else {}
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

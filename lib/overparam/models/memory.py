@@ -1,4 +1,4 @@
-"""Whether a model fits, said before anything long begins."""
+"""Whether a model fits into memory, checked before any long work begins."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def working_device() -> str:
 
 
 def check_memory(name: str, dtype: torch.dtype, *, times_weights: float, purpose: str) -> None:
-    """Say how much memory a study of `name` takes, and refuse to begin when it is not there.
+    """Show how much memory a study of `name` needs, and refuse to begin if less is free.
 
     Args:
         name: As for `load`.
-        dtype: Of the weights.
-        times_weights: Peak of the study in multiples of the weights.
-        purpose: What it is needed for, such as "with a copy in training".
+        dtype: Dtype of the weights.
+        times_weights: Peak memory of the study, in multiples of the weights.
+        purpose: What the memory is needed for, such as "with a copy in training".
 
     Raises:
-        MemoryError: If more is needed than is free.
+        MemoryError: If more memory is needed than is free.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Proofs: a small padded batch that exposes what depends on padding, position or length, and whether two results agree.
+"""Proofs: a small padded batch that exposes effects of padding, position or length, and comparison of two results.
 
-An operation that is exact by design (truncating, saving, exporting, reading every depth at once) is compared with its
-plain counterpart on `probe`, once for each architecture in a process, before long work begins.
+An operation that should be exact (truncating, saving, exporting, reading every depth at once) is compared with its
+plain counterpart on `probe`, once per architecture and process, before long work begins.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _SPECIAL_IDS = (
     *("unk_token_id", "decoder_start_token_id", "image_token_id", "video_token_id", "audio_token_id"),
 )
 
-_LOOKS = re.compile("^(?!.*layer).*(window|chunk|index_topk|local_attention|block_size|landmark|stride)")
-_LONGEST = 128  # tokens of a window that the probe exceeds: it must be cheap
+_SPAN = re.compile("^(?!.*layer).*(window|chunk|index_topk|local_attention|block_size|landmark|stride)")
+_LONGEST = 128  # tokens: the probe exceeds attention spans up to this, so that it stays cheap
 _spent = 0.0
 _running = False
 
 
 class NotExactError(ValueError):
-    """An operation does not give what it must give on this model, which is therefore refused."""
+    """An operation is not exact on this model, which is therefore refused."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Probe:
 
 @contextmanager
 def timed() -> Iterator[None]:
-    """Count the time of a proof, for `seconds`; also a decorator. A proof within a proof counts once."""
+    """Add the time of a proof to `seconds`; can be used as a decorator. Nested proofs count once."""
     global _spent, _running
     if _running:
         yield
@@ -66,7 +66,7 @@ def timed() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and router noise; each module goes back to the mode it was in."""
+    """Put a model in evaluation mode within the block; each module then returns to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -77,7 +77,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def seconds() -> float:
-    """Return what all proofs of this process have taken."""
+    """Return the time that all proofs of this process have taken."""
     return _spent
 
 
@@ -85,9 +85,9 @@ def probe(model: PreTrainedModel, lengths: Sequence[int] | None = None) -> Probe
     """Draw a padded batch for `model`, on its device.
 
     Args:
-        model: Its configuration gives the vocabulary and the special tokens, which are left out.
-        lengths: Tokens of each text. By default two of three exceed what attention looks at once (a window, a chunk,
-            the keys of a sparse kind), where that is at most 128 tokens.
+        model: Its configuration gives the vocabulary and the special tokens, which are not drawn.
+        lengths: Tokens per text. By default two of three texts exceed the attention spans (see `spans`) of at most
+            128 tokens.
     """
     import torch
     from torch import nn
@@ -115,17 +115,17 @@ def probe(model: PreTrainedModel, lengths: Sequence[int] | None = None) -> Probe
     return Probe(input_ids.to(model.device), attention_mask.to(model.device))
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:
-    """Return the largest difference, relative to the root mean square of `expected`; infinite where one is not finite.
+def difference(actual: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Return the largest difference, relative to the root mean square of `expected`; infinity if a value is not finite.
 
     Args:
-        found: Any shape.
-        expected: The same shape.
-        mask: Which entries count, of the leading dimensions, such as the attention mask [texts, tokens].
+        actual: Any shape.
+        expected: Same shape.
+        mask: Which entries of the leading dimensions count, such as the attention mask [texts, tokens].
     """
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    left, right = found.detach().double().cpu(), expected.detach().double().cpu()
+    left, right = actual.detach().double().cpu(), expected.detach().double().cpu()
     if mask is not None:
         chosen = mask.bool().cpu()
         left, right = left[chosen], right[chosen]
@@ -134,21 +134,21 @@ def difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor |
     return float((left - right).abs().max() / right.square().mean().sqrt().clamp(min=1e-12))
 
 
-def is_rounding(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
-    """Whether states of tokens differ as little as rounding in their dtype explains, each token measured by its length.
+def is_rounding(actual: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
+    """Whether token states differ by no more than rounding in their dtype, relative to the norm of each token.
 
-    In half precision the typical token decides: rounding may send single tokens to another expert.
+    In half precision the median token decides, because rounding may route single tokens to another expert.
 
     Args:
-        found: [..., width]
-        expected: The same shape, dtype of the computation.
+        actual: [..., width]
+        expected: Same shape, in the dtype of the computation.
         mask: Which tokens count. [...]
     """
     import torch
 
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return False
-    left, right = found.detach().double().cpu(), expected.detach().double().cpu()
+    left, right = actual.detach().double().cpu(), expected.detach().double().cpu()
     errors = (left - right).norm(dim=-1) / right.norm(dim=-1).clamp(min=1e-12)
     if mask is not None:
         errors = errors[mask.bool().cpu()]
@@ -162,25 +162,36 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def signature(model: PreTrainedModel) -> str:
-    """Return what a proof depends on: class, configuration, dtype, kind of attention. Not the weights."""
+    """Return what a proof depends on: class, configuration, dtype and attention implementation, but not the weights."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     return json.dumps([type(model).__qualname__, str(model.dtype), attention, config], sort_keys=True)
 
 
-def _lengths(config: PreTrainedConfig) -> tuple[int, int, int]:
-    looks = [
+def spans(*places: object) -> set[int]:
+    """Return how many tokens attention looks at at once (windows, chunks, keys of sparse attention).
+
+    Args:
+        places: Configurations and modules; the names of their attributes tell which numbers are spans.
+    """
+    return {
         value
-        for name, value in vars(config).items()
-        if _LOOKS.search(name)
-        and not isinstance(value, bool)
-        and isinstance(value, int)
-        and value <= _LONGEST
-    ]
-    reach = max([16, *looks])
-    most = getattr(config, "max_position_embeddings", None)
-    longest = reach + 16 if not isinstance(most, int) or most < 24 else min(reach + 16, most - 4)
+        for place in places
+        for name, value in vars(place).items()
+        if _SPAN.search(name) and isinstance(value, int) and not isinstance(value, bool) and value > 1
+    }
+
+
+def within_positions(config: PreTrainedConfig, length: int) -> int:
+    """Return a length in tokens, lowered to just below the number of positions that a configuration has."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(length, positions - 4) if isinstance(positions, int) and positions > 16 else length
+
+
+def _lengths(config: PreTrainedConfig) -> tuple[int, int, int]:
+    span = max([16, *(span for span in spans(config) if span <= _LONGEST)])
+    longest = within_positions(config, span + 16)
     return max(longest, 20), 9, max(longest - 8, 12)
 
 

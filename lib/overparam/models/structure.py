@@ -1,4 +1,4 @@
-"""Where a transformer keeps its blocks."""
+"""Finding the blocks of a transformer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-_LISTS = ("layers", "layer", "h", "blocks", "block")  # what the list of blocks is called
-# how configurations call the number of blocks
+_LISTS = ("layers", "layer", "h", "blocks", "block")  # names of the list of blocks
+# names of the number of blocks in configurations
 COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "encoder_layers")
 _REASONS = {  # model type -> why it has no stack of blocks
     "albert": "all its layers are one layer with shared weights, so that a cut removes none",
@@ -39,19 +39,21 @@ def blocks(model: PreTrainedModel) -> Blocks:
     """Find the blocks of a text encoder or of a decoder without its head.
 
     Raises:
-        ValueError: If the model has a head, has other models inside of it, or has no single stack of blocks.
+        ValueError: If the model has a head, contains other models, or has no single stack of blocks.
     """
-    if hasattr(model, "get_base_model"):  # adapters of peft around it
+    if hasattr(model, "get_base_model"):  # the model has adapters of peft
         model = model.get_base_model()
     _check_is_text_model(model)
-    found = {
+    stacks = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and path.rpartition(".")[2] in _LISTS
         and next(module.parameters(), None) is not None
     }
-    outer = {path: found[path] for path in found if not any(path.startswith(f"{other}.") for other in found)}
+    outer = {
+        path: stacks[path] for path in stacks if not any(path.startswith(f"{other}.") for other in stacks)
+    }
     counted = {path: counts for path, layers in outer.items() if (counts := _counts(model, len(layers)))}
     if len(outer) > 1:
         outer = {path: outer[path] for path in counted}
@@ -67,17 +69,17 @@ def blocks(model: PreTrainedModel) -> Blocks:
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of `model` that shares its parameters and buffers, so that it takes no memory of its own.
+    """Return a copy of `model` that shares its parameters and buffers, and so needs no memory of its own.
 
-    What replaces a module or a tensor of the copy (truncating, slicing) leaves the original as it is; what writes
-    into a tensor (training) changes both.
+    Replacing a module or tensor of the copy (truncating, slicing) does not change the original; writing into a tensor
+    (training) changes both.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def _counts(model: PreTrainedModel, number: int) -> tuple[str, ...]:
-    """Fields of the configuration, under the names they are stored by, that say this number of blocks."""
+    """Fields of the configuration, by their stored names, that hold this number of blocks."""
     names = dict.fromkeys(model.config.attribute_map.get(name, name) for name in COUNTS)
     return tuple(name for name in names if getattr(model.config, name, None) == number)
 
@@ -85,10 +87,12 @@ def _counts(model: PreTrainedModel, number: int) -> tuple[str, ...]:
 def _check_is_text_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is no model of transformers: load it with AutoModel, without a task head")
+        raise ValueError(
+            f"{name} is not a model of transformers: load it with AutoModel, without a task head"
+        )
     if model.base_model is not model:
         raise ValueError(
-            f"{name} has a task head: load it with AutoModel, without a task head, or give model.base_model"
+            f"{name} has a task head: load it with AutoModel, without a task head, or pass model.base_model"
         )
     text = model.config.get_text_config()
     if text is not model.config:
@@ -97,9 +101,9 @@ def _check_is_text_model(model: PreTrainedModel) -> None:
             for path, part in model.named_modules()
             if isinstance(part, PreTrainedModel) and part.config is text
         ]
-        where = f"give model.{inside[0]}" if inside else "load its text model alone"
+        where = f"pass model.{inside[0]}" if inside else "load only its text model"
         raise ValueError(f"{name} is made of several models: for its text model, {where}")
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} has an encoder and a decoder: give a model that is one of them, such as T5EncoderModel"
+            f"{name} has an encoder and a decoder: pass a model that is one of them, such as T5EncoderModel"
         )

@@ -1,4 +1,4 @@
-"""Embedding tables: how many positions they hold, and rows that begin from vectors of a larger model."""
+"""Embedding tables: how many positions they have, and rows initialised from vectors of a larger model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int = 0) -> torch.Tensor:
-    """Bring vectors of a larger model to `width` dimensions, so that they can begin an embedding table.
+    """Reduce vectors of a larger model to `width` dimensions, to initialise an embedding table.
 
-    They are brought to unit length, centred, projected on their first principal components, rotated at random
-    (which spreads the variance of the components over all dimensions, and changes no distance) and scaled.
+    They are normalised to unit length, centred, projected on their first principal components, rotated at random
+    (which spreads the variance over all dimensions and changes no distance) and scaled.
 
     Args:
         vectors: float32 [rows, dimensions]
         width: Dimensions of the table.
-        scale: Standard deviation of the rows that result.
-        seed: Of the rotation.
+        scale: Standard deviation of the resulting rows.
+        seed: Seed of the rotation.
 
     Returns:
         float32 [rows, width]
@@ -31,8 +31,8 @@ def principal_rows(vectors: torch.Tensor, width: int, *, scale: float, seed: int
 
     if min(vectors.shape) < width:
         raise ValueError(
-            f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions have no {width} principal components; "
-            f"take a larger model and vocabulary, or a table of at most {min(vectors.shape)} dimensions"
+            f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions have fewer than {width} principal "
+            f"components; use a larger model and vocabulary, or a table of at most {min(vectors.shape)} dimensions"
         )
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
     unit = unit - unit.mean(0)
@@ -51,9 +51,9 @@ def _rotation(width: int, seed: int) -> torch.Tensor:
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:
-    """Return how many tokens of a text a model has positions for; None where its configuration says no number.
+    """Return the maximum tokens per text that a model has positions for; None if its configuration has no number.
 
-    RoBERTa and its like number positions from the padding's on, so that a table of 514 rows is for 512 tokens.
+    RoBERTa and similar models count positions from the padding's row, so that a table of 514 rows is for 512 tokens.
     """
     from torch import nn
 

@@ -1,4 +1,4 @@
-"""Tiny configurations of any text architecture of transformers, by the names that its fields have."""
+"""Tiny configurations of any text architecture of transformers, set by the names of its fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPECIAL_IDS = {
     "decoder_start_token_id": 1,
     "eod_token_id": 2,
 }
-# value -> the fields that take it, under every name that transformers has for them
+# value -> fields that get it, under all names that transformers uses for them
 _SIZES: dict[int, str] = {
     260: (
         "vocab_size vocab_size_per_layer_input unpadded_vocab_size src_vocab_size tgt_vocab_size "
@@ -70,7 +70,7 @@ _SIZES: dict[int, str] = {
 _SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
 
 
-# sizes that are set although the architecture leaves them open
+# sizes that are set although they are optional in the architecture
 _GIVEN = ("head_dim", "num_experts_per_tok", "n_routed_experts")
 _AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _HALF = {
@@ -85,7 +85,7 @@ _BY_TYPE = {
     kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
     for kind in ("sliding_attention", "full_attention")
 }
-# what an architecture needs beside its sizes
+# settings that an architecture needs besides its sizes
 _FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
@@ -134,7 +134,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 64, "num_heads": 2, "qk_dim_factor": 1.0},
     "zaya": {"num_experts_per_tok": 1},
 }
-# architectures whose base model is none for token ids alone, or is never tiny
+# architectures whose base model needs more than token ids, or cannot be made tiny
 _NO_TEXT = {
     "dots3_note_text": "keeps the sizes of its sliding layers per layer: no tiny model",
     "blip_2_qformer": "reads query embeddings",
@@ -153,10 +153,10 @@ _NO_TEXT = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """Return a configuration of `model_type`: four layers of width 32, the vocabulary of `tiny_tokenizer`.
+    """Return a configuration of `model_type`: four layers of width 32, and the vocabulary of `tiny_tokenizer`.
 
-    Every field of the architecture that is a size, a count or a rank is set small, under the name it has there
-    (``hidden_size``, ``n_embd``, ``d_model``); what is not a size keeps the architecture's default.
+    Every field that is a size, a count or a rank is set to a small value, whatever its name (``hidden_size``,
+    ``n_embd``, ``d_model``); other fields keep the architecture's default.
 
     Args:
         model_type: A text architecture of transformers, such as ``"gpt_neox"``.
@@ -164,7 +164,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
     Raises:
         ValueError: If transformers has no such architecture, it does not read token ids, or its configuration
-            refuses small sizes; the reason is in the message.
+            refuses small sizes; the message gives the reason.
     """
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
@@ -187,8 +187,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 def _check_reads_text(model_type: str, kind: type[PreTrainedConfig]) -> None:
     if kind not in MODEL_MAPPING:
         raise ValueError(f"{model_type!r} has no base model in transformers (AutoModel)")
-    found = MODEL_MAPPING[kind]
-    model = found[0] if isinstance(found, tuple) else found
+    models = MODEL_MAPPING[kind]
+    model = models[0] if isinstance(models, tuple) else models
     if model_type in _NO_TEXT:
         raise ValueError(f"{model_type!r} {_NO_TEXT[model_type]}")
     if kind.sub_configs:
@@ -199,7 +199,7 @@ def _check_reads_text(model_type: str, kind: type[PreTrainedConfig]) -> None:
         *kind.attribute_map,
     }:
         raise ValueError(
-            f"{model_type!r} reads {model.main_input_name}, not token ids of a vocabulary: no text model"
+            f"{model_type!r} reads {model.main_input_name}, not token ids: it is not a text model"
         )
 
 
@@ -210,7 +210,7 @@ def _is_size(name: str, default: object) -> bool:
 
 
 def _small(name: str, default: Any, defaults: dict[str, Any]) -> int:
-    """The tiny value of a size; keys and values keep a head for each query where the architecture has it so."""
+    """The tiny value of a size; with as many key-value heads as query heads by default, so has the tiny model."""
     if name in ("num_key_value_heads", "swa_num_key_value_heads") and default == defaults.get(
         name.replace("key_value", "attention")
     ):

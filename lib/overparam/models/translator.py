@@ -1,4 +1,4 @@
-"""The small mixture-of-experts translator that this suite trains: its vocabulary, its shape, its first weights."""
+"""The small mixture-of-experts translator that this suite trains: tokenizer, architecture and initial weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from overparam.models.seeding import seeded
 from overparam.models.tables import principal_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 LANGUAGES = ("en", "fr", "de", "es", "it")
-PLAIN = "<lm>"  # comes before text that is not translated
+PLAIN = "<lm>"  # precedes text that is not to be translated
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", *(f"<2{language}>" for language in LANGUAGES), PLAIN)
 
 
@@ -23,8 +24,8 @@ def tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFa
     A prompt is the plain string ``source<2fr>``; the tokenizer puts ``<bos>`` before it.
 
     Args:
-        texts: What it is trained on.
-        vocabulary: Number of tokens, the special ones included.
+        texts: Training texts.
+        vocabulary: Number of tokens, special tokens included.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -86,13 +87,9 @@ def build(
         bos_token_id=1,
         eos_token_id=2,
     )
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
+    with seeded(seed):
         # eager attention: the flash kernel's backward pass is slow on CPUs at these lengths
         return Qwen3MoeForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    finally:
-        torch.set_rng_state(state)
 
 
 def borrow_embeddings(
@@ -103,17 +100,17 @@ def borrow_embeddings(
     *,
     scale: float = 0.03,
 ) -> None:
-    """Begin the embedding table of `model` from the principal components of a larger model's.
+    """Initialise the embedding table of `model` from the principal components of a larger model's table.
 
-    A token gets the mean of the embeddings of the donor's tokens for the same string. Special tokens, and those
-    that are only parts of a character, keep their random rows.
+    A token gets the mean of the embeddings of the donor's tokens for the same string. Special tokens, and tokens that
+    are parts of a character, keep their random rows.
 
     Args:
-        model: Changed in place.
-        tokenizer: Its tokenizer.
+        model: The model; changed in place.
+        tokenizer: The model's tokenizer.
         donor: A model with embeddings of at least as many dimensions.
-        donor_tokenizer: Its tokenizer.
-        scale: Standard deviation of the table that results.
+        donor_tokenizer: The donor's tokenizer.
+        scale: Standard deviation of the resulting table.
     """
     import torch
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from overparam.models.seeding import seeded
 from overparam.models.tiny import VOCABULARY, tiny_config
 
 _SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -44,7 +45,7 @@ _DEEPSEEK = {
     "num_experts_per_tok": 2,
 }
 
-# model type -> (model_type of transformers, what differs from its defaults)
+# model type -> (model_type of transformers, settings other than its defaults)
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _DECODER),
     "mistral": ("mistral", {**_DECODER, "sliding_window": 16}),
@@ -84,13 +85,13 @@ MOE_TWINS = (
 def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrides: Any) -> PreTrainedModel:
     """Build a randomly initialised model of a known architecture, small enough for a test.
 
-    Norm weights and the biases of routers and experts are drawn too (transformers sets them to a constant), so
-    that a step that forgets one shows; of an architecture outside of `TWINS`, every constant parameter.
+    Norm weights and the biases of routers and experts are drawn too (transformers sets them to a constant), so that
+    code that forgets one gives other results; for an architecture outside of `TWINS`, all constant parameters are.
 
     Args:
         model_type: One of `TWINS`, or any text architecture of transformers that `tiny_config` knows.
         seed: Seed of the weights.
-        causal: With the language-modelling head (``AutoModelForCausalLM``).
+        causal: Add the language-modelling head (``AutoModelForCausalLM``).
         overrides: Fields of the configuration, such as ``num_hidden_layers=6``.
 
     Raises:
@@ -99,9 +100,7 @@ def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrid
     config = (
         _twin_config(model_type, overrides) if model_type in TWINS else tiny_config(model_type, **overrides)
     )
-    generator_state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -118,8 +117,6 @@ def tiny_twin(model_type: str, *, seed: int = 0, causal: bool = False, **overrid
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.normal_(std=0.05)
-    finally:
-        torch.set_rng_state(generator_state)
     return model
 
 
@@ -132,7 +129,7 @@ def _twin_config(model_type: str, overrides: dict[str, Any]) -> PreTrainedConfig
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer: 256 bytes and four special tokens, so that any script has tokens."""
+    """Return a byte-level tokenizer for any script: 256 bytes and four special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*_SPECIALS, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

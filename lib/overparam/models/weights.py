@@ -1,4 +1,4 @@
-"""Weights from disk: each one that a model computes with comes from its checkpoint, or the model is refused."""
+"""Loading weights from disk: a model is refused unless the checkpoint holds all weights that it computes with."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from overparam.models.proof import probe
+from overparam.models.seeding import seeded
 from overparam.models.source import read_json
 
-_SHOWN = 4  # names in an error
-_GROUPS = 8  # parts of a model that are tried one by one
-_MOST = 0.5  # of the weights: a checkpoint that lacks more of them is another model's
-_INTEGERS = ("I", "U")  # what dtypes of safetensors begin with: I8, U8, I32
+_SHOWN = 4  # names listed in an error
+_GROUPS = 8  # maximum number of parts that are first tested all at once
+_MOST = 0.5  # share of the weights: a checkpoint that lacks more belongs to another model
+_INTEGERS = ("I", "U")  # first letters of integer dtypes in safetensors: I8, U8, I32
 _INSIDE = re.compile(r"^(?P<list>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 
 def read(kind: Any, source: Path | str, **arguments: Any) -> PreTrainedModel:
-    """Load a model with `from_pretrained`, and refuse it unless the checkpoint holds all that it computes with.
+    """Load a model with `from_pretrained`, and refuse it unless the checkpoint holds all weights that it uses.
 
-    transformers fills what a checkpoint lacks with random numbers and warns. Here a missing weight is set to NaN for a
-    small forward pass: one that changes the hidden states or the logits is in use. Weights that nothing is computed
-    from (a pooler, where hidden states are wanted) may be missing; they are drawn with a fixed seed, so that two loads
-    are alike. Weights that the model has no place for may be left over (a head), but not those of its blocks.
+    transformers fills missing weights with random numbers and only warns. Here missing weights are set to NaN for a
+    small forward pass: a weight is in use if the hidden states or logits change. Unused weights (a pooler, when only
+    hidden states are needed) may be missing; they are drawn with a fixed seed, so that two loads give the same model.
+    The checkpoint may hold weights that the model has no place for (a head), but not extra weights of its blocks.
 
     Args:
         kind: A class of transformers, such as ``AutoModel``.
         source: A folder or hub id.
-        arguments: Of `from_pretrained`.
+        arguments: Arguments of `from_pretrained`.
 
     Raises:
-        ValueError: If weights that the model uses are missing or of another shape, or weights of its blocks are left
-            over; names them, and says what to do.
+        ValueError: If weights that the model uses are missing or have another shape, or the checkpoint has extra
+            weights of its blocks; the message names them and says what to do.
         OSError: If files are missing.
     """
-    with _seeded(), _without_report():
+    with seeded(0), _without_report():
         model, report = kind.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model = cast(PreTrainedModel, model).eval()
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"{source} holds an adapter, no whole model: merge it with merge_and_unload() of peft, save the result and "
-            "load that"
+            f"{source} holds an adapter, not a whole model: merge it with merge_and_unload() of peft, save the result "
+            "and load that"
         )
     shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in report["mismatched_keys"]}
     missing = sorted({*report["missing_keys"], *shapes})
@@ -62,20 +63,20 @@ def read(kind: Any, source: Path | str, **arguments: Any) -> PreTrainedModel:
     if whole := _whole_numbers(model, source, set(report["unexpected_keys"])):
         raise ValueError(
             f"{source} stores {len(whole)} weights as whole numbers, such as {', '.join(whole[:_SHOWN])}, and its "
-            "config.json has no quantization_config that says what they stand for. Save the model again in floating "
+            "config.json has no quantization_config that defines their scale. Save the model again in floating "
             "point, or with its quantization_config."
         )
     return model
 
 
 def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
-    """Which of the missing weights the hidden states or the logits are computed from."""
+    """Return those of the missing weights that the hidden states or logits depend on."""
     state = model.state_dict(keep_vars=True)
     sizes = {name: state[name].numel() for name in missing if name in state}
     if sum(sizes.values()) > _MOST * sum(tensor.numel() for tensor in state.values()):
         return missing
     called, outputs = _run(model)
-    if outputs is None or not outputs.isfinite().any():  # nothing can be tried: all count
+    if outputs is None or not outputs.isfinite().any():  # cannot be tested: assume that all are used
         return missing
     sparse = {name for name in missing if _one_of_several(name, called)}
     lost = [name for name in missing if type(state.get(name)) not in (torch.Tensor, nn.Parameter)]
@@ -93,7 +94,7 @@ def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
 
 
 def _run(model: PreTrainedModel) -> tuple[set[str], torch.Tensor | None]:
-    """Names of the modules that a forward pass runs through, and its outputs; see `_outputs`."""
+    """Names of the modules that a forward pass calls, and its outputs; see `_outputs`."""
     names: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
@@ -107,22 +108,22 @@ def _run(model: PreTrainedModel) -> tuple[set[str], torch.Tensor | None]:
 
 
 def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
-    """Logits or hidden states of a small padded batch; None where the model takes more than tokens."""
+    """Logits or hidden states of a small padded batch; None if the model needs more than tokens."""
     try:
         batch = probe(model)
         with torch.inference_mode():
-            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     except Exception:
         return None
-    output = found.get("logits")
-    output = found.get("last_hidden_state") if output is None else output
+    output = outputs.get("logits")
+    output = outputs.get("last_hidden_state") if output is None else output
     return None if output is None else cast(torch.Tensor, output)[batch.attention_mask.bool()]
 
 
 def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], outputs: torch.Tensor) -> bool:
-    """Whether the outputs stay what they are when these weights are NaN: then nothing is computed from them.
+    """Whether the outputs stay the same when these weights are NaN: then they are not used.
 
-    NaN need not reach the outputs: a weight that only decides which expert is taken changes their values.
+    NaN need not reach the outputs: a weight that only decides which expert is chosen changes their values.
     """
     chosen = [tensor for tensor in tensors if tensor.is_floating_point()]
     kept = [tensor.detach().clone() for tensor in chosen]
@@ -130,8 +131,8 @@ def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], outputs: 
         with torch.no_grad():
             for tensor in chosen:
                 tensor.fill_(torch.nan)
-        found = _outputs(model)
-        return found is not None and torch.equal(found.nan_to_num(), outputs.nan_to_num())
+        changed = _outputs(model)
+        return changed is not None and torch.equal(changed.nan_to_num(), outputs.nan_to_num())
     finally:
         with torch.no_grad():
             for tensor, value in zip(chosen, kept, strict=True):
@@ -139,7 +140,7 @@ def _same_without(model: PreTrainedModel, tensors: list[torch.Tensor], outputs: 
 
 
 def _one_of_several(name: str, called: set[str]) -> bool:
-    """Whether a weight belongs to an element of a list that was not called while others were: to an idle expert."""
+    """Whether a weight belongs to a list element that was not called although others were, such as an idle expert."""
     parts = name.split(".")
     for at, part in enumerate(parts):
         if part.isdigit() and ".".join(parts[: at + 1]) not in called:
@@ -149,7 +150,7 @@ def _one_of_several(name: str, called: set[str]) -> bool:
 
 
 def _group(name: str) -> str:
-    """The block of a weight, or else its module."""
+    """The block of a weight, or its module if it is in no block."""
     inside = _INSIDE.match(name)
     return f"{inside['list']}.{inside['index']}" if inside else name.rpartition(".")[0]
 
@@ -160,7 +161,7 @@ def _lacking(
     used: list[str],
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> str:
-    """The error about weights that are missing or of another shape."""
+    """The error message about weights that are missing or have another shape."""
     cls, total = type(model).__name__, len(model.state_dict())
     wrong = [name for name in used if name in shapes]
     if wrong:
@@ -196,21 +197,21 @@ def _lacking(
 
 
 def _blocks_beyond(model: PreTrainedModel, used: list[str]) -> str:
-    """Says so where whole blocks at the end are missing."""
-    found = [_INSIDE.match(name) for name in used]
-    lists = {match["list"] for match in found if match}
-    if None in found or len(lists) != 1:
+    """A sentence that says whole blocks at the end are missing; empty if that is not the reason."""
+    matches = [_INSIDE.match(name) for name in used]
+    lists = {match["list"] for match in matches if match}
+    if None in matches or len(lists) != 1:
         return ""
-    stored = min(int(match["index"]) for match in found if match)
+    stored = min(int(match["index"]) for match in matches if match)
     size = len(cast(nn.ModuleList, model.get_submodule(lists.pop())))
-    indices = {int(match["index"]) for match in found if match}
+    indices = {int(match["index"]) for match in matches if match}
     if indices != set(range(stored, size)):
         return ""
-    return f"Its config.json says {size} blocks, it holds {stored}."
+    return f"Its config.json says {size} blocks, the checkpoint holds {stored}."
 
 
 def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]) -> str:
-    """The error about weights of the model's blocks that it has no place for; empty where there are none."""
+    """The error message about block weights that the model has no place for; empty if there are none."""
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     prefix = f"{model.base_model_prefix}."
     heads = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
@@ -221,7 +222,7 @@ def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]
             size = lists.get(match["list"]) if match else None
             if match and size is not None:
                 index = int(match["index"])
-                if index >= size + heads:  # blocks that predict further tokens come after the stack
+                if index >= size + heads:  # extra blocks that predict further tokens follow the stack
                     beyond.append(key)
                 elif index < size:
                     inside.append(key)
@@ -229,18 +230,16 @@ def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]
     if beyond:
         wrong = beyond
         advice = (
-            "Its config.json says fewer blocks than it holds: correct it, or load the whole model and cut it "
-            "with depth.truncate."
+            "Its config.json says fewer blocks than the checkpoint holds: correct it, or load the whole model and "
+            "cut it with depth.truncate."
         )
     else:
         if getattr(
             model.config, "quantization_config", None
-        ):  # scales and packed weights are the quantizer's
+        ):  # scales and packed weights belong to the quantizer
             return ""
         wrong = [key for key in inside if _holds_numbers(source, key)]
-        advice = (
-            "It would be computed without them: this is another architecture, or its config.json is wrong."
-        )
+        advice = "They would be ignored: this is another architecture, or its config.json is wrong."
     if not wrong:
         return ""
     return (
@@ -250,11 +249,11 @@ def _left_over(model: PreTrainedModel, source: Path | str, unexpected: list[str]
 
 
 def _whole_numbers(model: PreTrainedModel, source: Path | str, unexpected: set[str]) -> list[str]:
-    """Stored weights that are integers where the model computes with real numbers, and nothing says their scale."""
+    """Weights stored as integers that the model uses as floating-point numbers, without a scale."""
     if (read_json(source, "config.json") or {}).get("quantization_config"):
         return []
     state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
-    found = []
+    integers = []
     for file in _files(source):
         with safe_open(file, framework="pt") as stored:
             for key in stored.keys():  # noqa: SIM118 - it is no dictionary
@@ -264,12 +263,12 @@ def _whole_numbers(model: PreTrainedModel, source: Path | str, unexpected: set[s
                     (state[n] for n in (key, key.removeprefix(prefix), prefix + key) if n in state), None
                 )
                 if ours.is_floating_point() if ours is not None else key.endswith("weight"):
-                    found.append(key)
-    return found
+                    integers.append(key)
+    return integers
 
 
 def _holds_numbers(source: Path | str, key: str) -> bool:
-    """Whether a stored tensor can change what is computed: no mask, no table of frequencies, not all zero."""
+    """Whether a stored tensor affects outputs: not a mask, not a table of frequencies, not all zero."""
     if key.endswith("inv_freq"):
         return False
     for file in _files(source):
@@ -283,9 +282,9 @@ def _holds_numbers(source: Path | str, key: str) -> bool:
 def _files(source: Path | str) -> list[Path]:
     if isinstance(source, str) and not Path(source).is_dir():
         for name in ("model.safetensors", "model.safetensors.index.json"):
-            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if found:
-                source = Path(found).parent
+            cached = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if cached:
+                source = Path(cached).parent
                 break
     return sorted(Path(source).glob("*.safetensors"))
 
@@ -295,19 +294,8 @@ def _more(count: int) -> str:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """Draw what is drawn on loading with a fixed seed, and leave the caller's generator alone."""
-    state = torch.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(0)
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-@contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' own report of missing and unexpected weights, which are judged here."""
+    """Hide transformers' own report of missing and unexpected weights, which are checked here."""
     logger = logging.getLogger("transformers.modeling_utils")
     drop = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731 - a filter is a function
     logger.addFilter(drop)

@@ -1,1 +1,1 @@
-"""The ground floor: progress, the cache of costly steps, atomic files, hints for mistyped names, the allocator."""
+"""Helpers that everything else uses: progress, cache of costly steps, atomic files, name hints, memory allocation."""

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process: what glibc does by default costs a training on a CPU half its time."""
+"""Keeping freed memory in the process: glibc's default halves the speed of training on a CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # of mallopt(
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what tensors free, for the rest of the process, instead of giving it back at once.
+    """Let glibc keep freed memory for the rest of the process, instead of returning it to the system.
 
-    Each step of a training allocates the same large tensors again. By default glibc maps every one anew, and the
-    kernel clears its pages: measured on two cores, 8 s a step instead of 3.2 s. The process keeps the memory of
-    its largest step until it ends.
+    Each training step allocates the same large tensors again. By default glibc maps new pages for each, which the
+    kernel has to clear: measured on two cores, 8 s/step instead of 3.2 s/step. The process keeps the memory of its
+    largest step until it ends.
 
     Returns:
-        False where there is no glibc; nothing is changed then.
+        False without glibc; nothing is changed then.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

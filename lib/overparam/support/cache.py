@@ -1,9 +1,8 @@
-"""Costly steps inside of jobs, kept in the user's cache under what they depend on, up to a size limit.
+"""Results of costly steps, kept in the user's cache by what they depend on, up to a size limit.
 
-A step (a trained adapter, the state of a training) is a folder or a file ``<kind>/<key>``, where the key is a hash of
-all that its outcome depends on. It is written beside its place and renamed, holds tensors as safetensors and the rest
-as JSON, and is removed when the limit, 20 GB or ``$OVERPARAM_CACHE_LIMIT_GB``, is passed: what was used least recently
-goes first, and what is in use stays.
+The result of a step (a trained adapter, a training state) is a folder or file ``<kind>/<key>``; the key is a hash of
+everything it depends on. It is written atomically, with tensors as safetensors and the rest as JSON. When the cache
+grows beyond 20 GB or ``$OVERPARAM_CACHE_LIMIT_GB``, the least recently used results are removed; those in use stay.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _LIMIT = 20.0  # GB
 
 @dataclass(frozen=True)
 class Entry:
-    """One step: every path whose name begins with its key, its size, and when it was used last."""
+    """One cached step: all paths whose names begin with its key, their size, and when it was last used."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -51,42 +50,49 @@ class Entry:
 
 
 def directory() -> Path:
-    """Where fetched packages and steps live: ``$OVERPARAM_CACHE``, or the user's cache directory."""
+    """Where packages and cached steps are kept: ``$OVERPARAM_CACHE``, or the user's cache directory."""
     chosen = os.environ.get("OVERPARAM_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("overparam"))
 
 
 def folder(kind: str) -> Path:
-    """Return the folder of one kind of steps, by its name in `KINDS`; a step's path is one below."""
+    """Return the folder of one kind of step (a key of `KINDS`); each step is an entry in it."""
     assert kind in KINDS
     return directory() / kind
 
 
 @contextmanager
-def using(path: Path) -> Iterator[None]:
-    """Hold a step while it is made or read: others that need it wait, and it is not removed.
-
-    When it is left, the least recently used steps are removed until the limit is kept.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock(path))
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; if another process has it, say that we wait for the one that does `what`."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress.note(f"waiting for another process that makes {path.parent.name}/{path.name}")
+        progress.note(f"waiting for another process that {what}")
         lock.acquire()
     try:
-        if path.exists():
-            os.utime(path)
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Hold a step while it is made or read: other processes wait for it, and it is not removed.
+
+    At the end, the least recently used steps are removed until the cache is within its limit.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(_lock(path), f"makes {path.parent.name}/{path.name}"):
+        if path.exists():
+            os.utime(path)
+        yield
     trim()
 
 
 @contextmanager
 def making(path: Path) -> Iterator[Path]:
-    """Give a folder to write a step into; it takes its place when the block ends well, and is gone otherwise."""
+    """Yield a temporary folder for a step; it is moved to `path` if the block succeeds, and deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -98,14 +104,14 @@ def making(path: Path) -> Iterator[Path]:
 
 
 def array(kind: str, parts: Sequence[object], make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Return what `make` returns, from the cache if it was made before.
+    """Return the array that `make` returns, from the cache if it was made before.
 
     Args:
         kind: Kind of the step.
-        parts: All that the array depends on, as plain values.
-        make: Makes it.
+        parts: Everything the array depends on, as plain values.
+        make: Computes the array.
     """
-    import numpy as np  # the command line, which only looks at the cache, starts without
+    import numpy as np  # imported here: the command line, which only looks at the cache, starts faster without
     from safetensors.numpy import load_file, save_file
 
     path = folder(kind) / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -115,13 +121,13 @@ def array(kind: str, parts: Sequence[object], make: Callable[[], NDArray[np.floa
             with making(path) as new:
                 save_file({"array": np.ascontiguousarray(made)}, new / "array.safetensors")
             return made
-        found: NDArray[np.float32] = load_file(path / "array.safetensors")["array"]
-        return found
+        stored: NDArray[np.float32] = load_file(path / "array.safetensors")["array"]
+        return stored
 
 
 def entries() -> list[Entry]:
-    """Return every step that is kept, the least recently used first."""
-    found = []
+    """Return all cached steps, the least recently used first."""
+    kept = []
     for kind in KINDS:
         groups: dict[str, list[Path]] = {}
         for path in folder(kind).iterdir() if folder(kind).is_dir() else ():
@@ -131,19 +137,19 @@ def entries() -> list[Entry]:
             files = [each for path in paths for each in (path, *path.rglob("*"))]
             stats = []
             for file in files:
-                with suppress(FileNotFoundError):  # another process writes or removes it just now
+                with suppress(FileNotFoundError):  # another process is writing or removing it
                     stats.append((file.stat().st_mtime, file.stat().st_size if file.is_file() else 0))
             if stats:
                 used, size = max(time_ for time_, _ in stats), sum(size for _, size in stats)
-                found.append(Entry(kind, tuple(sorted(paths)), size, used))
-    return sorted(found, key=lambda entry: entry.used)
+                kept.append(Entry(kind, tuple(sorted(paths)), size, used))
+    return sorted(kept, key=lambda entry: entry.used)
 
 
 def limit() -> int:
     """Return the limit in bytes.
 
     Raises:
-        ValueError: when ``$OVERPARAM_CACHE_LIMIT_GB`` is no number.
+        ValueError: If ``$OVERPARAM_CACHE_LIMIT_GB`` is not a number.
     """
     text = os.environ.get("OVERPARAM_CACHE_LIMIT_GB", str(_LIMIT))
     try:
@@ -158,7 +164,7 @@ def limit() -> int:
 
 
 def trim() -> list[Entry]:
-    """Remove the least recently used steps until the limit is kept; return what went."""
+    """Remove the least recently used steps until the cache is within its limit; return those removed."""
     present = entries()
     over = sum(entry.size for entry in present) - limit()
     removed: list[Entry] = []
@@ -172,12 +178,12 @@ def trim() -> list[Entry]:
 
 
 def clean() -> list[Entry]:
-    """Remove every step that is not in use; return what went. Fetched weights and texts stay."""
+    """Remove all steps that are not in use; return those removed. Fetched weights and texts stay."""
     return [entry for entry in entries() if _remove(entry)]
 
 
 def describe(removed: list[Entry]) -> str:
-    """Say what was freed, by kind, and what is left."""
+    """Describe what was freed, by kind, and what is left."""
     lines = []
     for kind, about in KINDS.items():
         sizes = [entry.size for entry in removed if entry.kind == kind]
@@ -194,7 +200,7 @@ def _remove(entry: Entry) -> bool:
     try:
         with FileLock(_lock(entry.paths[0]), timeout=0):
             for path in entry.paths:
-                # under another name first: a reader finds the whole step or none
+                # renamed first, so that a reader finds the whole step or nothing
                 doomed = path.with_name(f".{path.name}.{time.time_ns()}.partial")
                 with suppress(FileNotFoundError):
                     path.rename(doomed)

@@ -1,4 +1,4 @@
-"""Writing files and folders at once or not at all."""
+"""Atomic writing: a file or folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file at once or not at all."""
+    """Write a file atomically: it is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -29,7 +29,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_changed(path: Path, data: bytes) -> bool:
-    """Write a file unless it holds just that, and return whether it was written."""
+    """Write a file unless it already has this content; return whether it was written."""
     if path.is_file() and path.read_bytes() == data:
         return False
     write_atomic(path, data)
@@ -37,7 +37,7 @@ def write_changed(path: Path, data: bytes) -> bool:
 
 
 def replace_folder(working: Path, final: Path) -> None:
-    """Give a finished folder its final name; the folder that had it stays until then, and on any error."""
+    """Give a finished folder its final name; an older folder of that name stays until then, and if an error occurs."""
     final.parent.mkdir(parents=True, exist_ok=True)
     old = set_aside(final)
     shutil.rmtree(old, ignore_errors=True)
@@ -53,20 +53,20 @@ def replace_folder(working: Path, final: Path) -> None:
 
 
 def set_aside(final: Path) -> Path:
-    """Return where `replace_folder` keeps the old folder for a moment: it is left there if the process is killed."""
+    """Return where `replace_folder` briefly keeps the old folder; it stays there if the process is killed."""
     return final.with_name(f".{final.name}.old.partial")
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Yield a folder to write to, which takes its place at the end; on any error nothing is left.
+    """Yield a temporary folder, which is moved to `path` at the end; if an error occurs, nothing is left.
 
     Args:
         path: A folder that does not exist yet, or is empty.
-        replace: Take the place of a folder that is there.
+        replace: Replace an existing folder.
 
     Raises:
-        FileExistsError: If something is there, and is not to be replaced.
+        FileExistsError: If `path` exists and is not to be replaced.
     """
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
@@ -87,6 +87,12 @@ def _umask() -> int:
     return mask
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(values: Any) -> str:
-    """Return the SHA-256 of plain values, whatever the order of keys."""
+    """Return the SHA-256 of plain values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

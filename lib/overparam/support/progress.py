@@ -1,7 +1,7 @@
-"""Progress of long work: a bar for a reader at the keyboard, a status file for the batch runner.
+"""Progress of long work: a progress bar in interactive use, a status file for the batch runner.
 
-The runner names a file in ``$OVERPARAM_PROGRESS``; then nothing is printed, so that executed notebooks stay
-readable, and the file always holds one JSON line with the current step.
+If ``$OVERPARAM_PROGRESS`` names a file (the runner sets it), nothing is printed, so that executed notebooks stay
+readable; the file always holds one JSON line about the current step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WRITE_EVERY = 0.5  # seconds
 
 
 def note(text: str) -> None:
-    """Say one thing that happens once, such as a download or a conversion."""
+    """Show a message about something that happens once, such as a download or a conversion."""
     target = _status_file()
     if target is None:
         tqdm.write(text)
@@ -30,12 +30,12 @@ def note(text: str) -> None:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` while showing how many are done and how long the rest will take.
+    """Yield `items` while showing how many are done and how much time is left.
 
     Args:
         items: What to loop over.
-        label: The step's name.
-        total: Number of items, when `items` has no length.
+        label: Name of the step.
+        total: Number of items, if `items` has no length.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

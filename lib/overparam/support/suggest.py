@@ -1,4 +1,4 @@
-"""One 'did you mean' for every name that a user can mistype."""
+"""'Did you mean' hints for mistyped names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 def hint(name: object, valid: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """Return ``did you mean 'x'?`` with the valid name that is most like a given one, or all valid names.
+    """Return ``did you mean 'x'?`` with the valid name closest to the given one, or a list of all valid names.
 
     Args:
-        name: What was typed; upper and lower case count as the same.
-        valid: All names that there are.
-        cutoff: How like it must be, from 0 to 1.
+        name: What was typed; case is ignored.
+        valid: All valid names.
+        cutoff: Required similarity, from 0 to 1.
     """
     names = {each.lower(): each for each in sorted(valid)}
     close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=cutoff)

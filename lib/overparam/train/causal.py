@@ -1,4 +1,4 @@
-"""Training a decoder on packed batches, from scratch or for a short recovery; checkpoints that resume."""
+"""Training of a decoder on packed batches, from scratch or for a short recovery, with checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from overparam.data.packing import IGNORED, Packed
 from overparam.models import proof
 from overparam.models.proof import NotExactError
 from overparam.support import progress
@@ -22,31 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-IGNORED = -100
 _proved: set[str] = set()  # signatures
-
-
-class Batch(Protocol):
-    """What a batch offers; see `data.packing.Packed`."""
-
-    @property
-    def input_ids(self) -> NDArray[np.int64]:
-        """Token ids, [rows, length]."""
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        """Positions, [rows, length]."""
-
-    @property
-    def tree(self) -> NDArray[np.int64]:
-        """0 where a row has nothing, [rows, length]."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The token that follows, or `IGNORED`, [rows, length]."""
-
-    def attends(self) -> NDArray[np.bool_]:
-        """Which tokens each token may look at, [rows, length, length]."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +32,18 @@ class Recipe:
 
     Attributes:
         steps: Optimizer steps.
-        accumulate: Batches a step.
-        learning_rate: Peak; warm-up is linear, the decay at the end linear to zero (warm-up, stable, decay).
-        warmup: Steps of the warm-up.
-        decay: Steps of the decay.
-        optimizer: "muon": Muon for the matrices of the blocks, AdamW for the rest; or "adamw" for all.
-        weight_decay: Decoupled, on matrices.
-        label_smoothing: Of the cross entropy.
-        balance: Factor of the load-balancing loss, which looks at every layer by itself; 0: none. Or factors that
-            change on the way, as (from step, factor).
-        clip: Largest norm of the gradient.
-        seed: Of the batches; the caller uses it to make them.
-        version: Raised by the author of this module when its outcome changes.
+        accumulate: Batches per step.
+        learning_rate: Peak learning rate: linear warm-up, constant, then linear decay to zero.
+        warmup: Warm-up steps.
+        decay: Decay steps.
+        optimizer: "muon" for Muon on the matrices of the blocks and AdamW on the rest, or "adamw" for all.
+        weight_decay: Decoupled weight decay, on matrices.
+        label_smoothing: Label smoothing of the cross entropy.
+        balance: Factor of the load-balancing loss, which is computed per layer; 0 for none. Or a schedule of
+            (from step, factor).
+        clip: Maximum gradient norm.
+        seed: Seed of the batches; the caller uses it to make them.
+        version: Raised by the author of this module when its results change.
     """
 
     steps: int
@@ -97,11 +74,11 @@ class Recipe:
 
 @dataclass
 class Log:
-    """What a training leaves, one value a step.
+    """What a training run logs, one value per step.
 
     Attributes:
         loss: Cross entropy per predicted token, in nats, without label smoothing.
-        balance: Load-balancing loss; 1 when every expert carries the same.
+        balance: Load-balancing loss; 1 when all experts carry the same load.
         tokens: Tokens seen so far, padding excluded.
         predicted: Predicted tokens so far.
         seconds: Wall time so far, pauses between runs excluded.
@@ -116,7 +93,7 @@ class Log:
 
 def train(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Packed],
     recipe: Recipe,
     *,
     checkpoint: Path | None = None,
@@ -125,29 +102,29 @@ def train(
     compiled: bool = False,
     label: str = "training",
 ) -> Log:
-    """Train `model` in place, all parameters that require a gradient.
+    """Train all parameters of `model` that require a gradient, in place.
 
-    The loss is the cross entropy at positions with a label, and only their logits are computed. The attention mask
-    of the batch is honoured exactly, in layers with a sliding window too, which needs ``attn_implementation``
-    "eager" or "sdpa".
+    The loss is the cross entropy at positions with a label; only their logits are computed. The attention mask of
+    the batch is applied exactly, also in layers with a sliding window. This needs ``attn_implementation`` "eager" or
+    "sdpa".
 
     Args:
         model: A decoder with its language-modelling head.
-        batches: At least ``recipe.steps * recipe.accumulate`` of them, the same in every run: a run that resumes
-            skips those that it has seen.
+        batches: At least ``recipe.steps * recipe.accumulate`` batches, the same in every run: a resumed run skips
+            those it has already seen.
         recipe: See `Recipe`.
-        checkpoint: Folder of the state; a run that finds one there goes on from it.
+        checkpoint: Folder for the training state; a run that finds a state there resumes from it.
         every: Steps between checkpoints.
         at_checkpoint: Called with the number of steps done after each checkpoint and at the end.
-        compiled: Compile the decoder with `torch.compile`; batches must then share one shape.
-        label: Name of the step in the progress display.
+        compiled: Compile the decoder with `torch.compile`; all batches must then have the same shape.
+        label: Name shown in the progress display.
 
     Raises:
-        ValueError: Too few batches, or one without anything to predict; a model whose attention cannot be told who
-            sees whom, or a balance without a mixture of experts that says how many experts a token uses; a checkpoint
-            of another recipe or model, or of more steps.
+        ValueError: Too few batches, or a step with nothing to predict; a model whose attention takes no mask; a
+            balance for a model without routers that state how many experts a token uses; a checkpoint of another
+            recipe or model, or of more steps.
         NotExactError: If packed rows do not give the model's own logits.
-        FloatingPointError: If the loss is not finite; says at which step.
+        FloatingPointError: If the loss is not finite; the message names the step.
     """
     import torch
 
@@ -155,8 +132,8 @@ def train(
     optimizers = optimizers_of(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
     log = Log()
-    if checkpoint and (found := checkpoints.find(checkpoint)):
-        log = Log(**checkpoints.restore(found, model, optimizers, recipe=asdict(recipe)))
+    if checkpoint and (stored := checkpoints.find(checkpoint)):
+        log = Log(**checkpoints.restore(stored, model, optimizers, recipe=asdict(recipe)))
     decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
@@ -193,12 +170,12 @@ def train(
 def _gradients(
     model: PreTrainedModel,
     decoder: Callable[..., Any],
-    stream: Iterator[Batch],
+    stream: Iterator[Packed],
     recipe: Recipe,
     top_ks: list[int],
     step: int,
 ) -> tuple[float, float, int, int]:
-    """Add up the gradients of one step; return loss, balance, tokens and predicted tokens."""
+    """Accumulate the gradients of one step; return loss, balance, tokens and predicted tokens."""
     import torch
     from torch.nn import functional
 
@@ -243,7 +220,7 @@ def _gradients(
 
 def hidden_states(
     model: PreTrainedModel,
-    batch: Batch,
+    batch: Packed,
     *,
     decoder: Callable[..., Any] | None = None,
     router_logits: bool = False,
@@ -253,11 +230,11 @@ def hidden_states(
     Args:
         model: A decoder with its language-modelling head.
         batch: See `data.packing.Packed`.
-        decoder: The decoder of `model`, when it was compiled.
-        router_logits: Whether to return them; an empty tuple otherwise.
+        decoder: The compiled decoder of `model`, if there is one.
+        router_logits: Whether to return router logits; otherwise an empty tuple.
 
     Raises:
-        ValueError: A model whose attention cannot be told who sees whom.
+        ValueError: If the model's attention takes no mask.
     """
     import torch
 
@@ -273,7 +250,7 @@ def hidden_states(
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Return what the head makes of hidden states, float32 [predicted, vocabulary]."""
+    """Apply the model's head to hidden states; return logits, float32 [predicted, vocabulary]."""
     import torch
 
     config = model.config.get_text_config()
@@ -289,65 +266,52 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 @proof.timed()
 def _prove(model: PreTrainedModel) -> None:
-    """Refuse a model of which logits are made in another way than here, once for each architecture in a process."""
+    """Refuse a model that computes logits differently from this module; run once per architecture and process."""
     import torch
 
     if (name := proof.signature(model)) in _proved:
         return
     batch = proof.probe(model)
     lengths = batch.attention_mask.sum(1).tolist()
-    rows = _Rows(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy())
+    rows = _one_per_row(batch)
     _masks(model, rows)
     with torch.inference_mode(), proof.evaluating(model):
         try:
-            found = _logits(model, hidden_states(model, rows)[0])
-        except Exception as error:  # of many kinds, wherever a decoder takes no mask of its own
+            actual = _logits(model, hidden_states(model, rows)[0])
+        except Exception as error:  # the kind depends on where the decoder fails with such a mask
             raise NotExactError(f"{type(model).__name__} cannot read packed rows: {error}") from error
-        expected = torch.zeros_like(found, dtype=model.dtype)
+        expected = torch.zeros_like(actual, dtype=model.dtype)
         for row, length in enumerate(lengths):
             alone = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False)
             expected[row, :length] = alone.logits[0]
-    if not proof.is_rounding(found, expected, batch.attention_mask):
-        apart = proof.difference(found, expected, batch.attention_mask)
+    if not proof.is_rounding(actual, expected, batch.attention_mask):
+        apart = proof.difference(actual, expected, batch.attention_mask)
         raise NotExactError(
-            f"{type(model).__name__} is not trained here: the logits of packed rows differ from its own by "
-            f"{apart:.1g} of their size, so that it does something else with hidden states or masks than is known"
+            f"{type(model).__name__} cannot be trained here: the logits of packed rows differ from its own by "
+            f"{apart:.1g} of their size, so it treats hidden states or masks in an unknown way"
         )
     _proved.add(name)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows with one sequence each."""
-
-    input_ids: NDArray[np.int64]
-    tree: NDArray[np.int64]
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        return np.tile(np.arange(self.tree.shape[1]), (len(self.tree), 1))
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return np.full_like(self.input_ids, IGNORED)
-
-    def attends(self) -> NDArray[np.bool_]:
-        length = self.tree.shape[1]
-        return np.asarray(np.tri(length, dtype=bool) & (self.tree > 0)[:, None, :])
+def _one_per_row(batch: proof.Probe) -> Packed:
+    """The texts of a probe as packed rows, with one sequence in each row and nothing to predict."""
+    ids, mask = batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy()
+    positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+    return Packed(ids, positions, mask, np.zeros_like(ids), np.full_like(ids, IGNORED))
 
 
 def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) -> torch.Tensor:
-    """Return the load-balancing loss of one layer: 1 when every expert carries the same, more otherwise.
+    """Return the load-balancing loss of one layer: 1 when all experts carry the same load, more otherwise.
 
-    Switch Transformer's (arXiv 2101.03961, eq. 4) for top-k routing. transformers' own loss pools the layers, so
-    that one layer can collapse as long as another makes up for it, and cannot add up layers of different widths.
-    The experts of a token are those with the highest logits: groups of experts and the correction bias of
-    DeepSeek-V3, which balances without a loss, play no part.
+    The loss of Switch Transformer (arXiv 2101.03961, eq. 4) for top-k routing. transformers' own loss pools the
+    layers: one layer can then collapse while another makes up for it, and layers of different widths cannot be
+    added. A token's experts are those with the highest logits; groups of experts, and the correction bias by which
+    DeepSeek-V3 balances without a loss, are ignored.
 
     Args:
         router_logits: [tokens, experts].
-        top_k: Experts of a token in this layer.
-        real: [tokens]; False for padding, which does not count.
+        top_k: Experts per token in this layer.
+        real: [tokens]; False for padding, which is not counted.
     """
     from torch.nn import functional
 
@@ -358,10 +322,10 @@ def load_balance(router_logits: torch.Tensor, top_k: int, real: torch.Tensor) ->
     return experts * (share * probabilities.mean(0)).sum()
 
 
-def _masks(model: PreTrainedModel, batch: Batch) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Who sees whom, as numbers added to the attention [rows, 1, length, length]; by kind of layer where they differ.
+def _masks(model: PreTrainedModel, batch: Packed) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The attention mask, as numbers added to the scores [rows, 1, length, length]; by kind of layer if these differ.
 
-    A decoder that is given such a mask uses it in every layer as it is, so that a sliding window must be in it.
+    A decoder uses a given mask unchanged in every layer, so a sliding window must be part of it.
     """
     import torch
 
@@ -391,22 +355,22 @@ def _masks(model: PreTrainedModel, batch: Batch) -> torch.Tensor | dict[str, tor
 
 
 def _top_ks(model: PreTrainedModel) -> list[int]:
-    """Experts of a token, layer by layer: pruning may have lowered it in some."""
-    found = [
+    """Experts per token in each layer: pruning may have lowered the number in some."""
+    top_ks = [
         module.top_k
         for name, module in model.named_modules()
         if name.endswith((".gate", ".router")) and isinstance(getattr(module, "top_k", None), int)
     ]
-    if not found:
+    if not top_ks:
         raise ValueError(
-            f"balance needs a mixture of experts whose routers say how many experts a token uses, and "
-            f"{type(model).__name__} has none; train it with balance 0"
+            f"balance needs a mixture of experts whose routers state how many experts a token uses, and "
+            f"{type(model).__name__} has no such router; train it with balance 0"
         )
-    return found
+    return top_ks
 
 
 def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a recipe, over the parameters that require a gradient."""
+    """Build the optimizers of a recipe for the parameters that require a gradient."""
     import torch
 
     from overparam.train.muon import Muon
@@ -422,12 +386,12 @@ def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Op
             (matrices if is_matrix else rest).append(parameter)
     adamw = {"lr": recipe.learning_rate, "betas": (0.9, 0.98), "eps": 1e-9, "fused": True}
     if recipe.optimizer == "muon":
-        found: list[torch.optim.Optimizer] = [
+        optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         ]
         if rest:  # adapters are all matrices
-            found.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
-        return found
+            optimizers.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
+        return optimizers
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": rest, "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""The state of a training on disk, in safetensors: a run that was killed goes on from it bit for bit."""
+"""The state of a training on disk, in safetensors: an interrupted run resumes from it with bit-identical results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SCHEDULE = ("steps", "decay")  # may change between runs: a longer run goes on where a shorter one ended
+_SCHEDULE = ("steps", "decay")  # may change between runs: a longer run continues a shorter one
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder of the state: the old one, if a run was killed between two renames."""
+    """Return the folder of the state (the older one if a run was killed between two renames), or None."""
     return next((each for each in (folder, files.set_aside(folder)) if (each / "log.json").exists()), None)
 
 
@@ -30,7 +30,7 @@ def store(
     recipe: Mapping[str, Any],
     log: Mapping[str, Any],
 ) -> None:
-    """Write the state beside the old one, then take its place: a run that is killed leaves one of the two."""
+    """Write the state next to the old one, then replace it: if the run is killed, one of the two is there."""
     from safetensors.torch import save_file
 
     temporary = folder.with_name(f"{folder.name}.partial")
@@ -56,15 +56,15 @@ def restore(
 
     Args:
         folder: From `find`.
-        model: Of the same parameters.
-        optimizers: Made in the same way.
-        recipe: Of this run; only its schedule may differ from that of the state.
+        model: A model with the same parameters.
+        optimizers: Optimizers built in the same way.
+        recipe: Recipe of this run; only its schedule may differ from the stored one.
 
     Returns:
-        The log, of which ``loss`` holds one value a step.
+        The log; its ``loss`` has one value per step.
 
     Raises:
-        ValueError: A state of another recipe or model, or of more steps.
+        ValueError: The state is of another recipe or model, or has more steps.
     """
     import torch
     from safetensors.torch import load_file
@@ -77,7 +77,7 @@ def restore(
     ]
     if differing:
         raise ValueError(
-            f"{folder} was made by another recipe: {', '.join(differing)} differ; use another folder"
+            f"{folder} was made with another recipe: {', '.join(differing)} differ; use another folder"
         )
     done, steps = len(stored["log"]["loss"]), recipe["steps"]
     if done > steps:
@@ -85,7 +85,7 @@ def restore(
     tensors = load_file(folder / "state.safetensors")
     shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
-        raise ValueError(f"{folder} was made with a model of other tensors; use another folder")
+        raise ValueError(f"{folder} was made with a model that has other tensors; use another folder")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])

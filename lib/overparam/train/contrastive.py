@@ -1,4 +1,4 @@
-"""Supervised contrastive training of a (truncated) encoder with LoRA, through sentence-transformers and peft."""
+"""Supervised contrastive training of a (truncated) encoder with LoRA, by sentence-transformers and peft."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Recipe:
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Triplets a step, all from one source.
-        learning_rate: Peak of a linear warm-up and decay.
-        warmup_steps: Steps of the warm-up.
+        batch_size: Triplets per step, all from one source.
+        learning_rate: Peak learning rate: linear warm-up, then linear decay.
+        warmup_steps: Warm-up steps.
         lora_rank: Rank r of the adapters.
-        lora_alpha: Their scaling α.
-        lora_dropout: Dropout on their inputs.
+        lora_alpha: Scaling α of the adapters.
+        lora_dropout: Dropout on the inputs of the adapters.
         scale: Factor on the cosine in the loss (1 / temperature).
-        max_length: Tokens of a text.
-        seed: Of the adapters, the dropout and the order of the batches.
+        max_length: Maximum tokens per text.
+        seed: Seed of the adapters, the dropout and the order of the batches.
         bf16: Compute in bfloat16.
-        version: Raised by the author of this module when its outcome changes, so that cached adapters are not
-            taken for current ones.
+        version: Raised by the author of this module when its results change, so that older cached adapters are not
+            reused.
     """
 
     steps: int = 1000
@@ -57,13 +57,13 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedEncoder:
     """A trained encoder.
 
     Attributes:
-        encoder: Pooling included; its adapters are merged into the weights.
-        losses: Training loss of every step. Empty when the adapters came from `cache`.
-        seconds: Wall time of the training, as it was when it ran.
+        encoder: The encoder with its pooling; adapters are merged into the weights.
+        losses: Training loss of every step.
+        seconds: Wall time of the training when it ran.
         cached: Whether the adapters came from `cache`.
     """
 
@@ -74,9 +74,10 @@ class Trained:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Names of all linear projections in the blocks of `model`, under the names that they really have.
+    """Names of all linear projections in the blocks of `model`.
 
-    Phi-3 fuses query, key and value, and gate and up; a list of Llama's names would miss them without a word.
+    They are read from the model: Phi-3 fuses query, key and value, and gate and up, so a fixed list of Llama's names
+    would silently miss them.
     """
     from torch import nn
 
@@ -100,26 +101,26 @@ def train(
     cache: Path | None = None,
     identity: str = "",
     label: str = "training",
-) -> Trained:
-    """Train `model` to bring queries to their positives, away from in-batch and hard negatives.
+) -> TrainedEncoder:
+    """Train `model` to embed queries near their positives, and away from in-batch and hard negatives.
 
     Args:
         model: A text encoder or a decoder without its head, truncated or not. It is not changed.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         triplets: Training triplets with a ``source``; every batch comes from one source.
         recipe: See `Recipe`.
         pooling: See `depth.layer_embeddings`.
-        instruction: Put before queries, instead of what the triplets say.
-        text_recipe: How texts are put to the model and pooled. With `depth.PUBLISHED`, each triplet's instructions
-            and the chat template stand around its texts; no module of sentence-transformers pools that way, so that
-            such an encoder is used with `depth.layer_embeddings`, and its model saved as a folder of transformers.
-        cache: Folder where adapters are kept; a run with the same model, triplets and recipe takes them from there.
-        identity: What identifies the weights of `model`, for the cache.
-        label: Name of the step in the progress display.
+        instruction: Put before queries, instead of the triplets' own instructions.
+        text_recipe: What surrounds a text and which tokens are pooled. `depth.PUBLISHED` adds each triplet's
+            instructions and the chat template. No module of sentence-transformers pools that way: use such an encoder
+            with `depth.layer_embeddings`, and save its model as a transformers folder.
+        cache: Folder where adapters are kept; a run with the same model, triplets and recipe reuses them.
+        identity: What identifies the weights of `model` in the cache.
+        label: Name shown in the progress display.
 
     Raises:
         ValueError: If a source has fewer triplets than a batch.
-        FloatingPointError: If the loss is not finite; says at which step.
+        FloatingPointError: If the loss is not finite; the message names the step.
     """
     if text_recipe != PLAIN:
         from overparam.models.reading.pooling import marked
@@ -133,11 +134,11 @@ def train(
     if cache is None:
         losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
         encoder[0].model = encoder[0].model.merge_and_unload()
-        return Trained(encoder.eval(), losses, seconds, cached=False)
+        return TrainedEncoder(encoder.eval(), losses, seconds, cached=False)
     stored = cache / _key(model, triplets, recipe, pooling, instruction, identity, text_recipe)
     with steps.using(stored):
-        found = stored.exists()
-        if found:
+        cached = stored.exists()
+        if cached:
             from peft import PeftModel
 
             report = json.loads((stored / "training.json").read_text())
@@ -149,7 +150,7 @@ def train(
                 encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
                 (folder / "training.json").write_text(json.dumps(report))
     encoder[0].model = encoder[0].model.merge_and_unload()
-    return Trained(encoder.eval(), report["losses"], report["seconds"], cached=found)
+    return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached)
 
 
 def _adapt(
@@ -159,7 +160,7 @@ def _adapt(
     instruction: str | None,
     label: str,
 ) -> tuple[list[float], float]:
-    """Give the encoder adapters and train them; return the losses and the seconds."""
+    """Add adapters to the encoder and train them; return the losses and the seconds taken."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -185,9 +186,9 @@ def as_sentence_transformer(
     max_length: int = 512,
     text_recipe: TextRecipe = PLAIN,
 ) -> SentenceTransformer:
-    """Wrap a copy of `model` as a SentenceTransformer with the pooling that `depth.layer_embeddings` uses.
+    """Wrap a copy of `model` as a SentenceTransformer with the pooling of `depth.layer_embeddings`.
 
-    Only with the plain recipe is it made of the modules of sentence-transformers, and can be saved for others.
+    Only with the plain recipe does it consist of modules of sentence-transformers, so that others can load it.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
@@ -201,7 +202,7 @@ def as_sentence_transformer(
         tokenizer.save_pretrained(folder)
         kind = Transformer if plain else Reader
         transformer = kind(folder, model_kwargs={"dtype": model.dtype}, max_seq_length=max_length)
-    del transformer.model  # a reload may add a pooler, which nothing reads
+    del transformer.model  # reloading may add a pooler, which is not used
     transformer.model = copy.deepcopy(model)
     transformer.tokenizer.padding_side = "right"
     if transformer.tokenizer.pad_token is None:
@@ -222,7 +223,7 @@ def _by_source(triplets: Sequence[Triplet], batch_size: int) -> dict[str, list[T
         if len(members) < batch_size:
             raise ValueError(
                 f"source {source!r} has {len(members)} triplets, a batch of one source needs {batch_size}; "
-                "take more triplets or a smaller batch"
+                "use more triplets or a smaller batch"
             )
     if not sources:
         raise ValueError("there are no training triplets")
@@ -253,10 +254,13 @@ def _fit(
             for source, members in sources.items()
         }
     )
+
     from overparam.train.watcher import Watcher
 
     watcher = Watcher(recipe.steps, label)
-    encoder.model_card_data.set_widget_examples = lambda _: None  # they take seconds, and nobody reads them
+    encoder.model_card_data.set_widget_examples = lambda _: (
+        None
+    )  # making them takes seconds, and they are not used
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,

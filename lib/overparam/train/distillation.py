@@ -1,4 +1,4 @@
-"""One training loop for students of all kinds: batches of similar length, checkpoints that resume."""
+"""The training loop for students of all kinds: batches of similar length, checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_BUCKET = 8  # batches sorted by length together: little padding, and others every epoch
+_BUCKET = 8  # batches that are sorted by length together: little padding, and different batches every epoch
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Recipe:
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Texts a step.
-        learning_rate: Peak of a linear warm-up and a linear decay to zero.
-        warmup: Steps of the warm-up.
-        weight_decay: Of AdamW, on matrices.
-        clip: Largest norm of the gradient.
-        seed: Of the order of the texts.
-        version: Raised by the author of this module when its outcome changes.
+        batch_size: Texts per step.
+        learning_rate: Peak learning rate: linear warm-up, then linear decay to zero.
+        warmup: Warm-up steps.
+        weight_decay: Weight decay of AdamW, on matrices.
+        clip: Maximum gradient norm.
+        seed: Seed of the order of texts.
+        version: Raised by the author of this module when its results change.
     """
 
     steps: int
@@ -55,12 +55,12 @@ class Recipe:
 
 @dataclass
 class Log:
-    """What a training leaves, one value a step.
+    """What a training run logs, one value per step.
 
     Attributes:
-        loss: Of the batch.
+        loss: Loss of the batch.
         seconds: Wall time so far, pauses between runs excluded.
-        resumed: Steps that were taken from a checkpoint.
+        resumed: Steps taken from a checkpoint.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -78,21 +78,21 @@ def fit(
     every: int = 500,
     label: str = "distilling",
 ) -> Log:
-    """Train `model` in place, all parameters that require a gradient.
+    """Train all parameters of `model` that require a gradient, in place.
 
     Args:
-        model: What is trained; it is left in evaluation mode.
-        loss: Gives the loss of a batch, whose texts it is told by number. int64 [batch]
-        lengths: Tokens of every text; their number is the number of texts.
+        model: The model to train; in evaluation mode afterwards.
+        loss: Returns the loss of a batch, given the indices of its texts. int64 [batch]
+        lengths: Tokens of each text.
         recipe: See `Recipe`.
-        checkpoint: Folder of the state; a run that finds one there goes on from it.
+        checkpoint: Folder for the training state; a run that finds a state there resumes from it.
         every: Steps between checkpoints.
-        label: Name of the step in the progress display.
+        label: Name shown in the progress display.
 
     Raises:
         ValueError: No texts, or a checkpoint of another recipe or model.
-        FloatingPointError: If the loss is not finite; says at which step. The model is then as it was before that
-            step, and so is the last checkpoint.
+        FloatingPointError: If the loss is not finite; the message names the step. The model then has the weights from
+            before that step, and so has the last checkpoint.
     """
     import torch
 
@@ -119,11 +119,11 @@ def fit(
     model.train()
     try:
         for step in progress.track(range(done, recipe.steps), label):
-            torch.manual_seed(recipe.seed * 1_000_003 + step)  # of dropout: a run that resumes draws the same
+            torch.manual_seed(recipe.seed * 1_000_003 + step)  # seeds dropout: a resumed run draws the same
             value = loss(next(order))
-            found = float(value.detach())
-            if not math.isfinite(found):
-                raise FloatingPointError(f"the training loss is {found} at step {step + 1}")
+            loss_value = float(value.detach())
+            if not math.isfinite(loss_value):
+                raise FloatingPointError(f"the training loss is {loss_value} at step {step + 1}")
             value.backward()  # type: ignore[no-untyped-call]
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
             if not math.isfinite(norm):
@@ -132,11 +132,11 @@ def fit(
                 group["lr"] = recipe.rate(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.loss.append(found)
+            log.loss.append(loss_value)
             log.seconds.append(before + time.perf_counter() - started)
             last = step + 1 == recipe.steps
             if checkpoint and ((step + 1) % every == 0 or last):
-                moments = [] if last else [optimizer]  # a finished training needs its weights alone
+                moments = [] if last else [optimizer]  # a finished training keeps only its weights
                 checkpoints.store(checkpoint, model, moments, recipe=asdict(recipe), log=asdict(log))
     finally:
         model.eval()
@@ -145,19 +145,19 @@ def fit(
 
 
 def batches(lengths: Sequence[int], size: int, *, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield numbers of texts for ever, in batches of similar length, each epoch in another order. int64 [size].
+    """Yield indices of texts forever, in batches of similar length, each epoch in a new order. int64 [size].
 
-    The last texts of an epoch that fill no batch are left out of it; where all texts are fewer than a batch, every
-    batch holds all of them.
+    Texts that do not fill the last batch of an epoch are left out of it; if there are fewer texts than a batch holds,
+    every batch has all of them.
     """
     sizes, rng = np.asarray(lengths), np.random.default_rng(seed)
     size = min(size, len(sizes))
     while True:
         order = rng.permutation(len(sizes))[: len(sizes) // size * size]  # left out by chance, not by length
-        found = []
+        epoch = []
         for at in range(0, len(order), size * _BUCKET):
             bucket = order[at : at + size * _BUCKET]
             bucket = bucket[np.argsort(sizes[bucket], kind="stable")]
-            found += [bucket[first : first + size] for first in range(0, len(bucket), size)]
-        for which in rng.permutation(len(found)):
-            yield found[which]
+            epoch += [bucket[first : first + size] for first in range(0, len(bucket), size)]
+        for which in rng.permutation(len(epoch)):
+            yield epoch[which]

@@ -1,4 +1,4 @@
-"""Muon for fused experts: `torch.optim.Muon` takes matrices only, and experts are stacks of them."""
+"""Muon for fused experts: `torch.optim.Muon` only takes matrices, and experts are stacks of matrices."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from Muon
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, one matrix at a time, over stacks of matrices [..., rows, columns].
+    """Momentum with orthogonalised updates, for each matrix of a stack [..., rows, columns].
 
-    The method is Jordan's Muon (kellerjordan.github.io/posts/muon) with the update's scale of Moonlight
-    (arXiv 2502.16982), so that AdamW's learning rates and weight decay serve. Float32 throughout: many CPUs are
-    slower in bfloat16, in which `torch.optim.Muon` iterates.
+    The method is Jordan's Muon (kellerjordan.github.io/posts/muon) with the update scale of Moonlight (arXiv
+    2502.16982), so that AdamW's learning rates and weight decay can be used. It computes in float32: `torch.optim.Muon`
+    iterates in bfloat16, in which many CPUs are slower.
 
     Args:
         params: Parameters of two or more dimensions.
         lr: Learning rate.
-        momentum: Of the running mean of gradients (Nesterov).
-        weight_decay: Decoupled.
+        momentum: Momentum of the running mean of gradients (Nesterov).
+        weight_decay: Decoupled weight decay.
         iterations: Newton–Schulz steps.
     """
 
@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Return the nearest (semi-)orthogonal matrix to each of [..., rows, columns], to about 20 %."""
+    """Return the nearest (semi-)orthogonal matrix to each of [..., rows, columns], within about 20 %."""
     a, b, c = _COEFFICIENTS
     shape = matrices.shape
     x = matrices.reshape(-1, *shape[-2:])

@@ -1,8 +1,8 @@
 """Trailing-layer pruning of text encoders: embeddings at every depth, where to cut, and the cut itself.
 
 Depth counts blocks: depth 0 is the embedding layer, depth L the whole model of L blocks. The method is L3Prune
-(arXiv 2410.14578); the other rules are Block Influence (ShortGPT, arXiv 2403.03853) and the angular distance
-of Gromov et al. (arXiv 2403.17887).
+(arXiv 2410.14578); the other rules are Block Influence (ShortGPT, arXiv 2403.03853) and the angular distance of
+Gromov et al. (arXiv 2403.17887).
 """
 
 from typing import TYPE_CHECKING

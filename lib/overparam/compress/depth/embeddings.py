@@ -33,25 +33,25 @@ def layer_embeddings(
 ) -> NDArray[np.float32]:
     """Embed `texts` at every depth of `model`, from the embedding layer to the last block, in one pass.
 
-    Row `k` is what the model truncated to its first `k` blocks gives for the same batch: where the architecture
-    norms or projects the last block's output, every depth is treated so. Each depth is pooled as soon as it is
-    computed, so that memory does not grow with the number of layers. That this holds is proved on a small batch, once
-    for each architecture in a process (`proof.reading`); where padding would change a model's numbers, only texts of
-    the same length share a batch. A model that is being trained is read without its dropout.
+    Row `k` equals the output of the model truncated to its first `k` blocks: if the architecture norms or projects the
+    last block's output, every depth is treated the same way. Each depth is pooled as soon as it is computed, so memory
+    does not grow with the number of layers. The equality is proved on a small batch, once per architecture and process
+    (`proof.reading`). If padding would change a model's results, only texts of equal length share a batch. Dropout is
+    off, also for a model in training mode.
 
     Args:
         model: A text encoder or a decoder without its head (`models.load`).
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         texts: Non-empty texts; those over `max_length` tokens are cut.
-        pooling: ``weighted_mean`` weighs token i (from 1) by i, as L3Prune and sentence-transformers do; ``mean``;
-            ``last``; ``cls``, the first token that is pooled.
-        instruction: Put before every text, or one (or None) for each text; attended to, but not pooled. Positions are
+        pooling: ``weighted_mean`` weights token i (from 1) by i, as in L3Prune and sentence-transformers; ``mean``;
+            ``last``; or ``cls``, the first pooled token.
+        instruction: Put before every text, or one (or None) for each text; attended to, but not pooled. Weights are
             still counted from the first token, as sentence-transformers does when a prompt is excluded, unless
             `recipe` says otherwise.
-        recipe: What else stands around a text, and which tokens are pooled and with which weights.
+        recipe: What else surrounds a text, and which tokens are pooled with which weights.
         depths: Which depths to return, in increasing order; all by default. ``[L]`` is plain encoding.
-        batch_tokens: Tokens of a batch, padding included.
-        max_length: Tokens of a text.
+        batch_tokens: Maximum tokens per batch, padding included.
+        max_length: Maximum tokens per text.
 
     Returns:
         float32 [texts, L + 1, hidden], or [texts, depths, hidden]; not normalised.
@@ -66,7 +66,7 @@ def layer_embeddings(
     wanted = list(range(total + 1)) if depths is None else list(depths)
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] > total:
         raise ValueError(f"depths must be increasing numbers in 0..{total}, got {wanted}")
-    found = reading(model)
+    how = reading(model)
     prepared = batches(
         tokenizer,
         texts,
@@ -74,14 +74,14 @@ def layer_embeddings(
         recipe=recipe,
         batch_tokens=batch_tokens,
         max_length=max_length,
-        padded=found.padding_is_neutral,
+        padded=how.padding_is_neutral,
     )
     out = np.empty(0, np.float32)
     weights = torch.empty(0)
-    pooled: list[torch.Tensor] = []  # of the current batch, by depth
+    pooled: list[torch.Tensor] = []  # embeddings of the current batch, by depth
 
     def pool(_: int, hidden: torch.Tensor) -> None:
-        states = apply_tail(model, found.tail, hidden)[:, : weights.shape[2]]  # [texts, tokens, hidden]
+        states = apply_tail(model, how.tail, hidden)[:, : weights.shape[2]]  # [texts, tokens, hidden]
         pooled.append(torch.bmm(weights, states.to(weights.dtype)).squeeze(1))
 
     with torch.inference_mode(), evaluating(model), each_depth(model, pool, wanted):

@@ -1,4 +1,4 @@
-"""Configurations that speak of positions of layers, rewritten for the layers that stay."""
+"""Configurations that refer to layers by position, rewritten for the kept layers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from transformers import PreTrainedConfig
 
 from overparam.models.proof import NotExactError
 
-# Fields that count leading layers of one kind: what is left of them is how many of these layers stay.
+# Fields that count leading layers of one kind: the new value is how many of these are kept.
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
-_TRAILING = ("num_kv_shared_layers",)  # the same, counted from the end
-_NOT_LAYERS = ("token", "lang", "architectures", "label", "keys")  # lists that are never one entry a layer
+_TRAILING = ("num_kv_shared_layers",)  # the same, for trailing layers
+_NOT_LAYERS = ("token", "lang", "architectures", "label", "keys")  # lists that never have one entry per layer
 
 
 def shortened(
     config: PreTrainedConfig, counts: Sequence[str], kept: Sequence[int], total: int
 ) -> PreTrainedConfig:
-    """Return what is read again from a saved configuration of the layers `kept` of `total`.
+    """Return the configuration of the layers `kept` of `total`, as it is read back after saving.
 
-    Lists with an entry for each layer keep the entries of the layers that stay, lists of layer indices are renumbered,
-    counts of leading or trailing layers of one kind are counted anew, and repeating patterns are spelled out. Whether
-    this describes the layers that stay is to be proved on the model that is built from it.
+    Lists with an entry per layer keep the entries of kept layers, lists of layer indices are renumbered, leading or
+    trailing layers of one kind are counted again, and repeating patterns are written out. The caller must prove, on
+    the model built from it, that this configuration describes the kept layers.
 
     Args:
-        config: Of a text model.
+        config: Configuration of a text model.
         counts: The fields that hold the number of layers.
         kept: Increasing indices from 0.
-        total: How many layers there are.
+        total: The number of layers.
 
     Raises:
         NotExactError: If the architecture refuses such a configuration.
@@ -39,26 +39,28 @@ def shortened(
     fields |= _spelled_out(config, kept, total)
     fields |= dict.fromkeys(counts, len(kept))
     try:
-        found = type(config).from_dict(fields)
-        again = type(config).from_dict(_stored(found, use_diff=True))
+        changed = type(config).from_dict(fields)
+        again = type(config).from_dict(_stored(changed, use_diff=True))
     except Exception as error:
         raise NotExactError(
-            f"the configuration of {config.model_type!r} cannot describe layers {list(kept)} of {total} alone: {error}"
+            f"the configuration of {config.model_type!r} cannot describe only layers {list(kept)} of {total}: {error}"
         ) from error
     again._attn_implementation = config._attn_implementation
     return again
 
 
 def adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """Give `config`, which all modules of a model hold, the values of `new`."""
+    """Copy the values of `new` to `config`, which all modules of a model share."""
     for name, value in vars(new).items():
-        ours = not name.startswith("_") and name != "dtype"  # the dtype is the model's, read as a word
+        ours = (
+            not name.startswith("_") and name != "dtype"
+        )  # the dtype is the model's; here it is read as text
         if (ours or name == "_heterogeneity_spec") and vars(config).get(name) != value:
             vars(config)[name] = value
 
 
 def _stored(config: PreTrainedConfig, *, use_diff: bool) -> dict[str, Any]:
-    """What a saved configuration reads as."""
+    """The fields of a configuration as they are read after saving."""
     read: dict[str, Any] = type(config)._decode_special_floats(
         json.loads(config.to_json_string(use_diff=use_diff))
     )
@@ -94,16 +96,16 @@ def _are_indices(name: str, value: list[Any], total: int) -> bool:
 
 
 def _spelled_out(config: PreTrainedConfig, kept: Sequence[int], total: int) -> dict[str, Any]:
-    """Patterns that repeat every few layers, as a list of the layers that they mean."""
+    """Patterns that repeat every few layers, written out for the kept layers."""
     if list(kept) == list(range(len(kept))):
         return {}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if hasattr(config, "block_types"):  # recurrent_gemma
         pattern = config.block_types
-        found["block_types"] = [pattern[index % len(pattern)] for index in kept]
+        fields["block_types"] = [pattern[index % len(pattern)] for index in kept]
     step = getattr(config, "decoder_sparse_step", None)
     if isinstance(step, int) and isinstance(getattr(config, "mlp_only_layers", None), list):
         dense = [index for index in range(total) if index in config.mlp_only_layers or (index + 1) % step]
-        found["mlp_only_layers"] = [position for position, index in enumerate(kept) if index in dense]
-        found["decoder_sparse_step"] = 1
-    return found
+        fields["mlp_only_layers"] = [position for position, index in enumerate(kept) if index in dense]
+        fields["decoder_sparse_step"] = 1
+    return fields

@@ -1,4 +1,4 @@
-"""The proof that one pass gives every depth: on a small batch, once for each architecture in a process."""
+"""The proof that one pass gives every depth: on a small batch, once per architecture and process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Reading:
     """How every depth of a model is read from one pass.
 
     Attributes:
-        tail: Paths of the modules that follow the last block, in their order: a final norm, a projection, or nothing.
-        padding_is_neutral: Whether a text has the same states alone and padded. Where not, texts are batched by length.
+        tail: Paths of the modules after the last block, in order: a final norm, a projection, or nothing.
+        padding_is_neutral: Whether padding leaves a text's states unchanged. If not, texts are batched by length.
     """
 
     tail: tuple[str, ...]
@@ -40,11 +40,11 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Reading]]
 
 
 def reading(model: PreTrainedModel) -> Reading:
-    """Find out how the depths of `model` are read, and prove it on a padded batch of unequal lengths.
+    """Find out how to read the depths of `model`, and prove it on a padded batch of unequal lengths.
 
-    What follows the last block is traced; then the last depth must equal the model's own output, the first and a
-    middle depth the output of the truncated model, and a padded text is compared with the same text alone. The proof
-    runs once for each `proof.signature` in a process.
+    The modules after the last block are traced. Then the last depth must equal the model's own output, the first and
+    a middle depth must equal the output of the truncated model, and padded texts are compared with the same texts
+    alone. The proof runs once per `proof.signature` and process.
 
     Raises:
         ValueError: If the model has no stack of blocks.
@@ -63,7 +63,7 @@ def reading(model: PreTrainedModel) -> Reading:
 
 
 def apply_tail(model: PreTrainedModel, tail: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
-    """Apply what follows the last block to the states of any depth."""
+    """Apply the modules after the last block to the states of any depth."""
     for path in tail:
         hidden = first(model.get_submodule(path)(hidden))
     return hidden
@@ -93,10 +93,10 @@ def _prove(model: PreTrainedModel) -> Reading:
 
 
 def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
-    """What the truncated model gives; where no configuration describes it, the model with other blocks passed by."""
+    """The output of the truncated model; if no configuration describes it, of the model with later blocks skipped."""
     try:
         return _forward(cut(sharing_copy(model), range(depth)), batch)
-    except Exception:  # of many kinds, wherever a part around the blocks depends on their number
+    except Exception:  # of any kind, if a part around the blocks depends on their number
         layers = blocks(model).layers[depth:]
 
     def pass_by(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -112,17 +112,15 @@ def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
 
 
 def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Run `model`; return its last hidden states, and the modules that lead to them from the last block's output."""
+    """Run `model`; return its last hidden states, and the modules between the last block's output and these."""
     stack = blocks(model)
-    parents = [
-        stack.path[: at.start()] for at in re.finditer(r"\.", stack.path)
-    ]  # the modules around the blocks
+    parents = [stack.path[: at.start()] for at in re.finditer(r"\.", stack.path)]  # modules around the blocks
     beside = [
         f"{parent}.{name}".lstrip(".")
         for parent in ("", *parents)
         for name, _ in model.get_submodule(parent).named_children()
     ]
-    calls: list[tuple[str, Any, Any]] = []  # (path, what it was given first, what it returned first)
+    calls: list[tuple[str, Any, Any]] = []  # (path, its first argument, its first result)
 
     def record(path: str) -> Callable[..., None]:
         def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -156,14 +154,14 @@ def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[s
     if not _same(current, output):
         raise NotExactError(
             f"{type(model).__name__}: what follows its last block is more than a chain of modules "
-            f"({', '.join(tail) or 'none'}), so that other depths cannot be read as the last one is"
+            f"({', '.join(tail) or 'none'}), so other depths cannot be read in the same way as the last"
         )
     return output, tuple(tail)
 
 
-def _same(found: Any, output: torch.Tensor) -> bool:
-    """Whether this is the output already, apart from padding that a model adds and takes off again."""
-    return isinstance(found, torch.Tensor) and torch.equal(found[:, : output.shape[1]], output)
+def _same(states: Any, output: torch.Tensor) -> bool:
+    """Whether these states are the output already, except for padding that the model adds and removes."""
+    return isinstance(states, torch.Tensor) and torch.equal(states[:, : output.shape[1]], output)
 
 
 def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
@@ -175,7 +173,7 @@ def _forward(model: PreTrainedModel, batch: Probe) -> torch.Tensor:
 
 
 def _padding_is_neutral(model: PreTrainedModel, batch: Probe) -> bool:
-    """Whether the padded texts of the batch have the states that each has alone, up to rounding."""
+    """Whether the padded texts of the batch have the same states as each text alone, up to rounding."""
     model = _in_float32(model, batch)
     output, lengths = _forward(model, batch), batch.attention_mask.sum(1).tolist()
     for row, length in enumerate(lengths):
@@ -188,7 +186,7 @@ def _padding_is_neutral(model: PreTrainedModel, batch: Probe) -> bool:
 
 
 def _in_float32(model: PreTrainedModel, batch: Probe) -> PreTrainedModel:
-    """The first blocks of a model in half precision, whose rounding is as large as what padding does; if they fit."""
+    """A float32 copy of a half-precision model's first blocks, if it fits: half precision hides effects of padding."""
     if model.dtype == torch.float32:
         return model
     count = min(_FLOAT32_BLOCKS, len(blocks(model).layers))
@@ -198,6 +196,6 @@ def _in_float32(model: PreTrainedModel, batch: Probe) -> PreTrainedModel:
             return model
         small = copy.deepcopy(small).float()
         _forward(small, batch)
-    except Exception:  # of many kinds, wherever a part around the blocks depends on their number
+    except Exception:  # of any kind, if a part around the blocks depends on their number
         return model
     return small

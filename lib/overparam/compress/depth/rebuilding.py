@@ -1,4 +1,4 @@
-"""Whether a configuration builds exactly the layers that a truncated model has, seen before anything is changed."""
+"""Check that a configuration builds exactly the layers of a truncated model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overparam.models import blocks, proof
 from overparam.models.proof import NotExactError
 from overparam.models.structure import COUNTS
 
-# attributes by which a layer knows its own place
+# attributes that hold a layer's own index
 PLACES = frozenset(
     (
         "layer_idx",
@@ -31,9 +31,9 @@ PLACES = frozenset(
 
 
 class Difference(NamedTuple):
-    """What a layer, or a part around the layers, has in the model and in the one built from a configuration."""
+    """An attribute that differs between a model and the model built from a configuration."""
 
-    layer: int | None  # index in the whole model; None for what is around the layers
+    layer: int | None  # index in the whole model; None for parts around the layers
     name: str
     ours: object
     theirs: object
@@ -55,37 +55,37 @@ def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
 
 
 def lend_weights(model: PreTrainedModel, built: PreTrainedModel) -> PreTrainedModel:
-    """Let `built` compute with the tensors of `model`, an equal model; it takes no memory of its own."""
+    """Let `built` use the tensors of `model`, an equal model, so that it needs no memory of its own."""
     built.load_state_dict(model.state_dict(), assign=True)
     ours = dict(model.named_buffers())
     for path, module in built.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            found = ours.get(f"{path}.{name}".lstrip("."), buffer)
-            module._buffers[name] = found if found.shape == buffer.shape else buffer.to(model.device)
+            own = ours.get(f"{path}.{name}".lstrip("."), buffer)
+            module._buffers[name] = own if own.shape == buffer.shape else buffer.to(model.device)
     return built
 
 
 def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> bool:
-    """Compare the layers `kept` of `model`, and what is around them, with those of the model built for them.
+    """Compare the layers `kept` of `model`, and the parts around them, with those of the model built for them.
 
-    Names, shapes and classes of all parts are compared, plain attributes of the layers (a kind of attention, a window,
-    a scale) and their buffers that are not saved. What differs before a cut as well, such as an attribute that
-    somebody has set by hand, is no fault of the cut.
+    Compared are names, shapes and classes of all parts, plain attributes of the layers (kind of attention, window,
+    scale) and their buffers that are not saved. Differences that exist before the cut as well, such as an attribute
+    set by hand, are not counted.
 
     Returns:
-        Whether nothing differs, before the cut either.
+        Whether there are no differences at all, also before the cut.
 
     Raises:
-        NotExactError: If there is a difference; names the first.
+        NotExactError: If the cut makes a difference; the message names the first.
     """
-    found = differences(model, built, kept)
-    equal = not found
-    if found:
+    unequal = differences(model, built, kept)
+    equal = not unequal
+    if unequal:
         every = range(len(blocks(model).layers))
         known = {(item.layer, item.name) for item in differences(model, rebuilt(model, model.config), every)}
-        found = [item for item in found if (item.layer, item.name) not in known]
-    if found:
-        layer, name, ours, theirs = found[0]
+        unequal = [item for item in unequal if (item.layer, item.name) not in known]
+    if unequal:
+        layer, name, ours, theirs = unequal[0]
         where = "around the layers" if layer is None else f"layer {layer}"
         raise NotExactError(
             f"{type(model).__name__}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: reloaded "
@@ -96,27 +96,27 @@ def check_rebuilt(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence
 
 
 def differences(model: PreTrainedModel, built: PreTrainedModel, kept: Sequence[int]) -> list[Difference]:
-    """List what differs between `built` and `model` with the layers `kept` alone."""
+    """List the differences between `built` and `model` with only the layers `kept`."""
     ours, theirs, total = blocks(model), blocks(built), len(blocks(model).layers)
     if len(theirs.layers) != len(kept):
         return [Difference(None, "the number of layers", len(kept), len(theirs.layers))]
-    found = [
+    unequal = [
         Difference(index, name, left, right)
         for index, layer in zip(kept, theirs.layers, strict=True)
         for name, left, right in _unequal(_facts(ours.layers[index]), _facts(layer))
         if not _follows(name, left, right, kept, total)
     ]
     around = _unequal(_around(model, ours.path), _around(built, theirs.path))
-    found += [Difference(None, name, left, right) for name, left, right in around]
+    unequal += [Difference(None, name, left, right) for name, left, right in around]
     places = {index: position for position, index in enumerate(kept)}
     left_ties = {frozenset(_moved(name, ours.path, places) for name in tie) - {""} for tie in _ties(model)}
     if {tie for tie in left_ties if len(tie) > 1} != set(_ties(built)):
-        found.append(Difference(None, "what shares weights", _ties(model), _ties(built)))
-    return found
+        unequal.append(Difference(None, "what shares weights", _ties(model), _ties(built)))
+    return unequal
 
 
 def _follows(name: str, left: Any, right: Any, kept: Sequence[int], total: int) -> bool:
-    """Whether an attribute only repeats what the configuration says of all layers: their number, or a list of them."""
+    """Whether an attribute only repeats the configuration: the number of layers, or a list with an entry per layer."""
     if name.rpartition(".")[2] in COUNTS:
         return bool((left, right) == (total, len(kept)))
     listed = isinstance(left, list | tuple) and isinstance(right, list | tuple) and len(left) == total
@@ -138,7 +138,7 @@ def _shown(value: Any) -> Any:
 
 def _agree(left: Any, right: Any) -> bool:
     if isinstance(left, type) and isinstance(right, type):
-        return issubclass(left, right)  # quantized layers are a subclass of plain ones
+        return issubclass(left, right)  # quantized layers are subclasses of plain ones
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         if left.is_meta or right.is_meta or not left.is_floating_point():
             return left.shape == right.shape
@@ -147,7 +147,7 @@ def _agree(left: Any, right: Any) -> bool:
 
 
 def _facts(layer: nn.Module) -> dict[str, Any]:
-    """What a layer is: classes and plain attributes of its modules, shapes of its weights, its unsaved buffers."""
+    """Properties of a layer: classes and plain attributes of its modules, shapes of weights, unsaved buffers."""
     facts: dict[str, Any] = {}
     for path, module in layer.named_modules():
         facts[path or "the layer"] = type(module)
@@ -170,7 +170,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples: a configuration that is read again has lists."""
+    """Convert lists to tuples: a configuration that was read again has lists."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
@@ -179,7 +179,7 @@ def _shape(tensor: torch.Tensor) -> Any:
 
 
 def _around(model: PreTrainedModel, path: str) -> dict[str, Any]:
-    """Shapes of what is saved of a model, its layers apart."""
+    """Shapes of a model's saved tensors, except those of its layers."""
     return {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -196,7 +196,7 @@ def _ties(model: PreTrainedModel) -> set[frozenset[str]]:
 
 
 def _moved(name: str, path: str, places: dict[int, int]) -> str:
-    """The name of a parameter after the cut; empty for one of a layer that goes."""
+    """The name of a parameter after the cut; empty if its layer is removed."""
     if not name.startswith(f"{path}."):
         return name
     index, _, rest = name.removeprefix(f"{path}.").partition(".")

@@ -1,4 +1,4 @@
-"""Saved models that are read back and compared before their folder is there."""
+"""Saving of models that are read back and compared before their folder appears."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def save(
     *,
     replace: bool = False,
 ) -> Path:
-    """Save `model` and `tokenizer` to a new folder which ``AutoModel`` loads as the same model, or leave nothing.
+    """Save `model` and `tokenizer` to a new folder that ``AutoModel`` loads as the same model, or leave nothing.
 
-    What was written is loaded again: all weights must be the same to the bit, and the hidden states of a small padded
-    batch the same up to rounding (a matrix that lies elsewhere in memory is multiplied in another order).
+    The folder is loaded again: all weights must be bit-identical, and the hidden states of a small padded batch equal
+    up to rounding (products may be summed in another order if a matrix has another place in memory).
 
     Args:
         model: A text encoder or a decoder without its head, truncated or not.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         path: A folder that does not exist yet, or is empty.
-        replace: Put it in the place of an older folder.
+        replace: Replace an existing folder.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: If something is there, and is not to be replaced.
-        NotExactError: If the reloaded model is another one; nothing is left on disk.
+        FileExistsError: If the folder exists and is not to be replaced.
+        NotExactError: If the reloaded model differs; nothing is left on disk.
     """
     if hasattr(model, "peft_config"):
         raise NotExactError(
@@ -63,19 +63,19 @@ def save(
 def save_encoder(
     encoder: SentenceTransformer, path: str | os.PathLike[str], *, card: str = "", replace: bool = False
 ) -> Path:
-    """Save a sentence-transformers encoder to a new folder which gives the same embeddings again, or leave nothing.
+    """Save a sentence-transformers encoder to a new folder that gives the same embeddings, or leave nothing.
 
     Args:
-        encoder: With its pooling and all that follows.
+        encoder: The encoder, with its pooling and all modules after it.
         path: A folder that does not exist yet, or is empty.
         card: Text of its README.
-        replace: Put it in the place of an older folder.
+        replace: Replace an existing folder.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: If something is there, and is not to be replaced.
+        FileExistsError: If the folder exists and is not to be replaced.
         NotExactError: If the reloaded encoder gives other embeddings; nothing is left on disk.
     """
     from sentence_transformers import SentenceTransformer
@@ -89,8 +89,8 @@ def save_encoder(
             str(folder), device=str(encoder.device), model_kwargs={"dtype": dtype}, local_files_only=True
         )
         _lend_unsaved(encoder, again)
-        found, expected = (one.encode(list(_TEXTS), convert_to_tensor=True) for one in (again, encoder))
-        _check_same("the encoder", (encoder, again), (found, expected))
+        actual, expected = (one.encode(list(_TEXTS), convert_to_tensor=True) for one in (again, encoder))
+        _check_same("the encoder", (encoder, again), (actual, expected))
     return Path(path)
 
 
@@ -109,30 +109,30 @@ def _check_reload(model: PreTrainedModel, folder: Path) -> None:
     batch = proof.probe(model)
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} | no_cache(model)
     with torch.inference_mode(), proof.evaluating(model):
-        expected, found = model(**arguments)[0], again(**arguments)[0]
-    _check_same(name, (model, again), (found, expected), batch.attention_mask)
+        expected, actual = model(**arguments)[0], again(**arguments)[0]
+    _check_same(name, (model, again), (actual, expected), batch.attention_mask)
 
 
 def _loader(model: PreTrainedModel) -> Any:
-    """AutoModel, where it gives the class of `model`; else that class, such as T5EncoderModel."""
+    """AutoModel if it loads the class of `model`, else that class, such as T5EncoderModel."""
     if AutoModel._model_mapping.get(type(model.config), None) is type(model):
         return AutoModel
     return type(model)
 
 
 def _lend_unsaved(model: nn.Module, again: nn.Module) -> None:
-    """Give `again` the unsaved buffers of `model`, such as frequencies of positions, where they differ by rounding.
+    """Copy unsaved buffers of `model`, such as position frequencies, to `again` where they differ only by rounding.
 
-    A model that was cast after it had been built has rounded them.
+    A model that was cast after being built has rounded them.
     """
     ours = dict(model.named_buffers())
     for path, module in again.named_modules():
         for name in module._non_persistent_buffers_set:
-            theirs, found = module._buffers[name], ours.get(f"{path}.{name}".lstrip("."))
-            if theirs is None or found is None or not theirs.is_floating_point():
+            theirs, own = module._buffers[name], ours.get(f"{path}.{name}".lstrip("."))
+            if theirs is None or own is None or not theirs.is_floating_point():
                 continue
-            if proof.difference(found, theirs) <= proof.tolerance(torch.bfloat16):
-                module._buffers[name] = found
+            if proof.difference(own, theirs) <= proof.tolerance(torch.bfloat16):
+                module._buffers[name] = own
 
 
 def _check_same(
@@ -141,36 +141,36 @@ def _check_same(
     outputs: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None = None,
 ) -> None:
-    """Compare what is saved and what comes back: all common weights, and the outputs.
+    """Compare a model with its reloaded copy: all common weights, and the outputs.
 
-    A part that only one of them has, such as a pooler that nobody calls, is none of the outputs.
+    A part that only one of them has, such as an unused pooler, does not affect the outputs.
     """
     ours, theirs = (module.state_dict() for module in pair)
     unequal = [key for key in ours if key in theirs and not _identical(ours[key], theirs[key])]
     if unequal:
         raise NotExactError(
-            f"{name} does not come back from what it saves: {len(unequal)} of its {len(ours)} tensors are others, "
+            f"{name} is not the same after saving and loading: {len(unequal)} of its {len(ours)} tensors differ, "
             f"such as {unequal[0]}"
         )
-    found, expected = (torch.nan_to_num(output) for output in outputs)  # a broken model is saved as it is
-    if proof.is_rounding(found, expected, mask):
+    actual, expected = (torch.nan_to_num(output) for output in outputs)  # a broken model may be saved, too
+    if proof.is_rounding(actual, expected, mask):
         return
     missing = sorted(ours.keys() ^ theirs.keys())
     reason = (
         f"its configuration does not describe {missing[0]} and {len(missing) - 1} more tensors"
         if missing
-        else "something that is set on the model is not part of its configuration"
+        else "something set on the model is not part of its configuration"
     )
     raise NotExactError(
-        f"{name} does not come back from what it saves: its outputs differ by "
-        f"{proof.difference(found, expected, mask):.1g} of their size; {reason}"
+        f"{name} is not the same after saving and loading: its outputs differ by "
+        f"{proof.difference(actual, expected, mask):.1g} of their size; {reason}"
     )
 
 
 def _identical(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
-    if ours.dtype != theirs.dtype:  # some models keep a few weights in float32 whatever they are cast to
+    if ours.dtype != theirs.dtype:  # some models keep a few weights in float32 in any dtype
         if not (ours.is_floating_point() and theirs.is_floating_point()):
             return False
         ours, theirs = ours.double(), theirs.double()

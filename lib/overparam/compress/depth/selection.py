@@ -1,4 +1,4 @@
-"""L3Prune: where to cut, from the contrastive loss of every depth before any training."""
+"""L3Prune: where to cut a model, by the contrastive loss of every depth before training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LayerLoss:
         low: Lower end of the 95 % percentile bootstrap interval of the mean over queries (candidates held
             fixed). float64 [L + 1]
         high: Its upper end. float64 [L + 1]
-        seed: Of the shuffling into batches and of the bootstrap.
-        batch_size: Queries that share their candidates: each sees `batch_size` positives and as many negatives.
-        scale: The factor on the cosine (1 / temperature).
+        seed: Seed of the shuffling into batches and of the bootstrap.
+        batch_size: Queries that share candidates: each has `batch_size` positives and as many negatives.
+        scale: Factor on the cosine (1 / temperature).
     """
 
     per_query: NDArray[np.float64]
@@ -51,13 +51,13 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class Cuts:
-    """The two picks of L3Prune, as numbers of blocks kept.
+    """The two cuts of L3Prune, as numbers of kept blocks.
 
     Attributes:
-        small: Depth with the least loss in the first half, 1 … L // 2.
-        large: Depth with the least loss in the second half, L // 2 + 1 … L.
+        small: Depth of lowest loss in the first half, 1 … L // 2.
+        large: Depth of lowest loss in the second half, L // 2 + 1 … L.
         interior_small: Whether `small` is a local minimum of the whole curve, not just the edge of its half.
-        interior_large: The same for `large`. False for `large` = L: then nothing is pruned.
+        interior_large: The same for `large`. False if `large` = L: then nothing is pruned.
     """
 
     small: int
@@ -82,22 +82,22 @@ def initial_loss(
 ) -> LayerLoss:
     """Measure the contrastive loss of every depth of an untrained encoder (L3Prune, arXiv 2410.14578).
 
-    Queries are shuffled into batches over all sources, as in the official code; within a batch each query is
-    scored against all positives and all hard negatives by cosine × `scale`, and the loss is the cross-entropy
-    of its own positive. Every distinct text is encoded once, for all depths together.
+    Queries are shuffled into batches over all sources, as in the official code. Within a batch, each query is scored
+    against all positives and all hard negatives by cosine × `scale`; the loss is the cross-entropy of its own
+    positive. Each distinct text is encoded once, for all depths together.
 
     Args:
         model: A text encoder or a decoder without its head.
-        tokenizer: Its tokenizer.
-        triplets: Objects with ``query``, ``positive`` and ``negative`` texts, and with ``query_instruction`` and
-            ``document_instruction`` where there are any.
-        batch_size: Queries a batch. A last, smaller batch is left out: its loss would be on another scale.
+        tokenizer: The model's tokenizer.
+        triplets: Objects with ``query``, ``positive`` and ``negative`` texts, and optionally ``query_instruction`` and
+            ``document_instruction``.
+        batch_size: Queries per batch. An incomplete last batch is left out: its loss would be on another scale.
         scale: By default the recipe's: 20 as in the official README, or 50 as in the official training script.
         pooling: See `layer_embeddings`.
-        instruction: Put before queries, not before documents, instead of what the triplets say.
-        recipe: `PUBLISHED` puts the triplets' instructions and the chat template around the texts, leaves ``<bos>``
-            out and counts weights from the text's first token; `PLAIN` does none of it.
-        seed: Of the shuffling and the bootstrap.
+        instruction: Put before queries, not before documents, instead of the triplets' own instructions.
+        recipe: `PUBLISHED` puts the triplets' instructions and the chat template around the texts, does not pool
+            ``<bos>`` and counts weights from the text's first token; `PLAIN` does none of this.
+        seed: Seed of the shuffling and the bootstrap.
         batch_tokens: See `layer_embeddings`.
         max_length: See `layer_embeddings`.
 
@@ -133,7 +133,7 @@ def initial_losses(
     batch_tokens: int = 1024,
     max_length: int = 512,
 ) -> list[LayerLoss]:
-    """Measure `initial_loss` with each of several factors on the cosine; the texts are encoded once for all."""
+    """Measure `initial_loss` for each of several factors on the cosine; the texts are encoded only once."""
     if len(triplets) < batch_size or batch_size < 2:
         raise ValueError(
             f"initial_loss needs at least one batch of {batch_size} (2 or more) triplets, got {len(triplets)}"
@@ -164,7 +164,7 @@ def initial_losses(
     every = unit[[row[each] for each in shown]].transpose(0, 1)  # [L + 1, texts, hidden]
     count = len(chosen)
     queries, positives, negatives = (every[:, part * count : (part + 1) * count] for part in range(3))
-    found = []
+    losses = []
     for scale in scales:
         per_query = np.concatenate(
             [
@@ -181,10 +181,10 @@ def initial_losses(
                 f"the loss at depth {depth} is not finite; load the model in float32 or bfloat16"
             )
         generator = np.random.default_rng(seed)
-        generator.permutation(len(triplets))  # the bootstrap goes on where the shuffling ended
+        generator.permutation(len(triplets))  # the bootstrap continues with the state that the shuffling left
         low, high = np.percentile(_resampled_means(per_query, generator), [2.5, 97.5], axis=0)
-        found.append(LayerLoss(per_query, per_query.mean(axis=0), low, high, seed, batch_size, scale))
-    return found
+        losses.append(LayerLoss(per_query, per_query.mean(axis=0), low, high, seed, batch_size, scale))
+    return losses
 
 
 def info_nce(
@@ -207,7 +207,7 @@ def info_nce(
 
 
 def l3prune(layer_loss: LayerLoss) -> Cuts:
-    """Pick the depth of least loss in each half of the model (L3Prune, algorithm 1); ties go to the shallower.
+    """Pick the depth of lowest loss in each half of the model (L3Prune, algorithm 1); of ties, the shallower.
 
     Raises:
         ValueError: If the model has fewer than two blocks or a mean loss is not finite.
@@ -222,7 +222,7 @@ def l3prune(layer_loss: LayerLoss) -> Cuts:
 
 
 def pick_frequencies(layer_loss: LayerLoss, *, n_resamples: int = 2000) -> dict[str, NDArray[np.float64]]:
-    """How often each depth is picked when queries are resampled: the stability of the two picks.
+    """Return how often each depth is picked when queries are resampled: the stability of the two cuts.
 
     Returns:
         ``{"small": [L + 1], "large": [L + 1]}``; each sums to one.
@@ -237,7 +237,7 @@ def pick_frequencies(layer_loss: LayerLoss, *, n_resamples: int = 2000) -> dict[
 
 
 def _halves(means: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Depth of the least loss in each half. [resamples, L + 1] -> [resamples, 2]."""
+    """Depth of lowest loss in each half. [resamples, L + 1] -> [resamples, 2]."""
     middle = (means.shape[1] - 1) // 2
     small = means[:, 1 : middle + 1].argmin(axis=1) + 1
     large = means[:, middle + 1 :].argmin(axis=1) + middle + 1

@@ -20,7 +20,7 @@ from overparam.support import progress
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """What layers do to the residual stream, averaged over texts.
+    """How layers change the residual stream, averaged over texts.
 
     Attributes:
         block_influence: 1 − mean cosine between a block's input and output over all tokens (ShortGPT, eq. 1).
@@ -47,7 +47,7 @@ def layer_similarity(
         NotExactError: If the depths of this architecture cannot be read from one pass.
     """
     padded = reading(model).padding_is_neutral
-    states: list[torch.Tensor] = []  # last token by depth, of the current batch
+    states: list[torch.Tensor] = []  # states of the last token by depth, for the current batch
     previous = torch.empty(0)
     mask = torch.empty(0)
     cosine_sums: list[float] = []
@@ -56,7 +56,7 @@ def layer_similarity(
 
     def visit(depth: int, hidden: torch.Tensor) -> None:
         nonlocal previous
-        hidden = hidden[:, : mask.shape[1]].flatten(2)  # several streams of a token count as one
+        hidden = hidden[:, : mask.shape[1]].flatten(2)  # several streams per token are treated as one
         if depth:
             cosine = torch.nn.functional.cosine_similarity(previous.float(), hidden.float(), dim=-1)
             if len(cosine_sums) < depth:
@@ -84,14 +84,14 @@ def layer_similarity(
 
 
 def keep_by_block_influence(similarity: LayerSimilarity, keep_layers: int) -> list[int]:
-    """Keep the `keep_layers` blocks with the highest Block Influence, wherever they stand; indices from 0."""
+    """Keep the `keep_layers` blocks with the highest Block Influence, at any position; indices from 0."""
     influence = similarity.block_influence
     count = len(kept_indices(keep_layers, len(influence)))
     return sorted(int(index) for index in np.argsort(-influence, kind="stable")[:count])
 
 
 def keep_by_angular_distance(similarity: LayerSimilarity, keep_layers: int) -> list[int]:
-    """Remove the run of blocks whose ends are closest in angle; indices (from 0) of those that stay."""
+    """Remove the run of blocks whose ends are closest in angle; return the kept indices (from 0)."""
     total = len(similarity.block_influence)
     removed = total - len(kept_indices(keep_layers, total))
     distances = [similarity.angular_distance[start, start + removed] for start in range(total - removed + 1)]
@@ -100,6 +100,6 @@ def keep_by_angular_distance(similarity: LayerSimilarity, keep_layers: int) -> l
 
 
 def keep_random(total: int, keep_layers: int, *, seed: int) -> list[int]:
-    """Keep `keep_layers` of `total` blocks drawn at random, in their order; indices from 0."""
+    """Keep `keep_layers` of `total` blocks at random, in order; indices from 0."""
     count = len(kept_indices(keep_layers, total))
     return sorted(int(i) for i in np.random.default_rng(seed).choice(total, count, replace=False))

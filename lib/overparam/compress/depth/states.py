@@ -1,4 +1,4 @@
-"""The hidden states between blocks, seen during an ordinary forward pass."""
+"""Hidden states between blocks, observed during an ordinary forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def each_depth(
 ) -> Iterator[None]:
     """Call ``visit(depth, hidden_states)`` for each depth during every forward pass.
 
-    States are those before what follows the last block, such as a final norm; depth 0 is the embedding layer.
+    States are taken before anything that follows the last block, such as a final norm; depth 0 is the embedding layer.
     """
     layers = blocks(model).layers
 
@@ -42,12 +42,12 @@ def each_depth(
 
 
 def first(output: Any) -> Any:
-    """What a module returns first: the hidden states, where it returns more."""
+    """The first output of a module: the hidden states, if it returns several values."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Arguments that keep a decoder from storing keys and values that nobody reads."""
+    """Arguments that keep a decoder from storing keys and values, which are not used here."""
     return (
         {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
     )

@@ -1,4 +1,4 @@
-"""Cut layers from a model so that what is left is an ordinary checkpoint."""
+"""Cut layers from a model so that the rest is an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from overparam.models import blocks, proof, sharing_copy
 from overparam.models.proof import NotExactError
 from overparam.models.structure import COUNTS
 
-# (signature, layers that stay) -> whether these run with a cache of keys and values
+# (signature, kept layers) -> whether these run with a cache of keys and values
 _proved: dict[tuple[str, tuple[int, ...]], bool] = {}
 
 
 def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
-    """Keep the first `keep_layers` blocks of `model`, or the blocks whose indices are given.
+    """Keep the first `keep_layers` blocks of `model`, or the blocks with the given indices.
 
-    Changes `model` in place and keeps its configuration consistent (number of layers, lists with an entry for each
-    layer such as ``layer_types``, counts such as ``first_k_dense_replace``), so that `save`, or ``save_pretrained``
-    and ``AutoModel.from_pretrained``, give the same model again. Before anything is changed, a model built from the new
-    configuration is compared with the layers that stay, once for each architecture and choice in a process. Where no
-    layer with attention stays, and the model cannot count tokens in its cache, the new configuration says
-    ``use_cache: false``, so that it runs.
+    Changes `model` in place and keeps its configuration consistent (number of layers, lists with an entry per layer
+    such as ``layer_types``, counts such as ``first_k_dense_replace``), so that `save`, or ``save_pretrained`` and
+    ``AutoModel.from_pretrained``, give the same model again. Before anything is changed, a model built from the new
+    configuration is compared with the kept layers, once per architecture, choice and process. If no kept layer has
+    attention, and the model then cannot count tokens in its cache, the new configuration has ``use_cache: false``.
 
     Args:
         model: A text encoder or a decoder without its head.
-        keep_layers: How many leading blocks stay, a count in 1…L; or the increasing indices (from 0) of those
-            that stay.
+        keep_layers: How many leading blocks to keep, in 1…L; or increasing indices (from 0) of the blocks to keep.
 
     Returns:
         The same model.
@@ -40,7 +38,7 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
     Raises:
         TypeError: If `keep_layers` is a fraction or another kind of value.
         ValueError: If it is out of range, or indices repeat or decrease.
-        NotExactError: If no configuration of the architecture describes the layers that stay; the model is unchanged.
+        NotExactError: If no configuration of the architecture describes the kept layers; the model is unchanged.
     """
     total = len(blocks(model).layers)
     kept = kept_indices(keep_layers, total)
@@ -54,15 +52,15 @@ def truncate(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTra
 
 
 def truncated(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
-    """Return a truncated copy of `model` that shares its weights, so that it takes no memory of its own.
+    """Return a truncated copy of `model` that shares its weights and so needs no memory of its own.
 
-    For encoding and saving; train a copy of it. Arguments and errors are those of `truncate`.
+    Use it for encoding and saving; train only a copy of it. Arguments and errors are those of `truncate`.
     """
     return truncate(sharing_copy(model), keep_layers)
 
 
 def cut(model: PreTrainedModel, kept: Sequence[int], *, renumber: bool = True) -> PreTrainedModel:
-    """Leave the layers `kept` in `model`, in place, without a proof that it can be saved."""
+    """Keep only the layers `kept` of `model`, in place, without a proof that it can be saved."""
     stack = blocks(model)
     config = shortened(model.config, stack.counts, kept, len(stack.layers))
     leading = list(kept) == list(range(len(kept)))
@@ -79,7 +77,7 @@ def cut(model: PreTrainedModel, kept: Sequence[int], *, renumber: bool = True) -
 
 
 def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:
-    """Turn a count or a list of indices into the list of indices that stay, checked against `total`."""
+    """Return the kept indices, given a count or a list of indices, checked against `total`."""
     if isinstance(keep_layers, bool | float | str):
         raise TypeError(
             f"keep_layers must be a count in 1..{total} or a list of layer indices, got {keep_layers!r}"
@@ -95,7 +93,7 @@ def kept_indices(keep_layers: int | Sequence[int], total: int) -> list[int]:
 
 
 def _renumber(layers: nn.ModuleList, reference: nn.ModuleList) -> None:
-    """Tell every layer its new place, as the model built from the configuration does; caches are indexed by it."""
+    """Set every layer's own index as in the model built from the configuration; caches are indexed by it."""
     for layer, other in zip(layers, reference, strict=True):
         theirs = dict(other.named_modules())
         for path, module in layer.named_modules():
@@ -105,10 +103,10 @@ def _renumber(layers: nn.ModuleList, reference: nn.ModuleList) -> None:
 
 @proof.timed()
 def _check(model: PreTrainedModel, kept: Sequence[int]) -> bool:
-    """Refuse a cut that cannot be saved, or whose layers compute otherwise in their new places.
+    """Refuse a cut that cannot be saved, or whose layers compute something else in their new places.
 
     Returns:
-        Whether it runs as it is called by default, with a cache where the model has one.
+        Whether the cut model runs with default arguments, that is with a cache if the model has one.
     """
     name = (proof.signature(model), tuple(kept))
     if name in _proved:
@@ -135,13 +133,13 @@ def _runs_by_default(model: PreTrainedModel, kept: Sequence[int]) -> bool:
             cut(sharing_copy(model), kept).eval()(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask
             )
-    except Exception:  # layers without attention alone: their cache does not count tokens
+    except Exception:  # only layers without attention: their cache does not count tokens
         return False
     return True
 
 
 def _check_outputs(model: PreTrainedModel, kept: Sequence[int], built: PreTrainedModel | None) -> None:
-    """Compare outputs of the cut model, of the one built for it, and of layers that keep their old numbers."""
+    """Compare outputs of the cut model, of the model built for it, and of layers that keep their old indices."""
     name, batch = type(model).__name__, proof.probe(model)
 
     def run(small: PreTrainedModel) -> torch.Tensor:
@@ -162,16 +160,16 @@ def _check_outputs(model: PreTrainedModel, kept: Sequence[int], built: PreTraine
     if unlike:
         raise NotExactError(
             f"{name}: layers {list(kept)} of {len(blocks(model).layers)} cannot be saved: a model that is built from "
-            "their configuration computes otherwise with the same weights; keep another number of leading layers"
+            "their configuration computes something else with the same weights; keep another number of leading layers"
         )
     if list(kept) == list(range(len(kept))):
         return
     try:
         moved = differs(cut(sharing_copy(model), kept, renumber=False))
-    except Exception:  # an old number lies outside of the new model's lists
+    except Exception:  # an old index is outside of the new model's lists
         return
     if moved:
         raise NotExactError(
-            f"{name}: its layers compute with their own position, so that layers {list(kept)} are others once they "
-            "have moved; keep leading layers"
+            f"{name}: its layers compute with their own index, so layers {list(kept)} would compute something else in "
+            "new places; keep leading layers"
         )

@@ -1,10 +1,10 @@
-"""Distillation: students of a given size, their first weights, and what they learn from a teacher.
+"""Distillation: students of a given size, their initial weights, and training with a teacher.
 
 A student is an ordinary BERT encoder with a given share of its teacher's parameters, embedding tables included.
-`vocabulary` trains its tokenizer, `students` chooses its shape, and `starts` writes its first weights: token vectors
-borrowed from the teacher's outputs, or, for the control, a cut through the teacher's own layers. It then learns the
-teacher's embeddings (`embedding`), a task (`classifier`), or, for decoders, next tokens (`decoder`); the losses are
-in `losses`, the loop in `training`.
+`vocabulary` trains its tokenizer, `students` chooses its shape, and `starts` sets its initial weights: token vectors
+taken from the teacher's outputs or, as a control, a part of the teacher's own layers. It then learns the teacher's
+embeddings (`embedding`) or a task (`classifier`); decoders learn next tokens (`decoder`). Losses are in `losses`, the
+training loop in `train.distillation`.
 """
 
 from typing import TYPE_CHECKING

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 UNLABELLED = -100
-_MATCHING_TEMPERATURE = 0.1  # of the similarities of pooled hidden states
+_MATCHING_TEMPERATURE = 0.1  # temperature of the similarities of pooled hidden states
 
 
 def train_classifier(
@@ -34,23 +34,23 @@ def train_classifier(
     checkpoint: Path | None = None,
     label: str = "training a classifier",
 ) -> Log:
-    """Train a classifier in place: a teacher on labels, or a student on what its teacher gives.
+    """Train a classifier in place: a teacher on labels, or a student on labels and its teacher's outputs.
 
     Args:
         model: From `encoders.as_classifier`.
-        texts: Labelled texts, and unlabelled ones where the teacher gives soft targets.
+        texts: Labelled texts, and unlabelled ones if the teacher gives soft targets.
         labels: Class of each text, or `UNLABELLED`. int64 [texts]
-        recipe: See `training.Recipe`.
-        teacher_logits: Soft targets (Hinton et al. 2015, arXiv 1503.02531); None: labels alone. [texts, classes]
-        teacher_states: Pooled hidden states of the teacher, whose similarities between texts the student's are to
-            match (as its token states cannot be, when its tokens are others). [texts, hidden]
-        temperature: Of the soft targets.
+        recipe: See `train.distillation.Recipe`.
+        teacher_logits: Soft targets (Hinton et al. 2015, arXiv 1503.02531); None to use only labels. [texts, classes]
+        teacher_states: Pooled hidden states of the teacher; the student learns the similarities between texts that
+            they have. (Token states cannot be compared if the tokenizers differ.) [texts, hidden]
+        temperature: Temperature of the soft targets.
         soft_weight: Weight of the soft targets; the labels have the rest.
-        checkpoint: See `training.fit`.
-        label: Name of the step in the progress display.
+        checkpoint: See `train.distillation.fit`.
+        label: Name shown in the progress display.
 
     Raises:
-        ValueError: Labels out of range or missing, or logits and states of other texts or classes.
+        ValueError: Labels are out of range or missing, or logits or states are of other texts or classes.
         FloatingPointError: If the loss is not finite.
     """
     import torch
@@ -70,7 +70,9 @@ def train_classifier(
             f"teacher's logits are {list(teacher_logits.shape)}"
         )
     if teacher_states is not None and len(teacher_states) != len(texts):
-        raise ValueError(f"teacher_states must have {len(texts)} rows, one a text, got {len(teacher_states)}")
+        raise ValueError(
+            f"teacher_states must have {len(texts)} rows, one per text, got {len(teacher_states)}"
+        )
     ids = token_ids(model, texts)
     device = model.device
     target = torch.from_numpy(labels).to(device)
@@ -80,7 +82,7 @@ def train_classifier(
     def loss(chosen: NDArray[np.int64]) -> torch.Tensor:
         rows = torch.from_numpy(chosen).to(device)
         hidden, logits = forward(model, [ids[text] for text in chosen])
-        found = losses.classification(
+        total = losses.classification(
             logits,
             target[rows],
             None if soft is None else soft[rows],
@@ -88,7 +90,7 @@ def train_classifier(
             soft_weight=0.0 if soft is None else soft_weight,
         )
         if states is not None:
-            found = found + losses.similarity_kl(hidden, states[rows], temperature=_MATCHING_TEMPERATURE)
-        return found
+            total = total + losses.similarity_kl(hidden, states[rows], temperature=_MATCHING_TEMPERATURE)
+        return total
 
     return fit(model, loss, [len(row) for row in ids], recipe, checkpoint=checkpoint, label=label)

@@ -1,4 +1,4 @@
-"""Distillation of a decoder, next token by next token, on given texts or on those that the student writes itself."""
+"""Distillation of a decoder by next-token probabilities, on given texts or on texts that the student samples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OBJECTIVES = {
 
 
 class _Batch(NamedTuple):
-    """Prompts padded on the left and targets padded on the right, so that all targets begin in one column."""
+    """Prompts padded on the left and targets padded on the right, so that all targets begin in the same column."""
 
     input_ids: Tensor  # [rows, prompt + target]
     mask: Tensor  # [rows, prompt + target]
@@ -58,44 +58,43 @@ def distill_decoder(
     every: int = 100,
     label: str = "distilling",
 ) -> list[float]:
-    """Train `student` in place to give the next tokens of targets the probabilities that `teacher` gives them.
+    """Train `student` in place to predict the next tokens of targets with the probabilities of `teacher`.
 
     Generalised knowledge distillation (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1): a batch has the
-    targets that were given or, with a probability of `on_policy_share`, such as the student samples for the same
-    prompts at temperature 1; no gradient goes through the sampling. The loss is the mean over the target tokens of a
-    step. Each pass over the pairs has an order of its own. The learning rate falls linearly to zero if the recipe's
-    `decay` is as long as its `steps`. Parameters that require a gradient are trained; in bfloat16 small steps
-    round away.
+    given targets or, with probability `on_policy_share`, targets that the student samples for the same prompts at
+    temperature 1; no gradient flows through the sampling. The loss is the mean over the target tokens of a step. The
+    pairs are shuffled again for each pass. The learning rate falls linearly to zero if the recipe's `decay` equals
+    its `steps`. Parameters that require a gradient are trained; in bfloat16, small steps are lost to rounding.
 
-    A batch takes some 30 bytes (45 for "jsd") times its target tokens, padding included, times the vocabulary: 4 GB
-    for 1,024 tokens of a vocabulary of 128,000. A copy of the trained parameters is kept, too.
+    Memory per batch: about 30 bytes (45 for "jsd") times its target tokens, padding included, times the vocabulary:
+    4 GB for 1,024 tokens and a vocabulary of 128,000. A copy of the trained parameters is kept as well.
 
     Args:
-        student: A decoder with its language-modelling head; afterwards in evaluation mode.
-        teacher: Another one, over the same tokens; not changed but put into evaluation mode.
-        prompts: Token ids before each target, special tokens included, at least one.
-        targets: Token ids of each target, at least one; the end token is learnt where a target has it.
+        student: A decoder with its language-modelling head; in evaluation mode afterwards.
+        teacher: Another decoder with the same tokens; not changed, but put into evaluation mode.
+        prompts: Token ids before each target, special tokens included; at least one each.
+        targets: Token ids of each target, at least one each; the end token is learned where a target has it.
         recipe: See `causal.Recipe`, without label smoothing and load balance. A step has `accumulate` batches.
-        objective: What is compared, see `losses`: "forward_kl", "reverse_kl" or "jsd" (`generalized_jsd`).
-        on_policy_share: Share of batches with targets by the student, 0..1.
-        beta: Of "jsd"; the others have none.
-        temperature: Divides the logits of both in the loss.
-        batch_size: Pairs a batch.
-        max_new_tokens: Length of sampled targets; by default that of the batch's longest target.
-        tokenizers: Those of student and teacher, compared if given; otherwise only the sizes of vocabularies are.
-        checkpoint: Folder of the state; a run that finds one there goes on from it.
+        objective: The loss, see `losses`: "forward_kl", "reverse_kl" or "jsd" (`generalized_jsd`).
+        on_policy_share: Share of batches with targets sampled by the student, 0..1.
+        beta: Parameter of "jsd"; the other objectives ignore it.
+        temperature: Divides the logits of both models in the loss.
+        batch_size: Pairs per batch.
+        max_new_tokens: Length of sampled targets; by default that of the longest target in the batch.
+        tokenizers: Tokenizers of student and teacher, to be compared; without them only vocabulary sizes are.
+        checkpoint: Folder for the training state; a run that finds a state there resumes from it.
         every: Steps between checkpoints.
-        label: Name of the step in the progress display.
+        label: Name shown in the progress display.
 
     Returns:
         The loss of every step, before its update.
 
     Raises:
-        ValueError: Vocabularies differ; ids of the student lie outside of its own; prompts and targets are not equally
-            many, empty or beyond the vocabulary; an argument is out of its range; the student should write but has no
-            end token; or a checkpoint of another recipe or model.
-        FloatingPointError: The loss or its gradient is not finite; says at which step. The student then has the
-            weights with which they last were.
+        ValueError: Vocabularies differ; the student uses ids outside its own vocabulary; prompts and targets differ in
+            number, are empty or have unknown ids; an argument is out of range; the student is to sample but has no end
+            token; or the checkpoint is of another recipe or model.
+        FloatingPointError: The loss or its gradient is not finite; the message names the step. The student then has
+            the last weights for which both were finite.
     """
     import torch
 
@@ -110,7 +109,7 @@ def distill_decoder(
     optimizers = causal.optimizers_of(student, recipe)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     order = _order(len(prompts), batch_size, recipe.seed)
-    # a stream of its own, so that the order of pairs is the same whatever the share
+    # a separate generator, so that the order of pairs does not depend on the share
     choices = np.random.default_rng([recipe.seed, 1])
     settings = asdict(recipe) | {
         "objective": objective,
@@ -119,10 +118,10 @@ def distill_decoder(
         "temperature": temperature,
         "batch_size": batch_size,
     }
-    found: list[float] = []
+    step_losses: list[float] = []
     if checkpoint and (stored := checkpoints.find(checkpoint)):
-        found = checkpoints.restore(stored, student, optimizers, recipe=settings)["loss"]
-    done = len(found)
+        step_losses = checkpoints.restore(stored, student, optimizers, recipe=settings)["loss"]
+    done = len(step_losses)
     for _ in range(done * recipe.accumulate):
         next(order), choices.random()
     good: list[Tensor] = []  # weights before the last update
@@ -130,7 +129,7 @@ def distill_decoder(
     try:
         with torch.random.fork_rng():
             for step in progress.track(range(done, recipe.steps), label):
-                torch.manual_seed(recipe.seed * 1_000_003 + step)  # a run that resumes draws the same
+                torch.manual_seed(recipe.seed * 1_000_003 + step)  # a resumed run draws the same
                 batches = []
                 for _ in range(recipe.accumulate):
                     rows = next(order)
@@ -151,9 +150,11 @@ def distill_decoder(
                         group["lr"] = recipe.rate(step)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                found.append(loss)
+                step_losses.append(loss)
                 if checkpoint and ((step + 1) % every == 0 or step + 1 == recipe.steps):
-                    checkpoints.store(checkpoint, student, optimizers, recipe=settings, log={"loss": found})
+                    checkpoints.store(
+                        checkpoint, student, optimizers, recipe=settings, log={"loss": step_losses}
+                    )
     except FloatingPointError:
         with torch.no_grad():
             for parameter, value in zip(trained, good, strict=False):  # there is none before the first update
@@ -162,7 +163,7 @@ def distill_decoder(
     finally:
         student.zero_grad(set_to_none=True)
         student.eval()
-    return found
+    return step_losses
 
 
 def token_kl(
@@ -174,22 +175,22 @@ def token_kl(
     batch_size: int = 8,
     label: str = "comparing decoders",
 ) -> NDArray[np.float64]:
-    """How far the student's next tokens are from the teacher's, on given texts: KL in both directions.
+    """Measure how far the student's next-token probabilities are from the teacher's: KL in both directions.
 
     Args:
         student: A decoder with its language-modelling head.
-        teacher: Another one, over the same tokens.
+        teacher: Another decoder with the same tokens.
         prompts: As in `distill_decoder`.
         targets: As in `distill_decoder`.
-        batch_size: Pairs a batch.
-        label: Name of the step in the progress display.
+        batch_size: Pairs per batch.
+        label: Name shown in the progress display.
 
     Returns:
-        float64 [pairs, 3]: KL(teacher ‖ student) and KL(student ‖ teacher) in nats, summed over the tokens of the
-        target, and the number of these.
+        float64 [pairs, 3]: KL(teacher ‖ student) and KL(student ‖ teacher) in nats, summed over the target's tokens,
+        and the number of those tokens.
 
     Raises:
-        ValueError: As `distill_decoder` does for vocabularies and pairs.
+        ValueError: As for `distill_decoder`, for vocabularies and pairs.
     """
     import torch
 
@@ -217,7 +218,7 @@ def token_kl(
 def _gradients(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: list[_Batch], compare: partial[Tensor]
 ) -> float:
-    """Add up the gradients of a step; return its loss, the mean over target tokens."""
+    """Accumulate the gradients of a step; return its loss, the mean over target tokens."""
     import torch
 
     tokens = sum(int(batch.scored.sum()) for batch in batches)
@@ -233,7 +234,7 @@ def _gradients(
 
 
 def _target_logits(model: PreTrainedModel, batch: _Batch) -> Tensor:
-    """Logits that predict the tokens of the targets, [tokens, vocabulary], as the model's own code makes them."""
+    """Logits that predict the targets' tokens, [tokens, vocabulary], computed by the model's own code."""
     mask = batch.mask.to(model.device)
     logits = model(
         input_ids=batch.input_ids.to(model.device),
@@ -263,9 +264,9 @@ def _batch(prompts: Sequence[Ids], targets: Sequence[Ids], device: torch.device)
 def _sample(
     student: PreTrainedModel, prompts: Sequence[Ids], max_new_tokens: int, ends: list[int]
 ) -> list[Ids]:
-    """Let the student write a target for each prompt, up to its first end token, which is kept.
+    """Sample a target for each prompt from the student, up to and including the first end token.
 
-    Settings are given one by one, so that those of a checkpoint (top-k, penalties) do not apply.
+    All sampling settings are set here, so that those of a checkpoint (top-k, penalties) do not apply.
     """
     from transformers import GenerationConfig
 
@@ -293,7 +294,7 @@ def _sample(
 
 
 def _order(pairs: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of the pairs of each batch, without end; a pass begins where the one before it ends."""
+    """Yield the indices of the pairs of each batch, forever; the last batch of a pass is filled from the next pass."""
     rng = np.random.default_rng([seed, 0])
     waiting = np.empty(0, dtype=np.int64)
     while True:
@@ -341,7 +342,7 @@ def _check_arguments(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if recipe.label_smoothing or recipe.balance:
-        raise ValueError("distillation knows no label_smoothing and no balance: set both to 0 in the recipe")
+        raise ValueError("distillation has no label_smoothing and no balance: set both to 0 in the recipe")
 
 
 def _check_vocabularies(
@@ -361,15 +362,15 @@ def _check_vocabularies(
     if first != second:
         token = min(set(first.items()) ^ set(second.items()))[0]
         raise ValueError(
-            f"the tokenizers of student and teacher differ: {token!r} is {first.get(token, 'missing')} in the one, "
-            f"{second.get(token, 'missing')} in the other"
+            f"the tokenizers of student and teacher differ: {token!r} is {first.get(token, 'missing')} in the "
+            f"student's, {second.get(token, 'missing')} in the teacher's"
         )
 
 
 def _check_pairs(prompts: Sequence[Ids], targets: Sequence[Ids], vocabulary: int) -> None:
     if len(prompts) != len(targets) or not len(prompts):
         raise ValueError(
-            f"prompts and targets must be equally many, at least 1, got {len(prompts)} and {len(targets)}"
+            f"prompts and targets must be equal in number, at least 1, got {len(prompts)} and {len(targets)}"
         )
     for what, rows in (("prompt", prompts), ("target", targets)):
         for index, ids in enumerate(rows):

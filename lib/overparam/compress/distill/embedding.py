@@ -1,4 +1,4 @@
-"""Students that give the sentence embeddings of a teacher."""
+"""Distillation of sentence embeddings: students that reproduce those of a teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Objective = Literal["cosine", "relational", "both"]
-TEMPERATURE = 0.05  # of the relational loss
+TEMPERATURE = 0.05  # temperature of the relational loss
 
 
 def distill_embeddings(
@@ -34,19 +34,19 @@ def distill_embeddings(
     """Train `encoder` in place to embed texts as the teacher does.
 
     "cosine" is one minus the cosine to the teacher's embedding (Reimers & Gurevych 2020, arXiv 2004.09813, with
-    unit vectors); "relational" compares which other texts of the batch are near (`losses.similarity_kl`).
+    unit vectors); "relational" compares similarities to the other texts of the batch (`losses.similarity_kl`).
 
     Args:
         encoder: From `encoders.as_encoder`.
-        texts: Without labels.
+        texts: Texts without labels.
         targets: The teacher's embeddings. float32 [texts, width]
-        recipe: See `training.Recipe`.
-        objective: Which of the losses; "both" adds them.
-        checkpoint: See `training.fit`.
-        label: Name of the step in the progress display.
+        recipe: See `train.distillation.Recipe`.
+        objective: Which loss; "both" adds the two.
+        checkpoint: See `train.distillation.fit`.
+        label: Name shown in the progress display.
 
     Raises:
-        ValueError: Not one target a text, targets that are not finite, or of another width than the encoder's.
+        ValueError: Targets are not one per text, not finite, or of another width than the encoder's embeddings.
         FloatingPointError: If the loss is not finite.
     """
     import torch

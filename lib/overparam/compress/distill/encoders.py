@@ -1,4 +1,4 @@
-"""Students and teachers as sentence-transformers models: what they are built of, and what they give."""
+"""Students and teachers as sentence-transformers models: how they are built, and their outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from overparam.models.folder_recipe import Dense
 
 
-_PROMPT = "default"  # name of the prompt that a recipe puts before every text
+_PROMPT = "default"  # name of a recipe's default prompt
 
 
 def as_encoder(
@@ -33,22 +33,22 @@ def as_encoder(
     max_length: int,
     seed: int = 0,
 ) -> SentenceTransformer:
-    """Wrap a text encoder as its recipe says: one without a recipe gets mean pooling and unit length.
+    """Wrap a text encoder as its recipe says; without a recipe, with mean pooling and unit length.
 
     A model from a sentence-transformers folder (`models.load`) keeps its pooling, dense layers, prompt and maximum
-    length, so that it gives the embeddings that its authors published (`models.recipe`).
+    length, so that its embeddings are those its authors published (`models.recipe`).
 
     Args:
         model: A text encoder; it is copied.
-        tokenizer: Its tokenizer.
-        width: Dimensions of the embeddings: the teacher's. A model without a recipe gets a projection where its own
-            width is another; by default there is none.
-        max_length: Tokens of a text, where its recipe has no lower maximum.
-        seed: Of the projection.
+        tokenizer: The encoder's tokenizer.
+        width: Dimensions of the embeddings, such as the teacher's. A model without a recipe gets a projection if its
+            own width differs; by default there is none.
+        max_length: Maximum tokens per text, unless the recipe has a lower maximum.
+        seed: Seed of the projection.
 
     Raises:
-        ValueError: If the recipe gives embeddings of another width, or has parts that are not known here; or if a
-            student does not fit its tokenizer.
+        ValueError: If the recipe's embeddings have another width, the recipe has unknown parts, or a student does not
+            fit its tokenizer.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling
@@ -57,7 +57,7 @@ def as_encoder(
 
     recipe, hidden = models.recipe(model), int(model.config.get_text_config().hidden_size)
     if recipe is None:
-        if not model.config._name_or_path:  # it was built, not loaded
+        if not model.config._name_or_path:  # the model was built here, not loaded
             check_fits(model, tokenizer, max_length=max_length)
         body = contrastive.as_sentence_transformer(model, tokenizer, pooling="mean", max_length=max_length)
         head = [] if width in (None, hidden) else [_linear(hidden, width, bias=False, seed=seed)]
@@ -65,8 +65,8 @@ def as_encoder(
     check(recipe)
     if width not in (None, recipe.outputs(hidden)):
         raise ValueError(
-            f"embeddings of {recipe.where} have {recipe.outputs(hidden)} dimensions, as its modules.json says, "
-            f"not {width}: leave width out"
+            f"embeddings of {recipe.where} have {recipe.outputs(hidden)} dimensions by its modules.json, "
+            f"not {width}: leave out width"
         )
     (transformer, _) = contrastive.as_sentence_transformer(
         model, tokenizer, max_length=recipe.length(max_length)
@@ -88,7 +88,7 @@ def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) 
     Args:
         encoder: Its first two modules are the transformer and the pooling.
         classes: Number of classes.
-        seed: Of the new layer.
+        seed: Seed of the new layer.
 
     Raises:
         ValueError: Fewer than two classes.
@@ -104,9 +104,9 @@ def as_classifier(encoder: SentenceTransformer, classes: int, *, seed: int = 0) 
 
 
 def outputs(model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 64) -> NDArray[np.float32]:
-    """Return what the last module gives for each text: embeddings or class logits. float32 [texts, width]."""
-    found = model.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
-    return np.asarray(found, dtype=np.float32)
+    """Return the output of the last module for each text: embeddings or class logits. float32 [texts, width]."""
+    vectors = model.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+    return np.asarray(vectors, dtype=np.float32)
 
 
 def pooled(model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -117,9 +117,9 @@ def pooled(model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float
 
 
 def token_ids(model: SentenceTransformer, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each text, cut to the model's length, special tokens included."""
-    found = model.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length, padding=False)
-    return [list(row) for row in found["input_ids"]]
+    """Return the token ids of each text, special tokens included, cut to the model's maximum length."""
+    encoded = model.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length, padding=False)
+    return [list(row) for row in encoded["input_ids"]]
 
 
 def forward(model: SentenceTransformer, ids: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +135,8 @@ def forward(model: SentenceTransformer, ids: Sequence[list[int]]) -> tuple[torch
 
 def transformer(model: SentenceTransformer) -> PreTrainedModel:
     """The transformer inside."""
-    found: PreTrainedModel = model[0].model
-    return found
+    inner: PreTrainedModel = model[0].model
+    return inner
 
 
 def _dense(recipe: models.Recipe, dense: Dense) -> nn.Module:
@@ -159,14 +159,11 @@ def _dense(recipe: models.Recipe, dense: Dense) -> nn.Module:
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool, seed: int) -> nn.Module:
-    import torch
     from sentence_transformers.models import Dense as Layer
     from torch import nn
 
     made: Callable[..., nn.Module] = Layer
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
+    from overparam.models.seeding import seeded
+
+    with seeded(seed):
         return made(inputs, outputs, bias=bias, activation_function=nn.Identity())
-    finally:
-        torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""Whether a student fits its tokenizer: every id that it can meet has a row, and the padding's row is the padding's."""
+"""Whether a student fits its tokenizer: every possible id has a row in its table, and the padding ids agree."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def check_fits(
     *,
     max_length: int | None = None,
 ) -> None:
-    """Raise ValueError where a student would meet an id that it has no row for, or a text that it has no positions for.
+    """Raise ValueError if a student can get an id that it has no row for, or a text longer than its positions.
 
-    Looked at are all ids in its configuration and its configuration of generation, all tokens of the tokenizer, and
-    what the tokenizer puts around texts and pairs of texts.
+    Checked are all ids in its configuration and generation configuration, all tokens of the tokenizer, and the tokens
+    that the tokenizer adds to texts and pairs of texts.
 
     Args:
         student: An encoder or a decoder.
-        tokenizer: What it reads with.
-        max_length: Tokens of a text, special ones included.
+        tokenizer: The student's tokenizer.
+        max_length: Maximum tokens per text, special tokens included.
     """
     from torch import nn
 
@@ -58,7 +58,7 @@ def check_fits(
         padding = table.padding_idx if isinstance(table, nn.Embedding) else None
         if padding is not None and tokenizer.pad_token_id is not None and padding != tokenizer.pad_token_id:
             raise ValueError(
-                f"the student's padding is token {padding}, which is never trained, its tokenizer's is "
+                f"the student's padding is token {padding}, which is never trained, but its tokenizer's is "
                 f"{tokenizer.pad_token_id}; build it with new_student(config, tokenizer=…)"
             )
     positions = usable_positions(student)
@@ -69,7 +69,7 @@ def check_fits(
 
 
 def emitted(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Return the ids that a tokenizer can give, by what gives them."""
+    """Return the ids that a tokenizer can produce, by their source."""
     ids = {repr(token): [index] for token, index in tokenizer.get_vocab().items()}
     named = {name: getattr(tokenizer, f"{name}_id", None) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     ids |= {name: [index] for name, index in named.items() if isinstance(index, int)}
@@ -81,12 +81,12 @@ def emitted(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[int]:
-    found: list[int] = tokenizer(*texts, truncation=False, padding=False, verbose=False)["input_ids"]
-    return found
+    ids: list[int] = tokenizer(*texts, truncation=False, padding=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _configured(config: PreTrainedConfig) -> Iterable[tuple[str, list[int]]]:
-    """Ids in a configuration, by their fields; negative ones stand for none."""
+    """Token ids in a configuration, by field; negative ones mean none."""
     for name, value in vars(config).items():
         if _IDS.search(name):
             several = value if isinstance(value, list | tuple) else [value]
@@ -94,7 +94,7 @@ def _configured(config: PreTrainedConfig) -> Iterable[tuple[str, list[int]]]:
 
 
 def _refuse(ids: dict[str, list[int]], rows: int, what: str, advice: str) -> None:
-    outside = {name: max(found) for name, found in ids.items() if found and max(found) >= rows}
+    outside = {name: max(values) for name, values in ids.items() if values and max(values) >= rows}
     if outside:
         shown = ", ".join(f"{name}: {index}" for name, index in list(outside.items())[:_SHOWN])
         more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""

@@ -1,7 +1,7 @@
-"""What a student is told about its teacher: losses on classes, embeddings, states and next tokens.
+"""Distillation losses on classes, embeddings, states and next tokens.
 
-Every loss is a scalar of the student's dtype or float32, whichever is wider, so that logits in bfloat16 lose nothing
-more on the way. The teacher's side is a constant: no gradient reaches it.
+Every loss is a scalar in the student's dtype or float32, whichever is wider, so that bfloat16 logits lose no further
+precision. The teacher's side is a constant: no gradient reaches it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from overparam.train.causal import IGNORED
+from overparam.data.packing import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def soft_targets(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) of the classes at temperature T, mean over rows.
 
-    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531, section 2): the factor T² keeps the gradient as large as that of
-    the cross entropy, whatever the temperature.
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531, section 2): the factor T² keeps the gradient at the scale of the
+    cross entropy's for any temperature.
 
     Args:
         student_logits: [rows, classes].
@@ -45,19 +45,19 @@ def classification(
 ) -> Tensor:
     """(1 − `soft_weight`) · cross entropy + `soft_weight` · `soft_targets`.
 
-    The cross entropy is the mean over rows with a label and taken at temperature 1, the soft part the mean over all
-    rows: text without a label teaches through the teacher alone.
+    The cross entropy is the mean over rows with a label, at temperature 1. The soft part is the mean over all rows,
+    so texts without a label teach only through the teacher.
 
     Args:
         student_logits: [rows, classes].
-        labels: int64 [rows]; −100 where there is none. A batch without any has a cross entropy of 0.
-        teacher_logits: [rows, classes]; None for training without a teacher, which needs a `soft_weight` of 0.
-        temperature: Of the soft part.
-        soft_weight: Share of the soft part, 0..1.
+        labels: int64 [rows]; −100 for rows without a label. A batch without any label has a cross entropy of 0.
+        teacher_logits: [rows, classes]; None to train without a teacher, which needs a `soft_weight` of 0.
+        temperature: Temperature of the soft part.
+        soft_weight: Weight of the soft part, 0..1.
 
     Raises:
-        ValueError: A weight outside 0..1, or above 0 without a teacher; a label that is no class, or nothing to
-            learn from; and as `soft_targets` does.
+        ValueError: A weight outside 0..1, or above 0 without a teacher; a label that is not a class; nothing to learn
+            from; and as for `soft_targets`.
     """
     from torch.nn import functional
 
@@ -66,7 +66,7 @@ def classification(
     if soft_weight and teacher_logits is None:
         raise ValueError(f"soft_weight {soft_weight} needs teacher_logits; without a teacher it must be 0")
     if labels.shape != student_logits.shape[:1]:
-        raise ValueError(f"labels must be one a row, [{len(student_logits)}], got {list(labels.shape)}")
+        raise ValueError(f"labels must be one per row, [{len(student_logits)}], got {list(labels.shape)}")
     labelled, classes = labels != IGNORED, student_logits.shape[-1]
     known = labels[labelled]
     if wrong := known[(known < 0) | (known >= classes)].tolist():
@@ -82,20 +82,20 @@ def classification(
 
 
 def similarity_kl(student_embeddings: Tensor, teacher_embeddings: Tensor, *, temperature: float) -> Tensor:
-    """KL(teacher ‖ student) of whom each row of a batch resembles, mean over rows.
+    """KL(teacher ‖ student) between the similarity distributions of each row of a batch, mean over rows.
 
     A row's distribution is the softmax over its cosine similarities to the other rows, divided by the temperature;
-    itself it is not compared with. Only the relations count (Park et al. 2019, arXiv 1904.05068; in this form
-    Fang et al. 2021, arXiv 2101.04731, with the batch as their queue), so that widths may differ.
+    the row itself is excluded. Only relations between rows count, so student and teacher may differ in width (Park et
+    al. 2019, arXiv 1904.05068; in this form Fang et al. 2021, arXiv 2101.04731, with the batch as their queue).
 
     Args:
         student_embeddings: [rows, width].
         teacher_embeddings: [rows, other width].
-        temperature: Above 0; small values look at the nearest rows. The loss is not multiplied by its square.
+        temperature: Above 0; small values focus on the nearest rows. The loss is not multiplied by its square.
 
     Raises:
-        ValueError: The temperature is not above 0, rows differ in number, or there are less than 3: with 2, each has
-            one other row, which takes all of the probability on both sides.
+        ValueError: The temperature is not above 0, rows differ in number, or there are fewer than 3: with 2, the one
+            other row has all of the probability on both sides.
     """
     import torch
     from torch.nn import functional
@@ -129,16 +129,16 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """KL(teacher ‖ student) of the next token, mean over tokens: the student covers all that the teacher may say.
+    """KL(teacher ‖ student) of the next token, mean over tokens: the student covers everything the teacher may say.
 
-    Word-level distillation of Kim & Rush 2016 (arXiv 1606.07947). Like the other losses on tokens it is not
-    multiplied by the temperature's square.
+    Word-level distillation of Kim & Rush 2016 (arXiv 1606.07947). Like the other token losses, it is not multiplied
+    by the squared temperature.
 
     Args:
         student_logits: Finite, [..., vocabulary]; usually [tokens, vocabulary].
-        teacher_logits: Of the same shape.
+        teacher_logits: Same shape.
         mask: [...], true or 1 at tokens that count; all by default.
-        temperature: Above 0, divides the logits of both.
+        temperature: Above 0; divides the logits of both.
 
     Raises:
         ValueError: The temperature is not above 0, shapes differ, or no token counts.
@@ -150,10 +150,10 @@ def forward_kl(
 def reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """KL(student ‖ teacher) of the next token, mean over tokens: the student keeps to what the teacher would say.
+    """KL(student ‖ teacher) of the next token, mean over tokens: the student avoids what the teacher would not say.
 
-    The divergence of MiniLLM (Gu et al. 2024, arXiv 2306.08543), by token and through the student's distribution;
-    the paper's policy gradient over whole texts is not in it. Arguments and errors as in `forward_kl`.
+    The divergence of MiniLLM (Gu et al. 2024, arXiv 2306.08543), computed per token through the student's
+    distribution, without the paper's policy gradient over whole texts. Arguments and errors as in `forward_kl`.
     """
     student, teacher = _token_logs(student_logits, teacher_logits, mask, temperature)
     return _kl(student, teacher).mean()
@@ -170,19 +170,18 @@ def generalized_jsd(
     """Generalized Jensen-Shannon divergence of the next token, mean over tokens.
 
     β KL(teacher ‖ M) + (1 − β) KL(student ‖ M) with the mixture M = β teacher + (1 − β) student (GKD, Agarwal et al.
-    2024, arXiv 2306.13649, section 2); at most ln 2 for β = 1/2. The divergence itself goes to 0 at both ends: divided
-    by β it goes to the forward KL for β → 0, and divided by 1 − β to the reverse KL for β → 1, so that its gradients
-    point where theirs do.
+    2024, arXiv 2306.13649, section 2); at most ln 2 for β = 1/2. It goes to 0 at both ends of β. Divided by β, it goes
+    to the forward KL for β → 0; divided by 1 − β, to the reverse KL for β → 1: its gradients point in their directions.
 
     Args:
         student_logits: As in `forward_kl`.
         teacher_logits: As in `forward_kl`.
-        beta: β, between 0 and 1, ends excluded.
+        beta: β, between 0 and 1 (exclusive).
         mask: As in `forward_kl`.
         temperature: As in `forward_kl`.
 
     Raises:
-        ValueError: β is not between 0 and 1; and as `forward_kl` does.
+        ValueError: β is not between 0 and 1; and as for `forward_kl`.
     """
     import torch
 
@@ -202,7 +201,7 @@ def _widened(values: Tensor) -> Tensor:
 
 
 def _products(vectors: Tensor) -> Tensor:
-    """Dot products of all pairs of vectors, [..., n, width] -> [..., n, n]; autocast would take bfloat16 for them."""
+    """Dot products of all pairs of vectors, [..., n, width] -> [..., n, n], without autocast's bfloat16."""
     import torch
 
     with torch.autocast(vectors.device.type, enabled=False):
@@ -210,21 +209,21 @@ def _products(vectors: Tensor) -> Tensor:
 
 
 def _logs(logits: Tensor, temperature: float) -> Tensor:
-    """Logarithms of the softmax over the last dimension."""
+    """Log-softmax over the last dimension."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     return (_widened(logits) / temperature).log_softmax(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) over the last dimension, both as logarithms of probabilities."""
+    """KL(p ‖ q) over the last dimension; both are log probabilities."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def _token_logs(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Logarithms of both sides' probabilities at the tokens that count, [tokens, vocabulary]."""
+    """Log probabilities of student and teacher at the tokens that count, [tokens, vocabulary]."""
     import torch
 
     _check_width(student_logits, teacher_logits, "tokens of the vocabulary")

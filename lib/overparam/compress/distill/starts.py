@@ -1,4 +1,4 @@
-"""First weights of a student: cut from its teacher's layers, or token vectors borrowed from its outputs."""
+"""Initial weights of a student: cut from its teacher's layers, or token vectors taken from its teacher's outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overparam.compress.distill.vocabulary import inside_word_prefix
 from overparam.models import blocks
 from overparam.models.tables import principal_rows, usable_positions
 
-# the names of a block's parts: BERT's, and what MPNet calls them
+# names of a block's parts in BERT and in MPNet
 _BERT = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -37,28 +37,28 @@ def cut_student(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Cut a student out of its teacher: the control for one that begins from random weights.
+    """Cut a student out of its teacher: the control for a student that starts from random weights.
 
-    The rule is magnitude, at each place once: blocks spread evenly from the first to the last (as DistilBERT's,
-    arXiv 1910.01108); the hidden dimensions whose columns of the token table have the largest norm, the same
-    everywhere; in each block the heads with the largest product of the norms of their value and output weights,
-    and the neurons with the largest product of the norms of what they read and what they write. A token of the
-    student gets the mean of the rows of the teacher's tokens for the same string; one that the teacher has too gets
-    that row. Positions are the teacher's first. MPNet's relative positions have no place in BERT and are lost.
+    Parts are chosen by magnitude. Blocks are spread evenly from the first to the last (as in DistilBERT, arXiv
+    1910.01108). The same hidden dimensions are kept everywhere: those whose columns of the token table have the largest
+    norms. Each block keeps the heads with the largest product of the norms of value and output weights, and the
+    neurons with the largest product of the norms of input and output weights. A token that the teacher has too gets
+    the teacher's row; another token gets the mean row of the teacher's tokens for its string. Positions are the first
+    ones of the teacher. MPNet's relative positions do not exist in BERT and are lost.
 
     Args:
         teacher: A BERT or MPNet encoder; it is not changed.
-        config: Of the student (`student_config`).
-        tokenizer: The student's; the teacher's if not given.
-        teacher_tokenizer: The teacher's, where `tokenizer` is given.
-        seed: Of the random weights where the student is larger: neurons beyond the teacher's, rows without a token.
+        config: Configuration of the student (`student_config`).
+        tokenizer: The student's tokenizer; the teacher's if not given.
+        teacher_tokenizer: The teacher's tokenizer, if `tokenizer` is given.
+        seed: Seed of the random weights where the student is larger: extra neurons, and rows without a token.
 
     Returns:
         The student, without pooler, in evaluation mode.
 
     Raises:
-        ValueError: If the teacher has other blocks than BERT's or MPNet's, the student is larger in hidden size,
-            layers, heads or positions, its heads are of another width, or the vocabularies do not fit.
+        ValueError: If the teacher's blocks are not BERT's or MPNet's; the student is larger in hidden size, layers,
+            heads or positions; its heads have another width; or the vocabularies do not fit.
     """
     _check_cut(teacher, config)
     student = new_student(config, seed=seed, tokenizer=tokenizer)
@@ -82,24 +82,24 @@ def borrow_token_vectors(
     pooling: str = "mean",
     seed: int = 0,
 ) -> None:
-    """Begin the student's token table from what the teacher outputs for each token as a text of its own.
+    """Initialise the student's token table from the teacher's output for each token as a text by itself.
 
-    The outputs are brought to the student's width by PCA (`models.tables.principal_rows`) and to the standard
-    deviation that the table has. The idea is Model2Vec's (MinishLab, https://github.com/MinishLab/model2vec), where
-    such a table is the whole student. Special tokens, and those that are only parts of a character, keep their
-    rows; a token inside a word (``##s``) gets what its string without the mark gets.
+    The outputs are reduced to the student's width by PCA (`models.tables.principal_rows`) and scaled to the standard
+    deviation of the table. The idea is from Model2Vec (MinishLab, https://github.com/MinishLab/model2vec), where such
+    a table is the whole student. Special tokens, and tokens that are parts of a character, keep their rows; a token
+    inside a word (``##s``) gets the vector of its string without the mark.
 
     Args:
-        student: Changed in place.
-        tokenizer: Its tokenizer.
-        teacher: A text encoder at least as wide.
-        teacher_tokenizer: Its tokenizer.
+        student: The student; changed in place.
+        tokenizer: The student's tokenizer.
+        teacher: A text encoder that is at least as wide.
+        teacher_tokenizer: The teacher's tokenizer.
         pooling: See `depth.layer_embeddings`.
-        seed: Of the rotation of the components.
+        seed: Seed of the rotation of the components.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the student, or fewer than it has dimensions, the pooling
-            is unknown, or the teacher is narrower than the student.
+        ValueError: If the tokenizer has more tokens than the student, or fewer than the student has dimensions; the
+            pooling is unknown; or the teacher is narrower than the student.
     """
     table = student.get_input_embeddings().weight
     check_fits(student, tokenizer)
@@ -121,7 +121,7 @@ def borrow_token_vectors(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The string of every token, in the order of their ids, without the mark of a token inside a word."""
+    """The string of every token, in order of ids, without the mark of tokens inside words."""
     prefix = inside_word_prefix(tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [tokenizer.convert_tokens_to_string([token]).removeprefix(prefix) for token in tokens]
@@ -130,17 +130,17 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """The teacher's ids for each token of the student: the same token, or what its string is split into."""
+    """The teacher's ids for each token of the student: the same token, or the tokens of its string."""
     known = teacher_tokenizer.get_vocab()
     prefix = inside_word_prefix(tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    found = []
+    pieces_of = []
     for token, text in zip(tokens, _texts(tokenizer), strict=True):
         pieces = [token] if token in known else teacher_tokenizer.tokenize(text)
         if pieces and token not in known and token.removeprefix(prefix) != token:
             pieces[0] = prefix + pieces[0] if prefix + pieces[0] in known else pieces[0]
-        found.append(teacher_tokenizer.convert_tokens_to_ids(pieces))
-    return found
+        pieces_of.append(teacher_tokenizer.convert_tokens_to_ids(pieces))
+    return pieces_of
 
 
 def _fill_tokens(
@@ -161,7 +161,7 @@ def _fill_tokens(
         target.copy_(source)
         return
     if teacher_tokenizer is None:
-        raise ValueError("a student with a tokenizer of its own needs teacher_tokenizer too")
+        raise ValueError("a student with its own tokenizer needs teacher_tokenizer too")
     check_fits(student, tokenizer)
     for row, ids in enumerate(_pieces(tokenizer, teacher_tokenizer)):
         if ids:
@@ -219,13 +219,13 @@ def _cut_norm(ours: Any, theirs: Any, dimensions: torch.Tensor) -> None:
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The indices of the `count` largest scores, in increasing order; the first of equal ones."""
+    """The indices of the `count` largest scores, in increasing order; of equal scores the first."""
     order = torch.argsort(scores, descending=True, stable=True)
     return order[:count].sort().values
 
 
 def _first_position(teacher: PreTrainedModel) -> int:
-    """The row of the first token's position: models that pad positions begin after the padding's."""
+    """The row of the first position: models with a padding position begin after it."""
     padding = teacher.embeddings.position_embeddings.padding_idx
     return 0 if padding is None else int(padding) + 1
 
@@ -250,7 +250,7 @@ def _check_cut(teacher: PreTrainedModel, config: BertConfig) -> None:
     ):
         if student_has > teacher_has:
             raise ValueError(
-                f"a student is cut from a larger teacher: it has {student_has} {name}, the teacher {teacher_has}"
+                f"a student is cut from a larger teacher, but it has {student_has} {name}, the teacher {teacher_has}"
             )
     widths = [each.hidden_size // each.num_attention_heads for each in (config, theirs)]
     if widths[0] != widths[1]:

@@ -6,28 +6,28 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam.compress.distill.fits import check_fits
 from overparam.models import count_parameters
+from overparam.models.seeding import seeded
 from overparam.models.tables import usable_positions
 
-# (hidden size, layers), widest first: few layers, because a shallow encoder is the faster one of two equal in size
+# (hidden size, layers), widest first; few layers, because of two encoders of equal size the shallower is faster
 _SHAPES = (
     *((1024, 24), (1024, 12), (768, 12), (768, 6), (512, 8), (384, 6), (320, 6), (320, 4)),
     *((256, 4), (192, 3), (128, 3), (96, 3), (64, 3), (48, 2), (32, 2), (24, 2), (16, 2), (16, 1), (8, 1)),
 )
 _VOCABULARIES = (32768, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024)
-_TABLES = 0.6  # of the budget at most: two fifths are left for the blocks
-_POSITIONS = (256, 128)  # the longer table where it is at most a 25th of the budget
+_TABLES = 0.6  # maximum share of the budget: two fifths are left for the blocks
+_POSITIONS = (256, 128)  # the longer table if it takes at most 1/25 of the budget
 _TYPES = 2
 _TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """The sizes that decide how many parameters a BERT encoder without pooler has."""
+    """The sizes that determine the number of parameters of a BERT encoder without pooler."""
 
     hidden: int
     layers: int
@@ -48,24 +48,24 @@ class _Shape:
 def student_config(
     teacher: PreTrainedModel, share: float, *, vocabulary: int | None = None, head_size: int = 0
 ) -> BertConfig:
-    """Choose the shape of a BERT encoder, without pooler, that has `share` of all parameters of `teacher`.
+    """Choose the shape of a BERT encoder, without pooler, that has a given share of the parameters of `teacher`.
 
-    The rule: from a fixed ladder of (hidden size, layers), none larger than the teacher's, take the widest step
-    that leaves a feed-forward width of at least twice the hidden size; that width, a multiple of 8, is then what
-    meets the budget. The vocabulary is the teacher's where all tables take at most three fifths of the budget, and
-    otherwise the largest of a fixed list that does. There are 256 positions, or 128 where 256 would take more than
-    a 25th of the budget. Heads are as wide as the teacher's where that divides the hidden size. There is no dropout:
-    a student of this size does not overfit what its teacher says, and drawing the random numbers takes time.
+    From a fixed list of (hidden size, layers), none larger than the teacher's, take the widest that leaves a
+    feed-forward width of at least twice the hidden size; the feed-forward width, a multiple of 8, is then chosen to
+    meet the budget. The vocabulary is the teacher's if all tables then take at most three fifths of the budget, and
+    otherwise the largest of a fixed list for which they do. There are 256 positions, or 128 if 256 would take more
+    than 1/25 of the budget. Heads are as wide as the teacher's if that divides the hidden size. There is no dropout: a
+    student of this size does not overfit its teacher, and drawing random numbers takes time.
 
     Args:
         teacher: A text encoder.
-        share: Of the teacher's total (`models.count_parameters`), between 0 and 1.
+        share: Share of the teacher's total (`models.count_parameters`), between 0 and 1.
         vocabulary: Tokens of the student; by the rule above if not given.
         head_size: Parameters that will be added to the student (a projection, a classifier), part of the budget.
 
     Returns:
-        A configuration whose total, `head_size` included, is within 3 % of the budget. ``AutoModel`` adds a pooler,
-        which nothing here uses; `new_student` and ``add_pooling_layer=False`` leave it out.
+        A configuration whose total, `head_size` included, is within 3 % of the budget. ``AutoModel`` adds an unused
+        pooler; `new_student` and ``add_pooling_layer=False`` leave it out.
 
     Raises:
         ValueError: If the share is not between 0 and 1, a number is out of range, or no shape is small enough.
@@ -96,7 +96,7 @@ def student_config(
                 attention_probs_dropout_prob=0.0,
             )
     smallest = _smallest(teacher, vocabulary) + head_size
-    enough = 1.005 * smallest / total  # so that three digits are never rounded below it
+    enough = 1.005 * smallest / total  # rounding to three digits must not go below it
     tokens = f" with {vocabulary:,} tokens" if vocabulary else ""
     head = f" and a head of {head_size:,}" if head_size else ""
     raise ValueError(
@@ -110,38 +110,34 @@ def student_config(
 def new_student(
     config: BertConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Build an encoder of this configuration with random weights, in evaluation mode; the RNG state is left alone.
+    """Build an encoder of this configuration with random weights, in evaluation mode; the RNG state is not changed.
 
     Args:
         config: From `student_config`; it is not changed.
-        seed: Of the weights.
-        tokenizer: What the student reads with: its ids of special tokens replace those of the configuration, which
-            are the teacher's.
+        seed: Seed of the weights.
+        tokenizer: The student's tokenizer: its special token ids replace those of the configuration, which are the
+            teacher's.
 
     Raises:
-        ValueError: If ids of the configuration or the tokenizer lie outside of its vocabulary.
+        ValueError: If ids of the configuration or the tokenizer are outside the vocabulary.
     """
     config = copy.deepcopy(config)
     if tokenizer is not None:
         for name in ("pad", "bos", "eos"):
             setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
+    with seeded(seed):
         student = BertModel(config, add_pooling_layer=False).eval()
-    finally:
-        torch.set_rng_state(state)
     check_fits(student, tokenizer)
     return student
 
 
 def _inside(token: int | None, vocabulary: int) -> int | None:
-    """An id of the teacher, where the student has it too."""
+    """A token id of the teacher if the student has it too, else None."""
     return token if token is not None and 0 <= token < vocabulary else None
 
 
 def _shapes(teacher: PreTrainedModel, budget: float, vocabulary: int | None) -> Iterator[_Shape]:
-    """Steps of the ladder that leave a feed-forward width of twice the hidden size or more, widest first."""
+    """Shapes with a feed-forward width of at least twice the hidden size, widest first."""
     for hidden, layers in _steps(teacher):
         positions = _positions(teacher, hidden, budget)
         sizes = _vocabularies(teacher) if vocabulary is None else (vocabulary,)
@@ -155,7 +151,7 @@ def _shapes(teacher: PreTrainedModel, budget: float, vocabulary: int | None) -> 
 
 
 def _smallest(teacher: PreTrainedModel, vocabulary: int | None) -> int:
-    """The smallest budget that a step of the ladder meets."""
+    """The smallest budget for which there is a shape."""
     counts = []
     for hidden, layers in _steps(teacher):
         size = vocabulary or min(_vocabularies(teacher))

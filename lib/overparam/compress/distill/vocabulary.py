@@ -1,4 +1,4 @@
-"""A smaller vocabulary for a student, and what it costs in tokens."""
+"""A smaller vocabulary for a student, and how many more tokens it takes per text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from overparam.compress.distill.fits import emitted
 from overparam.support import progress
 
-_ALPHABET = 1000  # characters at most, the limit of the WordPiece trainer; the rarest become unknown
-_SETTINGS_OF_THE_TEACHER = (  # of its last or packaged use; they would cut or pad the student's texts
+_ALPHABET = 1000  # maximum characters, the limit of the WordPiece trainer; the rarest become unknown
+_SETTINGS_OF_THE_TEACHER = (  # left over from its last use; they would cut or pad the student's texts
     *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"),
 )
 
 
 @dataclass(frozen=True)
 class VocabularyCost:
-    """What a tokenizer costs, compared with a reference on the same texts; special tokens are not counted.
+    """The cost of a tokenizer compared with a reference on the same texts; special tokens are not counted.
 
     Attributes:
-        tokens_ratio: Tokens of the texts, divided by the reference's. 1.2 is a fifth more to compute.
-        unknown_share: Share of the tokens that are unknown, 0 to 1.
-        unknown_share_reference: The reference's.
+        tokens_ratio: Number of tokens, divided by the reference's. 1.2 means 20 % more to compute.
+        unknown_share: Share of unknown tokens, 0 to 1.
+        unknown_share_reference: The same for the reference.
     """
 
     tokens_ratio: float
@@ -42,21 +42,21 @@ def retrained_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer of the same kind (normaliser, splitting, special tokens, template) with fewer tokens.
 
-    The special tokens come first, in the order that they have in `tokenizer`. The same texts give the same tokens
-    in every process: the library's WordPiece trainer numbers the first pieces inside words in the order of a hash
-    map, and breaks ties by these numbers (https://github.com/huggingface/tokenizers/issues/1794), so these pieces
-    are numbered here. Only the library's Unigram trainer (XLM-RoBERTa, T5) gives slightly other scores each time, which
-    is said: keep such a tokenizer and use it again. Padding and truncation that `tokenizer` comes with are left out.
+    Special tokens come first, in the order of `tokenizer`. The same texts give the same tokens in every process: the
+    WordPiece trainer of `tokenizers` numbers the first pieces inside words in the order of a hash map, and breaks ties
+    by these numbers (https://github.com/huggingface/tokenizers/issues/1794), so these pieces are numbered here. The
+    Unigram trainer (XLM-RoBERTa, T5) gives slightly different scores each time, and a note says so: keep such a
+    tokenizer and reuse it. Padding and truncation settings of `tokenizer` are dropped.
 
     Args:
         tokenizer: A fast tokenizer: WordPiece, BPE or Unigram.
-        texts: What it is trained on.
-        size: Tokens, the special ones included.
-        max_length: Its ``model_max_length``: what the student has positions for.
+        texts: Training texts.
+        size: Number of tokens, special tokens included.
+        max_length: ``model_max_length`` of the result: the number of positions of the student.
 
     Raises:
-        ValueError: If the tokenizer is not a fast one, there are no texts, `size` does not hold the special tokens
-            and the alphabet, the texts do not have so many pieces, or it would give ids outside of its vocabulary.
+        ValueError: If the tokenizer is not a fast one, there are no texts, `size` is too small for the special tokens
+            and the alphabet or too large for the texts, or the tokenizer would give ids outside its vocabulary.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -67,7 +67,7 @@ def retrained_tokenizer(
         raise ValueError("there are no texts to train a tokenizer on")
     if isinstance(tokenizer.backend_tokenizer.model, Unigram):
         progress.note(
-            "a Unigram tokenizer is another each time it is trained: figures with it differ a little by run"
+            "a Unigram tokenizer differs each time it is trained: results with it vary slightly between runs"
         )
     alphabet, inside = _first_pieces(tokenizer, texts)
     fixed = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)} if alphabet else {}
@@ -88,16 +88,16 @@ def retrained_tokenizer(
 def cost(
     tokenizer: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> VocabularyCost:
-    """Measure what `tokenizer` costs on `texts` compared with `reference`; no text is cut.
+    """Measure the cost of `tokenizer` on `texts`, compared with `reference`; texts are not cut.
 
     Raises:
-        ValueError: If there are no texts, or the reference finds no token in them.
+        ValueError: If there are no texts, or they have no tokens.
     """
     if not texts:
         raise ValueError("there are no texts to compare the tokenizers on")
     ours, theirs = _ids(tokenizer, texts), _ids(reference, texts)
     if not ours or not theirs:
-        raise ValueError(f"there is nothing but white space in the {len(texts)} texts")
+        raise ValueError(f"there is only white space in the {len(texts)} texts")
     return VocabularyCost(
         tokens_ratio=len(ours) / len(theirs),
         unknown_share=_unknown_share(tokenizer, ours),
@@ -106,13 +106,13 @@ def cost(
 
 
 def inside_word_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What marks a token that continues a word, ``##`` in WordPiece; empty where nothing does."""
+    """The mark of a token that continues a word, ``##`` in WordPiece; empty if there is none."""
     model = tokenizer.backend_tokenizer.model
     return str(getattr(model, "continuing_subword_prefix", None) or "")
 
 
 def _first_pieces(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The characters of the words, and these as they stand inside words (``##a``); sorted. Empty for byte-level BPE."""
+    """The characters of words, and pieces for characters inside words (``##a``), sorted; empty for byte-level BPE."""
     prefix = inside_word_prefix(tokenizer)
     if not prefix:
         return [], []
@@ -139,7 +139,7 @@ def _plain(
     inside: set[str],
     max_length: int,
 ) -> PreTrainedTokenizerBase:
-    """Make pieces ordinary that were special for the training, and forget what the teacher's texts needed."""
+    """Turn pieces that were special during training into ordinary ones, and drop the teacher's settings."""
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
         trained.save_pretrained(folder)
         stored, settings = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
@@ -165,7 +165,7 @@ def _plain(
 
 
 def _with_ids_of(part: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A post-processor with the ids that its tokens have in `tokenizer`, however deeply it is nested."""
+    """A post-processor, at any depth of nesting, with the ids that its tokens have in `tokenizer`."""
     if isinstance(part, list):
         return [_with_ids_of(each, tokenizer) for each in part]
     if not isinstance(part, dict):
@@ -180,13 +180,13 @@ def _with_ids_of(part: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
+    row = tokenizer.get_vocab().get(token)
+    if row is None:
         raise ValueError(
-            f"the tokenizer puts {token!r} around texts, which is none of its special tokens and so not in the "
-            "smaller vocabulary"
+            f"the tokenizer puts {token!r} around texts, which is not one of its special tokens and therefore not "
+            "in the smaller vocabulary"
         )
-    return int(found)
+    return int(row)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:

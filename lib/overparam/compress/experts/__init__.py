@@ -1,8 +1,8 @@
 """Expert pruning of mixtures of experts: which experts a task uses, how many each layer keeps, and the cut itself.
 
-The method is that of arXiv 2605.28042 (routing mass, and layer budgets by divergence from English); beside it stand
-the scores of REAP (arXiv 2510.13999) and of Koishekenov et al. (arXiv 2212.09811), and random, inverted, uniform
-and inverse controls.
+The method is that of arXiv 2605.28042 (routing mass, and layer budgets by divergence from English). Alternatives are
+the scores of REAP (arXiv 2510.13999) and of Koishekenov et al. (arXiv 2212.09811); controls are random, inverted,
+uniform and inverse choices.
 """
 
 from typing import TYPE_CHECKING

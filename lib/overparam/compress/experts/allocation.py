@@ -1,7 +1,7 @@
 """How many experts each layer keeps, and which.
 
-The layer budget follows arXiv 2605.28042: layers whose routing differs most between the target language and
-English keep most experts.
+The layer budget follows arXiv 2605.28042: layers whose routing differs most between the target language and English
+keep the most experts.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def divergence(target: ArrayLike, english: ArrayLike) -> NDArray[np.float64]:
-    """Jensen–Shannon divergence of two routings, layer by layer (arXiv 2605.28042: language specialisation).
+    """Compute the Jensen–Shannon divergence of two routings per layer (arXiv 2605.28042: language specialisation).
 
     Args:
         target: Routing mass on the target language. [layers, experts], rows sum to 1
-        english: Routing mass on English, best on the same content. [layers, experts]
+        english: Routing mass on English, ideally on the same content. [layers, experts]
 
     Returns:
         float64 [layers], in bits: 0 for equal rows, 1 for rows that share no expert.
 
     Raises:
-        ValueError: If the shapes differ, a row is not a distribution, or both are the same routing (then nothing
-            tells the layers apart).
+        ValueError: If the shapes differ, a row is not a distribution, or the routings are equal (layers cannot then be
+            ranked).
     """
     p, q = (np.asarray(mass, dtype=np.float64) for mass in (target, english))
     if p.shape != q.shape or p.ndim != 2:
@@ -40,7 +40,7 @@ def divergence(target: ArrayLike, english: ArrayLike) -> NDArray[np.float64]:
             raise ValueError(f"each row of {name} must be a distribution over experts (it sums to 1)")
     if np.array_equal(p, q):
         raise ValueError(
-            "both routings are the same; a divergence needs the routing of two languages: collect English apart"
+            "both routings are the same; a divergence needs the routing of two languages: collect English separately"
         )
     middle = (p + q) / 2
     halves = _relative_entropy(p, middle) + _relative_entropy(q, middle)
@@ -50,16 +50,15 @@ def divergence(target: ArrayLike, english: ArrayLike) -> NDArray[np.float64]:
 def allocate(divergence: ArrayLike, total: int, top_k: int, n_experts: int) -> list[int]:
     """Share `total` kept experts among the layers in proportion to their divergence (arXiv 2605.28042).
 
-    Every layer keeps its `top_k`; the rest of the budget goes out in proportion to the divergence. A layer that
-    reaches `n_experts` is full, and its excess goes to the others in the same way (in equal parts, should their
-    divergences all be zero). Fractions are rounded by largest remainder (Hamilton), ties to the earlier layer.
-    The arithmetic is exact.
+    Every layer keeps at least `top_k`; the rest of the budget is shared in proportion to the divergence. A layer that
+    reaches `n_experts` is full, and its excess goes to the others in the same way (equally, if their divergences are
+    all zero). Fractions are rounded by largest remainder (Hamilton), ties to the earlier layer. Arithmetic is exact.
 
     Args:
-        divergence: One non-negative number a layer. [layers]
-        total: How many experts are kept over all layers, from ``layers * top_k`` to ``layers * n_experts``.
-        top_k: The least a layer keeps.
-        n_experts: The most.
+        divergence: One non-negative number per layer. [layers]
+        total: Experts kept in all layers together, from ``layers * top_k`` to ``layers * n_experts``.
+        top_k: Minimum per layer.
+        n_experts: Maximum per layer.
 
     Returns:
         Kept experts of each layer; they sum to `total`.
@@ -71,7 +70,7 @@ def allocate(divergence: ArrayLike, total: int, top_k: int, n_experts: int) -> l
 
 
 def allocate_uniform(total: int, layers: int, top_k: int, n_experts: int) -> list[int]:
-    """Share `total` kept experts equally among `layers`; what does not divide goes to the earliest layers.
+    """Share `total` kept experts equally among `layers`; a remainder goes to the earliest layers.
 
     Arguments and errors are those of `allocate`.
     """
@@ -79,10 +78,10 @@ def allocate_uniform(total: int, layers: int, top_k: int, n_experts: int) -> lis
 
 
 def allocate_inverse(divergence: ArrayLike, total: int, top_k: int, n_experts: int) -> list[int]:
-    """Allocate against the method, as a control: the most divergent layers keep the fewest experts.
+    """Allocate inversely, as a control: the most divergent layers keep the fewest experts.
 
-    The divergence is mirrored within its own range, ``max + min - divergence``, so that the control spreads the
-    budget as widely as the method does. Arguments and errors are those of `allocate`.
+    The divergence is mirrored within its range, ``max + min - divergence``, so that the control spreads the budget as
+    widely as the method. Arguments and errors are those of `allocate`.
     """
     weights = _weights(divergence)
     low, high = min(weights), max(weights)
@@ -95,21 +94,21 @@ def select(scores: ArrayLike, counts: Sequence[int], *, groups: int = 1) -> list
     Args:
         scores: Higher is better; minus infinity where a layer has no such expert. [layers, experts]
         counts: How many each layer keeps. [layers]
-        groups: Groups of consecutive experts of which each keeps equally many, as DeepSeek's group-limited routers
-            need. Allocate in units of one expert a group: ``allocate(d, total // groups, ceil(top_k / groups),
+        groups: Groups of consecutive experts, each of which keeps the same number, as DeepSeek's group-limited routers
+            need. Allocate in units of one expert per group: ``allocate(d, total // groups, ceil(top_k / groups),
             n_experts // groups)``, times `groups`.
 
     Returns:
-        Ids of the kept experts of each layer, ascending; of equal scores the lower id stays.
+        Ids of the kept experts of each layer, ascending; of equal scores the lower id is kept.
 
     Raises:
-        ValueError: If a score is NaN, there are other than one count a layer, a count is out of range, or it does
-            not divide into the groups.
+        ValueError: If a score is NaN, there is not one count per layer, or a count is out of range or not divisible by
+            the number of groups.
     """
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 2 or len(table) != len(counts):
         raise ValueError(
-            f"scores must be [layers, experts] with one count a layer, got {list(table.shape)} and {len(counts)} counts"
+            f"scores must be [layers, experts] with one count per layer, got {list(table.shape)} and {len(counts)}"
         )
     if np.isnan(table).any():
         raise ValueError(f"scores of layer {int(np.argwhere(np.isnan(table))[0][0])} are NaN")
@@ -131,7 +130,7 @@ def select(scores: ArrayLike, counts: Sequence[int], *, groups: int = 1) -> list
 
 
 def kept_overlap(keep_a: Sequence[Sequence[int]], keep_b: Sequence[Sequence[int]]) -> float:
-    """Overlap of two kept sets: intersection over union, mean over layers, in 0..1.
+    """Compute the overlap of two kept sets: intersection over union, mean over layers, in 0..1.
 
     Raises:
         ValueError: If the numbers of layers differ, or a layer keeps nothing in both.
@@ -149,14 +148,14 @@ def kept_overlap(keep_a: Sequence[Sequence[int]], keep_b: Sequence[Sequence[int]
 def expected_overlap(
     counts: Sequence[int], n_experts: int, *, other_counts: Sequence[int] | None = None
 ) -> float:
-    """What `kept_overlap` gives on average by chance: two independent random sets of these sizes in each layer.
+    """Compute the expected `kept_overlap` of independent random sets of these sizes in each layer.
 
-    Exact: the intersection is hypergeometric.
+    Exact: the size of the intersection is hypergeometric.
 
     Args:
         counts: Kept experts of each layer. [layers]
         n_experts: Experts of each layer before pruning.
-        other_counts: Sizes of the second set, where they differ from `counts`. [layers]
+        other_counts: Sizes of the second set, if they differ from `counts`. [layers]
 
     Raises:
         ValueError: If a count is not in 1..n_experts, or the lengths differ.
@@ -171,7 +170,7 @@ def expected_overlap(
 
 
 def _share(weights: list[Fraction], total: int, top_k: int, n_experts: int) -> list[int]:
-    """Do as `allocate` with exact weights."""
+    """Do the same as `allocate`, with exact weights."""
     count = len(weights)
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k must be in 1..{n_experts} (n_experts), got {top_k}")
@@ -189,7 +188,7 @@ def _share(weights: list[Fraction], total: int, top_k: int, n_experts: int) -> l
 
 
 def _fill(weights: list[Fraction], spare: int, room: int) -> list[Fraction]:
-    """Share `spare` in proportion to `weights`, at most `room` each; an excess goes to those with room left."""
+    """Share `spare` in proportion to `weights`, at most `room` each; any excess goes to layers with room left."""
     shares = [Fraction(0)] * len(weights)
     open_layers = list(range(len(weights)))
     left = Fraction(spare)
@@ -214,13 +213,13 @@ def _fill(weights: list[Fraction], spare: int, room: int) -> list[Fraction]:
 def _weights(divergence: ArrayLike) -> list[Fraction]:
     values = np.asarray(divergence, dtype=np.float64)
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"divergence must be one number a layer, got shape {list(values.shape)}")
+        raise ValueError(f"divergence must be one number per layer, got shape {list(values.shape)}")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(f"divergence must be finite and not negative, got {values.tolist()}")
     if not values.any():
         raise ValueError(
-            "the divergence is zero in every layer: both routings are of one language, so that no layer comes first. "
-            "Collect English apart, or use allocate_uniform"
+            "the divergence is zero in every layer: both routings are of the same language, so layers cannot be "
+            "ranked. Collect English separately, or use allocate_uniform"
         )
     return [Fraction(float(value)) for value in values]
 

@@ -1,7 +1,7 @@
-"""Where a mixture of experts keeps its experts, found from its modules.
+"""Finding the experts of a mixture of experts from its modules.
 
-Nothing here knows an architecture by name. A layer is found by its module ``experts`` and the router beside it, and
-their tensors by the dimension that is as long as there are experts; whether that is all of it, `prove` decides.
+No architecture is known by name. A layer is found by its module ``experts`` and the router next to it, and their
+tensors by a dimension of the number of experts; `prove` then checks that nothing was missed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class ExpertTensor:
     """A tensor with a slice for each expert.
 
     Attributes:
-        owner: The module that holds it.
-        name: Its name there.
-        dim: The dimension that counts experts.
+        owner: The module that has the tensor.
+        name: Name of the attribute.
+        dim: The dimension of experts.
     """
 
     owner: nn.Module
@@ -35,7 +35,7 @@ class ExpertTensor:
 
     @property
     def value(self) -> torch.Tensor:
-        """The tensor as it is now."""
+        """The current tensor."""
         tensor = getattr(self.owner, self.name)
         assert isinstance(tensor, torch.Tensor)
         return tensor
@@ -47,15 +47,15 @@ class MoeLayer:
 
     Attributes:
         index: Position among all decoder layers, dense ones included.
-        block: The module that holds router and experts.
-        router: Rates the experts for each token.
-        experts: The fused experts.
-        tensors: All tensors of the three with a slice for each expert.
-        n_experts: How many experts the layer has now.
-        top_k: How many of them a token uses.
-        groups: Groups of consecutive experts that the router limits its choice to; 1 for none.
-        top_groups: How many of these groups a token may use.
-        group_top: Experts that the router looks at to rate a group: no group may keep fewer.
+        block: The module that contains router and experts.
+        router: The module that rates the experts for each token.
+        experts: The module with the fused experts.
+        tensors: All tensors of these three modules with a slice for each expert.
+        n_experts: Number of experts.
+        top_k: Experts per token.
+        groups: Groups of consecutive experts among which the router chooses; 1 for none.
+        top_groups: Groups that a token may use.
+        group_top: Experts by which the router rates a group: no group may keep fewer.
     """
 
     index: int
@@ -71,37 +71,37 @@ class MoeLayer:
 
 
 def layers(model: PreTrainedModel) -> list[MoeLayer]:
-    """List the mixture-of-experts layers of `model`, first to last, as they are now (pruned or not).
+    """List the mixture-of-experts layers of `model`, pruned or not, first to last.
 
     Args:
         model: A decoder with or without its head, or a model of images or sound and text whose language model is a
             mixture of experts.
 
     Raises:
-        ValueError: If the model is dense, or its experts are kept in a way that cannot be sliced (the message says
-            what was found), or in native MXFP4, or it has adapters of peft, or more than one stack of layers.
+        ValueError: If the model is dense; its experts are stored in a way that cannot be sliced (the message says what
+            was found) or in native MXFP4; it has adapters of peft; or it has more than one stack of layers.
     """
-    found = []
+    moe_layers = []
     for index, decoder_layer in enumerate(_stack(model)[1]):
         blocks = list(_blocks(decoder_layer))
         if len(blocks) > 1:
             raise _unknown(model, f"layer {index} has {len(blocks)} mixtures of experts")
         if blocks:
-            found.append(_describe(model, index, blocks[0]))
-    return found
+            moe_layers.append(_describe(model, index, blocks[0]))
+    return moe_layers
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of `model` that turns tokens into hidden states through the mixture-of-experts layers.
+    """Return the part of `model` that turns tokens into hidden states through the mixture-of-experts layers.
 
     Raises:
-        ValueError: As `layers` does.
+        ValueError: As for `layers`.
     """
     return _stack(model)[0]
 
 
 def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Every configuration object that describes the decoder; transformers may hold equal copies."""
+    """Return all configuration objects that describe the decoder; a model may hold equal copies."""
     kind = type(decoder_of(model).config)
     held = [getattr(module, "config", None) for module in model.modules()]
     held.append(model.config.get_text_config())
@@ -109,7 +109,7 @@ def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 def fields_of(config: PretrainedConfig, names: tuple[str, ...]) -> list[str]:
-    """Those of `names` that `config` has, as they are stored: each once, aliases resolved."""
+    """Return those of `names` that `config` has, by their stored names: each once, aliases resolved."""
     aliases = config.attribute_map
     stored = dict.fromkeys(aliases.get(name, name) for name in names)
     return [name for name in stored if isinstance(getattr(config, name, None), int | list)]
@@ -119,30 +119,30 @@ def _stack(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
     """The decoder and its list of layers."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters of peft: merge them first, with model.merge_and_unload()")
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():  # the outer list comes before those inside of it
-        inside = any(name.startswith(f"{path}.") for path in found)
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # an outer list comes before the lists inside it
+        inside = any(name.startswith(f"{path}.") for path in stacks)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _blocks(module)):
-            found[name] = module
-    if not found:
+            stacks[name] = module
+    if not stacks:
         raise _unknown(model, "no module `experts` in any list of layers")
-    for block in (block for stack in found.values() for block in _blocks(stack)):
+    for block in (block for stack in stacks.values() for block in _blocks(stack)):
         if any("mxfp4" in type(module).__name__.lower() for module in (block, block.experts)):
             raise ValueError(
                 "the experts are in native MXFP4: their router cannot be watched and their packed tensors cannot be "
                 "sliced here. Load the model with quantization_config=Mxfp4Config(dequantize=True)"
             )
         if not _fused(block):
-            raise _unknown(model, "its experts are modules of their own, or rows of one matrix")
-    if len(found) > 1:
-        names = ", ".join(f"model.{name}" for name in found)
+            raise _unknown(model, "its experts are separate modules, or rows of one matrix")
+    if len(stacks) > 1:
+        names = ", ".join(f"model.{name}" for name in stacks)
         raise ValueError(
-            f"{_kind(model)} has several stacks with mixtures of experts: {names}. Pass a model that holds one of them"
+            f"{_kind(model)} has several stacks with mixtures of experts: {names}. Pass a model with only one of them"
         )
-    ((path, stack),) = found.items()
+    ((path, stack),) = stacks.items()
     owner = model.get_submodule(path.rpartition(".")[0])
     if not isinstance(owner, PreTrainedModel):
-        raise _unknown(model, f"model.{path} belongs to no model of its own")
+        raise _unknown(model, f"model.{path} is not part of a separate model")
     return owner, stack
 
 
@@ -151,7 +151,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _fused(block: nn.Module) -> set[int]:
-    """The numbers of experts that the tensors of a block stack."""
+    """The numbers of experts in the stacked tensors of a block."""
     return {
         len(parameter) for parameter in block.get_submodule("experts").parameters() if parameter.ndim == 3
     }
@@ -176,10 +176,10 @@ def _describe(model: PreTrainedModel, index: int, block: nn.Module) -> MoeLayer:
     tables = [name for name, tensor in _named(gate) if tensor.ndim > 1 and not tensor.is_floating_point()]
     if tables:
         raise _unknown(
-            model, f"the router of layer {index} looks experts up in a table ({', '.join(tables)})"
+            model, f"the router of layer {index} looks up experts in a table ({', '.join(tables)})"
         )
     groups = int(getattr(gate, "num_group", None) or 1)
-    if getattr(gate, "topk_method", None) == "greedy":  # DeepSeek-V2-Lite: the groups play no part
+    if getattr(gate, "topk_method", None) == "greedy":  # DeepSeek-V2-Lite: groups are not used
         groups = 1
     by_two_best = hasattr(gate, "num_group") and not hasattr(gate, "topk_method")
     return MoeLayer(
@@ -197,7 +197,7 @@ def _describe(model: PreTrainedModel, index: int, block: nn.Module) -> MoeLayer:
 
 
 def _tensors(module: nn.Module, count: int, *, recurse: bool = True) -> Iterator[ExpertTensor]:
-    """The tensors of `module` that count experts first, or count nothing else."""
+    """The tensors of `module` whose first dimension is the number of experts, or whose shape is [1, experts]."""
     for owner in module.modules() if recurse else (module,):
         for name, tensor in _named(owner, recurse=False):
             if tensor.ndim and len(tensor) == count:
@@ -226,7 +226,7 @@ def _kind(model: PreTrainedModel) -> str:
 
 
 def _unknown(model: PreTrainedModel, why: str) -> ValueError:
-    """The error for a model that is dense, or whose experts are kept in a way that cannot be sliced."""
+    """The error for a model that is dense, or whose experts are stored in a way that cannot be sliced."""
     seen = [
         f"{name} {list(tensor.shape)}"
         for name, tensor in _named(model)

@@ -1,7 +1,7 @@
-"""The proof that slicing a layer does what pruning promises, on the layer itself, before anything is changed.
+"""The proof that slicing a layer is exact, on the layer itself, before anything is changed.
 
-One layer of each kind is called with what it gets from a small padded text: as it is with the logits of half of its
-experts at minus infinity, and sliced to the other half. It takes one short forward pass and the memory of half a layer.
+One layer of each kind is called with its inputs from a small padded text: once with the logits of half of its experts
+at minus infinity, and once sliced to the other half. This takes one short forward pass and the memory of half a layer.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from overparam.models.proof import (
 )
 
 _proven: set[str] = set()
-# Share of the tokens that must choose alike. Where numbers have few bits, experts are often rated equal, and which of
-# them is chosen depends on how many there are; tokens that choose alike must be equal all the same.
+# Share of tokens that must choose the same experts. In half precision, experts are often rated equal, and which of them
+# is chosen depends on how many there are; outputs of tokens with the same choice must still be equal.
 _LEAST_SHARE = {torch.float16: 0.5, torch.bfloat16: 0.5}
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def prove(model: PreTrainedModel) -> None:
-    """Check on `model` that a sliced layer equals one whose other experts cannot be chosen, and that routing is read.
+    """Check that sliced layers of `model` equal layers whose other experts cannot be chosen, and that routing is read.
 
-    Once for each `signature` in a process. The model is left exactly as it was.
+    Runs once per `signature` and process. The model is not changed.
 
     Raises:
-        NotExactError: If they differ, or the routing as read does not explain what the layer computes.
-        ValueError: As `layers` does; or if the layer computes NaN.
-        RuntimeError: If a router is never called, as when another kernel computes the layer.
+        NotExactError: If they differ, or the observed routing does not explain what the layer computes.
+        ValueError: As for `layers`; or if the layer computes NaN.
+        RuntimeError: If a router is never called, for example because another kernel computes the layer.
     """
     key = signature(model)
     if key in _proven:
         return
     kinds = {_kind(layer): layer for layer in reversed(layers(model))}  # the first layer of each
-    found = sorted(kinds.values(), key=lambda layer: layer.index)
+    one_of_each = sorted(kinds.values(), key=lambda layer: layer.index)
     decoder = decoder_of(model)
     text = probe(decoder)
     with timed(), torch.no_grad(), evaluating(model):
-        for layer, call in zip(found, _calls(decoder, found, text), strict=True):
+        for layer, call in zip(one_of_each, _calls(decoder, one_of_each, text), strict=True):
             _prove(model, layer, call, text.attention_mask.flatten().bool())
     _proven.add(key)
 
@@ -64,38 +64,37 @@ def _kind(layer: MoeLayer) -> tuple[object, ...]:
     return type(layer.block), type(layer.router), type(layer.experts), layer.top_k, shapes
 
 
-def _calls(decoder: PreTrainedModel, found: Sequence[MoeLayer], text: Probe) -> list[_Call]:
-    """What each block is called with on the text."""
+def _calls(decoder: PreTrainedModel, moe_layers: Sequence[MoeLayer], text: Probe) -> list[_Call]:
+    """The arguments of each block's call on the text."""
     calls: dict[int, _Call] = {}
 
     def record(index: int) -> Any:
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index] = copy.deepcopy((args, kwargs))  # also of caches, which the block fills
+            calls[index] = copy.deepcopy((args, kwargs))  # also copies caches, which the block fills
 
         return before
 
     handles = [
-        layer.block.register_forward_pre_hook(record(layer.index), with_kwargs=True) for layer in found
+        layer.block.register_forward_pre_hook(record(layer.index), with_kwargs=True) for layer in moe_layers
     ]
     try:
         forward(decoder, text.input_ids, text.attention_mask)
     except (TypeError, IndexError, RuntimeError) as error:
         raise NotExactError(
-            f"{type(decoder).__name__} cannot be run on a padded text alone, so that its experts cannot be watched: "
-            f"{error}"
+            f"{type(decoder).__name__} cannot be run on a padded text alone, so its experts cannot be watched: {error}"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    for layer in found:
+    for layer in moe_layers:
         if layer.index not in calls:
             raise not_called(layer)
-    return [calls[layer.index] for layer in found]
+    return [calls[layer.index] for layer in moe_layers]
 
 
 @dataclass
 class _Seen:
-    """Outputs of a block and of its experts, and the experts that were chosen."""
+    """Outputs of a block and of its experts, and the chosen experts."""
 
     block: torch.Tensor
     experts: torch.Tensor
@@ -103,7 +102,7 @@ class _Seen:
 
 
 def _run(layer: MoeLayer, call: _Call, *, apart: bool = False) -> _Seen:
-    """Call the block once; with `apart`, add up the outputs of the experts one by one, as `collect` does."""
+    """Call the block once; with `apart`, add up the experts' outputs one by one, as `collect` does."""
     routings: list[Routing] = []
     outputs: list[torch.Tensor] = []
     handle = None
@@ -127,7 +126,7 @@ def _flat(result: Any) -> tuple[Any, ...]:
 
 
 def _prove(model: PreTrainedModel, layer: MoeLayer, call: _Call, real: torch.Tensor) -> None:
-    """Prove one layer, looking at the `real` tokens of the text. bool [tokens]."""
+    """Prove one layer on the `real` tokens of the text. bool [tokens]."""
     kept = _half(layer)
     dropped = sorted(set(range(layer.n_experts)) - set(kept))
     plain = _run(layer, call)
@@ -143,37 +142,37 @@ def _prove(model: PreTrainedModel, layer: MoeLayer, call: _Call, real: torch.Ten
         raise _refusal(model, layer, "the router chooses experts whose logits are minus infinity")
     try:
         with sliced(layer, kept) as small:
-            found = _run(small, call)
+            actual = _run(small, call)
     except (RuntimeError, IndexError, ValueError) as error:
         raise _refusal(model, layer, f"the sliced layer fails ({error})") from error
-    if bool((found.indices >= len(kept)).any()):
+    if bool((actual.indices >= len(kept)).any()):
         raise _refusal(model, layer, "the sliced router chooses experts that are not there")
-    ids = torch.tensor(kept, device=found.indices.device)
-    chosen = ids[found.indices].sort(dim=1).values == expected.indices.sort(dim=1).values
+    ids = torch.tensor(kept, device=actual.indices.device)
+    chosen = ids[actual.indices].sort(dim=1).values == expected.indices.sort(dim=1).values
     alike = chosen.all(dim=1) & real.to(chosen.device)
     if alike.sum() < real.sum() * _LEAST_SHARE.get(expected.block.dtype, 1.0):
         raise _refusal(
-            model, layer, "the sliced router does not choose as the whole one does among the kept experts"
+            model, layer, "the sliced router does not choose the same of the kept experts as the whole router"
         )
-    if not _agree(found, expected, alike):
+    if not _agree(actual, expected, alike):
         raise _refusal(
-            model, layer, "the sliced experts do not give what the whole layer gives without the others"
+            model, layer, "the sliced experts do not compute the same as the whole layer without the others"
         )
 
 
 def _half(layer: MoeLayer) -> list[int]:
-    """Half of the experts, or as many as the router needs, alike in each group."""
+    """Half of the experts, or as many as the router needs, the same number in each group."""
     size = layer.n_experts // layer.groups
     count = min(size, max(size // 2, layer.group_top, math.ceil(layer.top_k / layer.top_groups)))
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count].sort().values
     return [group * size + int(each) for group in range(layer.groups) for each in chosen]
 
 
-def _agree(found: _Seen, expected: _Seen, rows: torch.Tensor) -> bool:
-    """Whether the outputs of some tokens are equal but for rounding."""
-    pairs = [(found.block, expected.block)]
-    if found.experts.shape == expected.experts.shape:  # what comes of the experts alone is more telling
-        pairs.append((found.experts, expected.experts))
+def _agree(actual: _Seen, expected: _Seen, rows: torch.Tensor) -> bool:
+    """Whether the outputs of the tokens in `rows` are equal up to rounding."""
+    pairs = [(actual.block, expected.block)]
+    if actual.experts.shape == expected.experts.shape:  # outputs of only the experts reveal more
+        pairs.append((actual.experts, expected.experts))
     limit = tolerance(expected.block.dtype)
     return all(
         difference(one.reshape(len(rows), -1), other.reshape(len(rows), -1), rows) <= limit
@@ -184,6 +183,6 @@ def _agree(found: _Seen, expected: _Seen, rows: torch.Tensor) -> bool:
 def _refusal(model: PreTrainedModel, layer: MoeLayer, why: str) -> NotExactError:
     return NotExactError(
         f"{type(model).__name__} ({model.config.model_type}) cannot be pruned: in layer {layer.index} "
-        f"({type(layer.block).__name__}) {why}, so that the result would not be the model without some of its experts. "
+        f"({type(layer.block).__name__}) {why}, so the result would not be the model without some of its experts. "
         "The model is unchanged"
     )

@@ -1,4 +1,4 @@
-"""Take experts out of a model: slices of its tensors, and every number that counts them."""
+"""Removing experts from a model: slicing its tensors, and updating every count of experts."""
 
 from __future__ import annotations
 
@@ -27,63 +27,63 @@ def prune(
 ) -> PreTrainedModel:
     """Keep only the listed experts of each mixture-of-experts layer.
 
-    Changes `model` in place: the expert dimension of every parameter, bias and buffer of experts and router is
-    sliced, never masked, so that memory falls at once; tensor by tensor, so that the peak is the model and one
-    tensor. The result equals the model with the router logits of all other experts at minus infinity; that is
-    proved on its layers first (`prove`), once for each architecture and configuration in a process.
+    Changes `model` in place: the expert dimension of all parameters, biases and buffers of experts and router is
+    sliced, never masked, so memory falls at once. Tensors are sliced one by one, so the peak is the model plus one
+    tensor. The result equals the model with the router logits of all other experts at minus infinity. This is proved
+    on the model's layers first (`prove`), once per architecture, configuration and process.
 
-    The configuration stays consistent. Where all layers keep equally many, its ordinary field holds the new count
-    and ``save_pretrained`` makes a standard checkpoint. Where they differ, ``num_local_experts_per_layer`` lists
-    the counts (one a mixture-of-experts layer), the ordinary field holds the largest, ``output_router_logits`` is
-    off (the auxiliary loss of transformers adds up layers of one width), and `save_pruned` writes the checkpoint.
-    Do not save such a model with plain ``save_pretrained``: no loader builds it again, and one that is told to
-    ``ignore_mismatched_sizes`` fills its layers with random weights.
+    The configuration stays consistent. If all layers keep the same number, its ordinary field holds the new count and
+    ``save_pretrained`` writes a standard checkpoint. If the numbers differ, ``num_local_experts_per_layer`` lists the
+    counts (one per mixture-of-experts layer), the ordinary field holds the largest, ``output_router_logits`` is off
+    (transformers' auxiliary loss needs layers of equal width), and `save_pruned` writes the checkpoint. Do not save
+    such a model with ``save_pretrained``: no loader can build it, and with ``ignore_mismatched_sizes`` a loader fills
+    its layers with random weights.
 
     Args:
         model: A mixture of experts, see `layers`.
-        keep: Ids of the kept experts of each mixture-of-experts layer (dense layers have no entry). They keep
-            the order given.
-        lower_top_k: Let a layer keep fewer experts than it routes a token to: its top-k becomes what it can
-            still choose from. Without it that is an error, since the function of the layer changes.
+        keep: Ids of the kept experts of each mixture-of-experts layer (dense layers have no entry), in the order that
+            they will have.
+        lower_top_k: Let a layer keep fewer experts than it routes a token to: its top-k becomes the number it can
+            still choose. Otherwise this is an error, because the function of the layer changes.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model is dense or unknown, there is not one list a layer, or a list has repeated ids, ids
-            out of range, fewer than top-k, or, for routers that choose among groups, unequal groups. The model is
+        ValueError: If the model is dense or unknown, there is not one list per layer, or a list has repeated ids, ids
+            out of range, fewer than top-k ids or, for routers that choose among groups, unequal groups. The model is
             then unchanged.
         NotExactError: If the proof fails. The model is then unchanged.
     """
-    found = layers(model)
-    if len(keep) != len(found):
+    moe_layers = layers(model)
+    if len(keep) != len(moe_layers):
         raise ValueError(
-            f"keep must have one list of experts for each of the {len(found)} mixture-of-experts layers, "
+            f"keep must have one list of experts for each of the {len(moe_layers)} mixture-of-experts layers, "
             f"got {len(keep)}"
         )
     kept = [[int(expert) for expert in each] for each in keep]
     top_ks = [
         _checked(position, layer, each, lower_top_k)
-        for position, (layer, each) in enumerate(zip(found, kept, strict=True))
+        for position, (layer, each) in enumerate(zip(moe_layers, kept, strict=True))
     ]
-    _check_fields(model, found, top_ks)
+    _check_fields(model, moe_layers, top_ks)
     prove(model)
-    for layer, each, top_k in zip(found, kept, top_ks, strict=True):
+    for layer, each, top_k in zip(moe_layers, kept, top_ks, strict=True):
         shrink(layer, each, top_k)
-    describe(model, found, [len(each) for each in kept], top_ks)
+    describe(model, moe_layers, [len(each) for each in kept], top_ks)
     return model
 
 
 def describe(
     model: PreTrainedModel, before: Sequence[MoeLayer], counts: Sequence[int], top_ks: Sequence[int]
 ) -> None:
-    """Make the configuration and the cached counts of `model` say what its layers hold.
+    """Update the configuration and the cached counts of `model` to match its layers.
 
     Args:
-        model: The model, its layers sliced.
-        before: Its layers as they were described before that.
-        counts: Experts of each layer now.
-        top_ks: Experts that a token uses in each.
+        model: The model, after its layers were sliced.
+        before: Descriptions of its layers before slicing.
+        counts: Experts per layer now.
+        top_ks: Experts per token in each layer.
     """
     for config in configs_of(model):
         for field in count_fields(config, before):
@@ -103,9 +103,9 @@ def describe(
                 setattr(module, field, value)
 
 
-def count_fields(config: PretrainedConfig, found: Sequence[MoeLayer]) -> list[str]:
-    """The fields of `config` that hold the number of experts of these layers."""
-    most = max(layer.n_experts for layer in found)
+def count_fields(config: PretrainedConfig, moe_layers: Sequence[MoeLayer]) -> list[str]:
+    """Return the fields of `config` that hold the number of experts of these layers."""
+    most = max(layer.n_experts for layer in moe_layers)
     return [field for field in fields_of(config, COUNT_FIELDS) if getattr(config, field) == most]
 
 
@@ -114,19 +114,19 @@ def is_uniform(values: Sequence[int]) -> bool:
     return len(set(values)) == 1
 
 
-def _check_fields(model: PreTrainedModel, found: Sequence[MoeLayer], top_ks: Sequence[int]) -> None:
-    """Raise where the configuration could not say what the pruned layers hold."""
+def _check_fields(model: PreTrainedModel, moe_layers: Sequence[MoeLayer], top_ks: Sequence[int]) -> None:
+    """Raise if the configuration could not describe the pruned layers."""
     config = decoder_of(model).config
-    if not count_fields(config, found):
+    if not count_fields(config, moe_layers):
         raise ValueError(
             f"the configuration of {type(model).__name__} has no field with the number of its experts, "
-            f"{max(layer.n_experts for layer in found)} (looked for {', '.join(COUNT_FIELDS)}): a pruned model "
+            f"{max(layer.n_experts for layer in moe_layers)} (looked for {', '.join(COUNT_FIELDS)}): a pruned model "
             "could not be saved"
         )
-    own = all(hasattr(layer.router, "top_k") or hasattr(layer.block, "top_k") for layer in found)
+    own = all(hasattr(layer.router, "top_k") or hasattr(layer.block, "top_k") for layer in moe_layers)
     if not (own or is_uniform(top_ks)):
         raise ValueError(
-            f"the routers of {type(model).__name__} read top-k from the configuration, one for all layers, so that it "
+            f"the routers of {type(model).__name__} read one top-k for all layers from the configuration, so it "
             f"cannot differ between layers, got {list(top_ks)}; keep at least top-k experts in each layer"
         )
 
@@ -143,7 +143,7 @@ def _checked(position: int, layer: MoeLayer, kept: Sequence[int], lower_top_k: b
     per_group = _per_group(layer, kept, name)
     if per_group < layer.group_top:
         raise ValueError(
-            f"{name} must keep at least {layer.group_top} experts{' a group' if layer.groups > 1 else ''}, "
+            f"{name} must keep at least {layer.group_top} experts{' per group' if layer.groups > 1 else ''}, "
             f"got {per_group}"
         )
     reachable = per_group * layer.top_groups
@@ -166,8 +166,8 @@ def _per_group(layer: MoeLayer, kept: Sequence[int], name: str) -> int:
     counts = [sum(expert // size == group for expert in kept) for group in range(layer.groups)]
     if not is_uniform(counts) or [e // size for e in kept] != sorted(e // size for e in kept):
         raise ValueError(
-            f"{name}: the router chooses {layer.top_groups} of {layer.groups} groups of consecutive experts, so that "
-            f"every group must keep equally many, in order; got {counts}. "
+            f"{name}: the router chooses {layer.top_groups} of {layer.groups} groups of consecutive experts, so "
+            f"every group must keep the same number, in order; got {counts}. "
             f"select(scores, counts, groups={layer.groups}) keeps such sets"
         )
     return counts[0]

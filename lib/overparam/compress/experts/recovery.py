@@ -1,6 +1,6 @@
-"""A short fine-tuning that wins back what pruning lost.
+"""A short fine-tuning that recovers quality after pruning.
 
-That of arXiv 2605.28042 trains all parameters on references or, better, on translations by the unpruned parent.
+arXiv 2605.28042 trains all parameters, on references or, with better results, on translations by the unpruned parent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overparam.compress.experts.layout import layers
+from overparam.data.packing import Packed
 from overparam.train import causal
 
 
@@ -24,7 +25,7 @@ class Lora:
 
     Attributes:
         rank: Rank r of the adapters.
-        alpha: Their scaling α; what they learn is added with a factor α / r.
+        alpha: Scaling α of the adapters: their output is multiplied by α / r.
     """
 
     rank: int = 16
@@ -33,7 +34,7 @@ class Lora:
 
 def recover(
     model: PreTrainedModel,
-    batches: Iterable[causal.Batch],
+    batches: Iterable[Packed],
     recipe: causal.Recipe,
     *,
     lora: Lora | None = None,
@@ -41,29 +42,29 @@ def recover(
     every: int = 200,
     label: str = "recovering",
 ) -> causal.Log:
-    """Fine-tune a mixture of experts, pruned or not, in place; its layers may differ in experts and in top-k.
+    """Fine-tune a mixture of experts, pruned or not, in place. Its layers may differ in experts and in top-k.
 
-    All parameters that require a gradient are trained, or with `lora` only adapters, which are merged at the end:
-    either way the result is an ordinary model that `save_pruned` takes. In bfloat16 small steps of full training
-    round away; adapters are float32 until they are merged. Adapters leave routers, norms, biases,
-    shared experts and embeddings as they are; each is as large as ``rank`` rows and columns of its matrix, one for
-    each expert. A training that fails leaves a model without adapters, with the weights it came with.
+    All parameters that require a gradient are trained, or with `lora` only adapters, which are merged at the end.
+    Either way the result is an ordinary model that `save_pruned` accepts. In bfloat16, small steps of full training
+    are lost to rounding; adapters are float32 until they are merged. Adapters do not change routers, norms, biases,
+    shared experts or embeddings. Each expert has adapters of its own, of ``rank`` rows and columns per matrix. If the
+    training fails, the model has no adapters and its original weights.
 
     Args:
         model: A mixture of experts of a known layout, with its language-modelling head.
         batches: As for `causal.train`: packed prompts and targets.
-        recipe: See `causal.Recipe`; its load balance looks at each layer by itself.
+        recipe: See `causal.Recipe`; its load balance is computed per layer.
         lora: Train adapters instead of the parameters themselves.
-        checkpoint: Folder of the state, from which a run that was interrupted goes on.
+        checkpoint: Folder for the training state; an interrupted run resumes from it.
         every: Steps between checkpoints.
-        label: Name of the step in the progress display.
+        label: Name shown in the progress display.
 
     Returns:
-        Losses and counts, one value a step.
+        Losses and counts, one value per step.
 
     Raises:
-        ValueError: If the model is dense or its layout is unknown; if an adapter is asked for where peft has none; and
-            as `causal.train` does.
+        ValueError: If the model is dense or its layout is unknown; if peft has no adapter for a layer; and as for
+            `causal.train`.
         FloatingPointError: If the loss is not finite.
     """
     layers(model)
@@ -75,17 +76,19 @@ def recover(
 
 @contextmanager
 def _adapted(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[None]:
-    """With adapters in `model`; afterwards merged, or taken out again if the block failed."""
+    """Add adapters to `model`; merge them at the end of the block, or remove them if the block fails."""
     from peft import LoraConfig, get_peft_model
 
     names = {module: name for name, module in model.named_modules()}
-    found = layers(model)
+    moe_layers = layers(model)
     alone = [
-        each.index for each in found if each.n_experts == 1 and getattr(each.experts, "is_transposed", False)
+        each.index
+        for each in moe_layers
+        if each.n_experts == 1 and getattr(each.experts, "is_transposed", False)
     ]
     if alone:
         raise ValueError(
-            f"peft has no adapter for the single expert that decoder layer {alone[0]} has left, since "
+            f"peft has no adapter for the single expert left in decoder layer {alone[0]}, because "
             f"{type(model).__name__} stores experts transposed; train without lora"
         )
     config = LoraConfig(
@@ -96,9 +99,9 @@ def _adapted(model: PreTrainedModel, lora: Lora, seed: int) -> Iterator[None]:
         ],
         target_parameters=[
             f"{names[tensor.owner]}.{tensor.name}"
-            for layer in found
+            for layer in moe_layers
             for tensor in layer.tensors
-            if tensor.owner is layer.experts and tensor.value.ndim == 3  # biases are left alone
+            if tensor.owner is layer.experts and tensor.value.ndim == 3  # biases are not adapted
         ],
     )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}

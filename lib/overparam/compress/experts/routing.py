@@ -21,22 +21,21 @@ from overparam.models.proof import evaluating
 class RoutingStatistics:
     """Sums over a calibration text, for each expert of each mixture-of-experts layer.
 
-    Sums rather than means, so that statistics of parts of a text (batches, processes) add up with ``+`` to those
-    of the whole, as long as no sequence is split. Where layers differ in their experts, the rows of the smaller
-    ones end in zeros.
+    Sums rather than means, so that statistics of parts of a text (batches, processes) can be added with ``+``, as long
+    as no sequence is split. If layers differ in their number of experts, shorter rows are filled with zeros.
 
     Attributes:
         n_experts: Experts of each layer. int64 [layers]
-        sequences: Sequences with counted tokens.
-        tokens: Counted tokens.
+        sequences: Number of sequences with counted tokens.
+        tokens: Number of counted tokens.
         mass_sum: Sum over sequences of the mean over tokens of the normalised top-k weights.
             float64 [layers, experts]
         routed: Tokens routed to each expert. float64 [layers, experts]
-        top1: Tokens of which it is the first choice. float64 [layers, experts]
+        top1: Tokens for which the expert is the first choice. float64 [layers, experts]
         top1_gate_sum: Sum over those tokens of the softmax of the router's logits at the expert.
             float64 [layers, experts]
         gated_norm_sum: Sum over routed tokens of the gate that the model applies × norm of the expert's output; None
-            where it was not collected. float64 [layers, experts]
+            if not collected. float64 [layers, experts]
         renormalised_norm_sum: The same with gates that sum to one over the experts of a token.
             float64 [layers, experts]
     """
@@ -55,7 +54,7 @@ class RoutingStatistics:
         """Statistics of both texts together.
 
         Raises:
-            ValueError: If the layers differ in their experts, or only one side has the norms that REAP needs.
+            ValueError: If the layers differ in their experts, or only one side has the norms for REAP.
         """
         if not np.array_equal(self.n_experts, other.n_experts):
             raise ValueError(
@@ -64,7 +63,7 @@ class RoutingStatistics:
             )
         if (self.gated_norm_sum is None) != (other.gated_norm_sum is None):
             raise ValueError(
-                "only one of the two statistics was collected with reap=True; collect both alike"
+                "only one of the two statistics was collected with reap=True; collect both in the same way"
             )
         return RoutingStatistics(
             self.n_experts,
@@ -85,7 +84,7 @@ class RoutingStatistics:
 
     @property
     def frequency(self) -> NDArray[np.float64]:
-        """Share of the tokens that is routed to each expert; rows sum to top-k. float64 [layers, experts]."""
+        """Share of tokens routed to each expert; rows sum to top-k. float64 [layers, experts]."""
         return self.routed / self.tokens
 
 
@@ -104,12 +103,12 @@ class _Sums:
 
 @dataclass
 class _Counted:
-    """What the current batch counts.
+    """The counted tokens of the current batch.
 
     Attributes:
-        rows: The counted tokens, in the order in which routers see tokens. int64 [counted]
-        share: One over the counted tokens of the sequence of each. float64 [counted]
-        tokens: All tokens, padding included.
+        rows: Indices of the counted tokens, in the order in which routers see tokens. int64 [counted]
+        share: For each counted token, 1 / (counted tokens of its sequence). float64 [counted]
+        tokens: Number of all tokens, padding included.
     """
 
     rows: torch.Tensor
@@ -120,10 +119,10 @@ class _Counted:
 def routing_mass(
     model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]
 ) -> NDArray[np.float64]:
-    """Share of the routing that each expert gets (arXiv 2605.28042).
+    """Return the share of the routing that each expert gets (arXiv 2605.28042).
 
-    For each token the router's top-k weights, normalised to sum to one; mean over the tokens of a sequence, then
-    over sequences. The paper's sequences are instruction, source, and the model's own translation.
+    The router's top-k weights of each token are normalised to sum to one, then averaged over the tokens of a sequence
+    and over sequences. In the paper, a sequence is instruction, source, and the model's own translation.
 
     Arguments and errors are those of `collect`.
 
@@ -138,31 +137,32 @@ def collect(
 ) -> RoutingStatistics:
     """Collect the routing statistics of a text in one pass, without the language-modelling head.
 
-    The text is streamed: memory does not grow with it. The model is left exactly as it was, also after an error.
+    The text is streamed, so memory does not grow with its length. The model is not changed, also not after an error.
 
     Args:
-        model: A mixture of experts, see `layers`; of a model of images and text the language model is run.
-        batches: Mappings with ``input_ids`` [sequences, tokens]; ``attention_mask`` of the same shape where there is
-            padding, on either side; and ``count_mask``, to count fewer than all unpadded tokens, such as the
-            generated ones. A sequence without counted tokens does not count.
-        reap: Collect what the score of REAP needs too: norms of the experts' outputs, for routed tokens only.
+        model: A mixture of experts, see `layers`; in a model of images and text, only the language model is run.
+        batches: Mappings with ``input_ids`` [sequences, tokens]; with ``attention_mask`` of the same shape if there is
+            padding, on either side; and optionally with ``count_mask``, to count only some tokens, such as generated
+            ones. A sequence without counted tokens is not counted.
+        reap: Also collect what REAP's score needs: norms of the experts' outputs, for routed tokens.
 
     Raises:
         ValueError: If the model is dense or unknown, a mask has another shape than the tokens, no token is counted,
             or the routing is not finite.
-        NotExactError: If the routing as read does not explain what the layers compute (`prove`).
-        RuntimeError: If a router is never called, as when another kernel computes the layer.
+        NotExactError: If the observed routing does not explain what the layers compute (`prove`).
+        RuntimeError: If a router is never called, for example because another kernel computes the layer.
     """
-    found = layers(model)
+    moe_layers = layers(model)
     decoder = decoder_of(model)
     prove(model)
     sums = [
-        _Sums(*torch.zeros(6, layer.n_experts, dtype=torch.float64, device=_device(layer))) for layer in found
+        _Sums(*torch.zeros(6, layer.n_experts, dtype=torch.float64, device=_device(layer)))
+        for layer in moe_layers
     ]
     counted = _Counted(torch.empty(0), torch.empty(0), 0)
     sequences = tokens = 0
     with torch.inference_mode(), evaluating(model), ExitStack() as stack:
-        for layer, running in zip(found, sums, strict=True):
+        for layer, running in zip(moe_layers, sums, strict=True):
             stack.enter_context(_watched(layer, running, counted, reap))
         for batch in batches:
             ids = batch["input_ids"]
@@ -177,17 +177,19 @@ def collect(
             sequences += int((lengths > 0).sum())
             tokens += int(lengths.sum())
             forward(decoder, ids, mask)
-            _check(found, sums)
+            _check(moe_layers, sums)
     if not tokens:
-        raise ValueError("the calibration text has no tokens: no batch, or masks that count none")
-    width = max(layer.n_experts for layer in found)
+        raise ValueError(
+            "the calibration text has no tokens: there are no batches, or masks exclude all tokens"
+        )
+    width = max(layer.n_experts for layer in moe_layers)
 
     def table(name: str) -> NDArray[np.float64]:
         rows = [getattr(running, name).cpu().numpy() for running in sums]
         return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
     return RoutingStatistics(
-        np.array([layer.n_experts for layer in found], dtype=np.int64),
+        np.array([layer.n_experts for layer in moe_layers], dtype=np.int64),
         sequences,
         tokens,
         table("mass"),
@@ -205,8 +207,8 @@ def _watched(layer: MoeLayer, sums: _Sums, counted: _Counted, reap: bool) -> Abs
     def of_counted(routing: Routing, values: torch.Tensor) -> torch.Tensor:
         if len(routing.indices) != counted.tokens:
             raise ValueError(
-                f"the experts of layer {layer.index} see {len(routing.indices)} of {counted.tokens} tokens: which of "
-                "them count cannot be told"
+                f"the experts of layer {layer.index} see {len(routing.indices)} of {counted.tokens} tokens, so the "
+                "counted tokens cannot be identified"
             )
         return values[counted.rows.to(values.device)]
 
@@ -263,11 +265,11 @@ def _mask(batch: Mapping[str, torch.Tensor], name: str, default: torch.Tensor) -
     return mask.bool()
 
 
-def _check(found: list[MoeLayer], sums: list[_Sums]) -> None:
+def _check(moe_layers: list[MoeLayer], sums: list[_Sums]) -> None:
     """Raise where a router was bypassed or the routing is not finite."""
-    for layer, running in zip(found, sums, strict=True):
+    for layer, running in zip(moe_layers, sums, strict=True):
         if not running.calls:
             raise not_called(layer)
     totals = [float(running.mass.sum() + running.gated_norm.sum()) for running in sums]
     if not np.isfinite(totals).all():
-        raise not_finite(found[int(np.argmin(np.isfinite(totals)))])
+        raise not_finite(moe_layers[int(np.argmin(np.isfinite(totals)))])

@@ -1,4 +1,4 @@
-"""Scores by which experts are ranked within a layer: the method, its peers, and controls."""
+"""Scores that rank the experts of a layer: the method, alternatives, and controls."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ SUPER_FACTOR = 5.0
 
 
 def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDArray[np.float64]:
-    """Score every expert from the statistics of a text; in each layer the highest are kept (`select`).
+    """Score every expert from the statistics of a text; `select` keeps the highest scores of each layer.
 
     - ``routing_mass``: mean normalised top-k weight (arXiv 2605.28042).
-    - ``routing_mass_super``: the same, with the `super_experts` of each layer before all others.
+    - ``routing_mass_super``: the same, but the `super_experts` of each layer rank before all others.
     - ``frequency``: share of tokens routed to the expert.
-    - ``koishekenov``: share of tokens of which it is the first choice × exp(mean gate on those), the gate being
-      the softmax of the router's logits (arXiv 2212.09811).
-    - ``reap``: mean over routed tokens of the gate × norm of the expert's output before it (arXiv 2510.13999), the
-      gate being what the model multiplies that output with; 0 for an expert without tokens.
-    - ``reap_renormalised``: the same with gates that sum to one over the experts of a token. Models that
-      normalise their gates (``norm_topk_prob``) have one and the same score; OLMoE, Qwen2-MoE and DeepSeek-V2 do not.
-    - ``random``: uniform numbers, a control.
-    - ``inverted``: minus the routing mass, a control that keeps the least used.
+    - ``koishekenov``: share of tokens with the expert as first choice × exp(mean gate on those tokens), where the gate
+      is the softmax of the router's logits (arXiv 2212.09811).
+    - ``reap``: mean over routed tokens of gate × norm of the expert's output (arXiv 2510.13999), where the gate is the
+      factor that the model applies to that output; 0 for an expert without tokens.
+    - ``reap_renormalised``: the same with gates that sum to one over the experts of a token. For models that normalise
+      their gates (``norm_topk_prob``) both scores are equal; OLMoE, Qwen2-MoE and DeepSeek-V2 do not.
+    - ``random``: uniform random numbers, a control.
+    - ``inverted``: minus the routing mass, a control that keeps the least used experts.
 
     Args:
-        statistics: From `collect`; with ``reap=True`` for both of REAP and ``routing_mass_super``.
+        statistics: From `collect`; with ``reap=True`` for both REAP scores and ``routing_mass_super``.
         method: One of `METHODS`.
-        seed: Of ``random``.
+        seed: Seed of ``random``.
 
     Returns:
-        float64 [layers, experts]; minus infinity where a layer of a pruned model has no such expert.
+        float64 [layers, experts]; minus infinity for experts that a layer of a pruned model does not have.
 
     Raises:
         ValueError: If the method is unknown, or the statistics lack what it needs.
@@ -44,8 +44,8 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
         values = statistics.routing_mass
     elif method == "routing_mass_super":
         values = statistics.routing_mass.copy()
-        for layer, found in zip(values, super_experts(statistics), strict=True):
-            layer[found] += 1.0  # above any share
+        for layer, ids in zip(values, super_experts(statistics), strict=True):
+            layer[ids] += 1.0  # above any share
     elif method == "inverted":
         values = -statistics.routing_mass
     elif method == "frequency":
@@ -68,10 +68,10 @@ def scores(statistics: RoutingStatistics, method: str, *, seed: int = 0) -> NDAr
 def super_experts(statistics: RoutingStatistics) -> list[list[int]]:
     """Find the experts of each layer whose outputs are far larger than those of the others.
 
-    Super experts (arXiv 2507.23279) make the massive activations on which attention sinks rest. They may serve a
-    single token of a text, such as the first, so that measures of use rank them low; without them a model breaks
-    down. Here an expert is one when its output norm, weighted by the gate, mean over routed tokens (REAP's score), is
-    more than `SUPER_FACTOR` times the median of the experts of its layer that were routed to at all.
+    Super experts (arXiv 2507.23279) produce the massive activations that attention sinks depend on. They may be used
+    for a single token of a text, such as the first, so that measures of use rank them low; without them a model breaks
+    down. Here an expert is a super expert if its REAP score is more than `SUPER_FACTOR` times the median of its
+    layer's experts that were used at all.
 
     Raises:
         ValueError: If the statistics lack the norms.

@@ -1,4 +1,4 @@
-"""Slices of one mixture-of-experts layer: for good, for a moment, or as a mask of the same effect."""
+"""Slicing of one mixture-of-experts layer: permanently, temporarily, or by a mask with the same effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from overparam.compress.experts.layout import ExpertTensor, MoeLayer
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "out_features")
-_TOP_KS = ("top_k", "num_experts_per_tok", "num_experts")  # the block of openai_privacy_filter calls it so
+_TOP_KS = ("top_k", "num_experts_per_tok", "num_experts")  # the last is openai_privacy_filter's name for it
 _PRODUCTS = {
     *(nn.functional.linear, torch.mm, torch.matmul, torch.addmm),
     *(torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.addmm, torch.Tensor.__matmul__),
@@ -39,7 +39,7 @@ def shrink(layer: MoeLayer, kept: Sequence[int], top_k: int) -> None:
 
 @contextmanager
 def sliced(layer: MoeLayer, kept: Sequence[int]) -> Iterator[MoeLayer]:
-    """Shrink a layer for a moment, and describe it as it is then; it takes the memory of its kept experts."""
+    """Shrink a layer within the block, and yield its new description; needs memory for the kept experts."""
     tensors = [(tensor, tensor.value) for tensor in layer.tensors]
     counts = [
         (module, {k: v for k, v in vars(module).items() if type(v) is int}) for module in _counting(layer)
@@ -56,7 +56,7 @@ def sliced(layer: MoeLayer, kept: Sequence[int]) -> Iterator[MoeLayer]:
 
 @contextmanager
 def masked(layer: MoeLayer, dropped: Sequence[int]) -> Iterator[None]:
-    """Put the router's logits of `dropped` at minus infinity, and biases that are added to what comes of them."""
+    """Set the router's logits of `dropped` to minus infinity, and biases that are added later, within the block."""
     ids = torch.as_tensor(list(dropped), dtype=torch.long)
     inside = {id(module) for module in layer.experts.modules()}
     biases = [
@@ -83,7 +83,7 @@ def masked(layer: MoeLayer, dropped: Sequence[int]) -> Iterator[None]:
 
 
 class _Dropping(TorchFunctionMode):
-    """Every matrix product with one column for each expert has minus infinity in the columns of some."""
+    """Sets the columns of dropped experts to minus infinity in every matrix product with one column per expert."""
 
     def __init__(self, count: int, dropped: torch.Tensor) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def _counting(layer: MoeLayer) -> list[nn.Module]:
 
 
 def _replace(tensor: ExpertTensor, value: torch.Tensor) -> None:
-    """Put another tensor in its place; the old one is freed unless someone else holds it."""
+    """Replace a tensor; the old one is freed unless something else refers to it."""
     old = tensor.value
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)

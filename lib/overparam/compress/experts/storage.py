@@ -1,4 +1,4 @@
-"""Pruned models on disk: standard checkpoints where all layers are alike, and a marked format where they differ."""
+"""Pruned models on disk: standard checkpoints if all layers are alike, and a marked format if they differ."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ MODEL_TYPE_PREFIX = "overparam_pruned_"
 
 
 def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
-    """Save a pruned mixture of experts as safetensors, under the names that its architecture has on disk.
+    """Save a pruned mixture of experts as safetensors, with the tensor names of its architecture.
 
-    Where all layers keep equally many experts, the folder is a standard checkpoint that
-    ``AutoModelForCausalLM.from_pretrained`` reads. Where they differ, no loader of transformers can build the
-    model, and one that tried would fill the layers with random weights; so the folder is marked such that every
-    loader refuses it, and `load_pruned` reads it. Its ``config.json`` has
+    If all layers keep the same number of experts, the folder is a standard checkpoint that
+    ``AutoModelForCausalLM.from_pretrained`` reads. If the numbers differ, no loader of transformers can build the
+    model, and one that tried would fill layers with random weights. The folder is therefore marked so that other
+    loaders refuse it, and `load_pruned` reads it. Its ``config.json`` then has
 
     - ``model_type`` with the prefix ``overparam_pruned_``, which ``AutoConfig`` and servers do not know;
-    - ``per_layer_config``, transformers' own way to say ``{decoder layer: {field: value}}``, so that a class that
-      is called by name refuses it too;
-    - ``num_local_experts_per_layer``, the counts as a list with one entry a mixture-of-experts layer (dense
-      layers have none), and ``num_experts_per_tok_per_layer`` where top-k was lowered in some layers.
+    - ``per_layer_config``, transformers' own form for ``{decoder layer: {field: value}}``, so that a model class used
+      directly refuses it too;
+    - ``num_local_experts_per_layer``, a list of counts with one entry per mixture-of-experts layer (none for dense
+      layers), and ``num_experts_per_tok_per_layer`` if top-k was lowered in some layers.
 
-    The folder appears whole or not at all. The tokenizer is not part of it.
+    The folder appears complete or not at all. The tokenizer is not saved.
 
     Args:
         model: A mixture of experts, see `layers`.
@@ -48,14 +48,14 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        FileExistsError: If something is there.
+        FileExistsError: If the folder exists.
         ValueError: If the model is dense or its layout is unknown.
-        NotExactError: If the configuration does not build the same tensors again; nothing is written then.
+        NotExactError: If the configuration does not build the same tensors; nothing is written.
     """
     folder = Path(path)
-    found = layers(model)
-    _check_rebuilds(model, found)
-    counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
+    moe_layers = layers(model)
+    _check_rebuilds(model, moe_layers)
+    counts, top_ks = [layer.n_experts for layer in moe_layers], [layer.top_k for layer in moe_layers]
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         file = temporary / "config.json"
@@ -67,12 +67,13 @@ def save_pruned(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
                 text["num_experts"] = counts[0]  # what transformers 4 and older servers read
         else:
             own = decoder_of(model).config
-            stored = [(field, "n_experts") for field in count_fields(own, found)]
+            stored = [(field, "n_experts") for field in count_fields(own, moe_layers)]
             stored += [(field, "top_k") for field in fields_of(own, TOP_K_FIELDS)]
             config["model_type"] = MODEL_TYPE_PREFIX + config["model_type"]
             text[COUNTS_FIELD] = counts
             text["per_layer_config"] = {
-                str(layer.index): {field: getattr(layer, name) for field, name in stored} for layer in found
+                str(layer.index): {field: getattr(layer, name) for field, name in stored}
+                for layer in moe_layers
             }
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
@@ -84,25 +85,25 @@ def load_pruned(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load what `save_pruned` wrote, also where layers differ in their experts; the weights are exactly those saved.
+    """Load a model that `save_pruned` wrote, also if layers differ in their experts; weights are exactly those saved.
 
     Args:
         path: The folder.
-        dtype: Of the weights; as they were saved by default.
-        device: Where to put the model; the CPU by default.
+        dtype: Dtype of the weights; by default as saved.
+        device: Device of the model; the CPU by default.
 
     Returns:
         The model in evaluation mode, of its ordinary class.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If `save_pruned` did not write the folder, another version of it did, or tensors are missing or of
-            other shapes than its configuration says.
+        ValueError: If the folder was not written by `save_pruned`, or by another version of its format; or if tensors
+            are missing or have other shapes than its configuration says.
     """
     folder = Path(path)
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint")
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not a checkpoint")
     config = json.loads(file.read_text(encoding="utf-8"), object_hook=_float)
     version = config.pop(FORMAT_FIELD, None)
     if version is None:
@@ -138,12 +139,12 @@ def load_pruned(
 
 
 def _float(part: dict[str, Any]) -> Any:
-    """Read what transformers writes for numbers that JSON does not have, such as ``{"__float__": "Infinity"}``."""
+    """Read transformers' form for numbers that JSON lacks, such as ``{"__float__": "Infinity"}``."""
     return float(part["__float__"]) if set(part) == {"__float__"} else part
 
 
 def _of_decoder(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any]:
-    """The part of the configuration on disk that describes the decoder."""
+    """The part of the stored configuration that describes the decoder."""
     kind = type(decoder_of(model).config)
     if type(model.config) is kind:
         return config
@@ -152,11 +153,11 @@ def _of_decoder(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any
     return part
 
 
-def _check_rebuilds(model: PreTrainedModel, found: Sequence[MoeLayer]) -> None:
-    """Build the model from its configuration once more, without weights, and compare the tensors' shapes."""
+def _check_rebuilds(model: PreTrainedModel, moe_layers: Sequence[MoeLayer]) -> None:
+    """Build the model again from its configuration, without weights, and compare the shapes of tensors."""
     if getattr(model.config, "quantization_config", None) is not None:
         return  # its tensors come from the checkpoint, not from the configuration
-    counts, top_ks = [layer.n_experts for layer in found], [layer.top_k for layer in found]
+    counts, top_ks = [layer.n_experts for layer in moe_layers], [layer.top_k for layer in moe_layers]
     alike = is_uniform(counts) and is_uniform(top_ks)
     cls = type(model) if alike else _shrinking(type(model), counts, top_ks)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -179,23 +180,23 @@ def _shrinking(
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        found = layers(self)
-        if len(found) != len(counts):
-            raise ValueError(f"{COUNTS_FIELD} lists {len(counts)} layers, the model has {len(found)}")
-        wanted = top_ks or [layer.top_k for layer in found]
-        for layer, count, top_k in zip(found, counts, wanted, strict=True):
+        moe_layers = layers(self)
+        if len(moe_layers) != len(counts):
+            raise ValueError(f"{COUNTS_FIELD} lists {len(counts)} layers, the model has {len(moe_layers)}")
+        wanted = top_ks or [layer.top_k for layer in moe_layers]
+        for layer, count, top_k in zip(moe_layers, counts, wanted, strict=True):
             shrink(layer, range(count), top_k)
-        describe(self, found, counts, wanted)
+        describe(self, moe_layers, counts, wanted)
 
-    # The name and module are those of `base`: transformers looks conversions and recorded outputs up by them.
+    # Name and module are those of `base`: transformers looks up conversions and recorded outputs by them.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 def _release_file(model: PreTrainedModel) -> None:
-    """Give the model weights of its own, one tensor after the other.
+    """Copy the model's tensors out of the mapped checkpoint file, one after the other.
 
-    What was not fused while loading lies in the mapped file, and one such tensor keeps all of the file in memory, so
-    that the experts, of which the model holds fused copies, are there twice.
+    Tensors that were not fused while loading point into the mapped file. Even one of them keeps the whole file in
+    memory, in addition to the fused copies of the experts.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -1,4 +1,4 @@
-"""What a mixture-of-experts layer does with each token, read where its block calls the experts."""
+"""The routing of each token in a mixture-of-experts layer, read where its block calls the experts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Routing:
     """One call of the experts.
 
     Attributes:
-        logits: What the router rates the experts by, before it chooses; some routers return the softmax of it
-            instead, see `probabilities`. [tokens, experts]
-        gates: What the model multiplies the output of each chosen expert with. [tokens, top_k]
+        logits: The router's ratings of experts; some routers return their softmax instead, see `probabilities`.
+            [tokens, experts]
+        gates: Factors by which the model multiplies the outputs of the chosen experts. [tokens, top_k]
         indices: The chosen experts. [tokens, top_k]
     """
 
@@ -29,12 +29,12 @@ class Routing:
     indices: torch.Tensor
 
     def probabilities(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The softmax over all experts of the logits, at one expert a token. float64 [tokens, 1]."""
+        """The softmax of the logits over all experts, at one expert per token. float64 [tokens, 1]."""
         logits = self.logits.float()
-        found = logits.gather(1, chosen)
+        picked = logits.gather(1, chosen)
         if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-2).all()):
-            return found.double()
-        return (found - logits.logsumexp(dim=1, keepdim=True)).exp().double()
+            return picked.double()
+        return (picked - logits.logsumexp(dim=1, keepdim=True)).exp().double()
 
 
 @contextmanager
@@ -43,13 +43,13 @@ def watched(
     routed: Callable[[Routing], None],
     contributed: Callable[[Routing, torch.Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Call back at every call of the layer.
+    """Call the given functions at every call of the layer.
 
     Args:
         layer: The layer.
-        routed: Gets the routing of all tokens, padding included.
-        contributed: Gets it too, and the norm of what each chosen expert adds: gate × its output. float32
-            [tokens, top_k]
+        routed: Called with the routing of all tokens, padding included.
+        contributed: Called with the routing, and the norm of each chosen expert's contribution, gate × output.
+            float32 [tokens, top_k]
     """
     logits: list[Any] = []
     pending: list[Routing] = []
@@ -57,8 +57,8 @@ def watched(
     def after_router(_: Any, __: Any, output: Any) -> None:
         logits[:] = [output]
 
-    # Each (token, expert) pair becomes a token of its own with one expert and weight one, so that the experts
-    # return their outputs before the gates, with whatever implementation the model uses.
+    # Each (token, expert) pair becomes a separate token with one expert and weight one, so that the experts return
+    # their outputs before the gates, in any implementation.
     def before_experts(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         routing = _routing(layer, logits[0] if logits else None, args)
         routed(routing)
@@ -75,14 +75,12 @@ def watched(
         routing = pending.pop()
         norms = torch.linalg.vector_norm(outputs.flatten(end_dim=-2), dim=1, dtype=torch.float32)
         assert contributed is not None
-        if len(args) == 1:  # every expert has seen every token, already times its gate
+        if len(args) == 1:  # every expert gets every token, already multiplied by its gate
             contributed(routing, norms.view(layer.n_experts, -1).T.gather(1, routing.indices))
             return outputs
         contributed(routing, norms.view(routing.indices.shape) * routing.gates.abs())
-        weighted = (
-            outputs.reshape(*routing.indices.shape, -1) * routing.gates[..., None]
-        )  # [tokens, top_k, hidden]
-        return weighted.sum(dim=1).to(outputs.dtype)
+        separate = outputs.reshape(*routing.indices.shape, -1)  # [tokens, top_k, hidden]
+        return (separate * routing.gates[..., None]).sum(dim=1).to(outputs.dtype)
 
     handles = [
         layer.router.register_forward_hook(after_router),
@@ -98,13 +96,13 @@ def watched(
 
 
 def _routing(layer: MoeLayer, output: Any, args: tuple[Any, ...]) -> Routing:
-    """Read the routing from what the router returned and what the experts are called with."""
+    """Read the routing from the router's output and the arguments of the experts."""
     rated = [
         each.flatten(end_dim=-2)
         for each in (output if isinstance(output, tuple) else (output,))
         if isinstance(each, torch.Tensor) and each.is_floating_point() and each.shape[-1] == layer.n_experts
     ]
-    if len(args) == 1 and len(rated) == 2:  # Llama 4: scores that are zero for all but the chosen, and logits
+    if len(args) == 1 and len(rated) == 2:  # Llama 4: scores, zero except for chosen experts, and logits
         gates, indices = rated[0].topk(layer.top_k, dim=1)
         return Routing(rated[1], gates, indices)
     if len(args) == 3 and rated:
@@ -129,7 +127,7 @@ def forward(decoder: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tenso
 
 
 def not_called(layer: MoeLayer) -> RuntimeError:
-    """The error for a layer whose router and experts another kernel replaces."""
+    """The error for a layer that another kernel computes without its router and experts."""
     return RuntimeError(
         f"the router of layer {layer.index} was not called: another kernel computes the layer; "
         "load the model with use_kernels=False"

@@ -7,6 +7,7 @@ from overparam.support import lazy
 if TYPE_CHECKING:
     from overparam.compress.quantize.allocation import allocate_bits
     from overparam.compress.quantize.coverage import Coverage
+    from overparam.compress.quantize.exporting import export
     from overparam.compress.quantize.reasons import reason_against
     from overparam.compress.quantize.rounding import (
         matrices,
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
     from overparam.compress.quantize.systems import (
         HiddenStates,
         Quantized,
-        Steps,
+        StepwiseDecoder,
         batches,
         embed,
-        export,
         load,
         quantize,
         states_of,
@@ -39,7 +39,7 @@ __all__ = [
     "HiddenStates",
     "Quantized",
     "Scheme",
-    "Steps",
+    "StepwiseDecoder",
     "allocate_bits",
     "batches",
     "embed",

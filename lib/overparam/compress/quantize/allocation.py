@@ -1,4 +1,4 @@
-"""Mixed precision: which parts of a model get more bits than others, at a size that is given."""
+"""Mixed precision: how many bits each part of a model gets, for a given total size."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 def allocate_bits(
     harm: Mapping[str, Mapping[int, float]], size: Mapping[str, Mapping[int, int]], budget: int
 ) -> dict[str, int]:
-    """Choose bits for every part so that the harm is small and the size within the budget.
+    """Choose bits for every part so that the total harm is minimal and the total size within the budget.
 
-    Harm of parts is taken to add up, so that the choice is an integer programme, as in HAWQ-V3 (arXiv 2011.10680), and
-    is solved exactly. Going up greedily is not enough: small parts would use up the room that a large one needs.
+    The harm of parts is assumed to be additive. The choice is then an integer programme, as in HAWQ-V3 (arXiv
+    2011.10680), which is solved exactly. A greedy choice is worse: small parts use up the room that a large one needs.
 
     Args:
-        harm: {part: {bits: harm of rounding that part alone}}, such as a mean divergence from the model as it is.
-        size: {part: {bits: bits that it takes}}; the same parts and numbers of bits.
-        budget: The most that all parts may take together.
+        harm: {part: {bits: harm of rounding that part alone}}, such as the mean divergence from the unrounded model.
+        size: {part: {bits: size in bits}}; the same parts and numbers of bits.
+        budget: Maximum total size in bits.
 
     Returns:
         {part: bits}.
@@ -45,10 +45,10 @@ def allocate_bits(
     unit = math.gcd(*sizes)  # small whole numbers, which the solver compares without error
     room = LinearConstraint(np.array([sizes]) // unit, ub=budget // unit)
     one_each = LinearConstraint(np.array([[part == own for part, _ in options] for own in harm]), 1, 1)
-    found = milp(
+    solution = milp(
         [harm[part][bits] for part, bits in options],
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
         constraints=[room, one_each],
     )
-    return {part: bits for (part, bits), chosen in zip(options, found.x, strict=True) if chosen > 0.5}
+    return {part: bits for (part, bits), chosen in zip(options, solution.x, strict=True) if chosen > 0.5}

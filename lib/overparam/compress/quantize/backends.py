@@ -1,4 +1,4 @@
-"""Models quantized within PyTorch: by torchao, by bitsandbytes, or cast and compiled."""
+"""Models quantized in PyTorch: by torchao, by bitsandbytes, or cast or compiled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from overparam.models.weights import read
 def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Return a quantized copy of a model.
 
-    A copy in torchao or bitsandbytes is loaded through transformers, so that its `save_pretrained` writes an ordinary
+    A copy by torchao or bitsandbytes is loaded through transformers, so that its `save_pretrained` writes an ordinary
     folder that `from_pretrained` reads.
 
     Args:
-        model: It is not changed.
+        model: The model; it is not changed.
         name: A scheme of "torch", "torchao" or "bitsandbytes".
     """
     if name == "fp32":
@@ -37,7 +37,7 @@ def in_torch(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def compiled(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `torch.compile` make kernels for a model when it first runs, for batches of any size."""
+    """Let `torch.compile` compile a model on its first run, for batches of any size."""
     model.forward = torch.compile(model.forward, dynamic=True)
     return model
 
@@ -45,13 +45,13 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
 def load(
     folder: Path | str, kind: type[PreTrainedModel], *, config: Any = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Load a folder that a quantized model was saved to; with `config`, quantize one that was not.
+    """Load a saved quantized model; with `config`, load an unquantized one and quantize it.
 
     Args:
-        folder: Of `save_pretrained`.
+        folder: Written by `save_pretrained`.
         kind: Class of the model.
         config: A quantization configuration of transformers.
-        device: Where to put it.
+        device: Device of the model.
     """
     with models.quiet():
         return read(kind, folder, quantization_config=config, local_files_only=True, device_map=str(device))

@@ -1,4 +1,4 @@
-"""How many of a model's weights a scheme has brought to how many bits, and whether these are those that it says."""
+"""How many bits the weights of a quantized model have, and whether they match the scheme."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from overparam.compress.quantize.weights import UNKNOWN, Weight, routers, weight
 from overparam.models.proof import NotExactError
 
 _TOLERATED = (
-    0.01  # share of the matrices' weights that may be left, such as a gate that a library passes over
+    0.01  # share of the matrices' weights that may stay unquantized, such as a gate that a library skips
 )
 _PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 _BETWEEN = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "FakeQuantize", "Unsqueeze", "Squeeze")
-_NAMED = 3  # weights in an error
+_NAMED = 3  # weights named in an error
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Held:
     """One weight in a quantized model.
 
     Attributes:
-        name: Of the weight.
-        numbers: How many it has.
-        bits: Of each.
+        name: Name of the weight.
+        numbers: How many numbers it has.
+        bits: Bits per number.
         role: "matrix", "head" (the output layer), "router", "table" or "other".
     """
 
@@ -43,12 +43,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Weights by precision; norms and biases, with one dimension, are not among them.
+    """Weights by precision; norms and biases (of one dimension) are not counted.
 
     Attributes:
-        shares: {bits: share of all weights}, few bits first.
-        quantized: Share of all weights that have as few bits as the scheme says, or fewer.
-        left: Share of all weights that have more, by role.
+        shares: {bits: share of all weights}, fewest bits first.
+        quantized: Share of all weights with at most the scheme's bits.
+        left: Share of all weights with more bits, by role.
     """
 
     shares: Mapping[int, float]
@@ -64,13 +64,13 @@ def checked(held: Iterable[Held], scheme: Scheme, model: PreTrainedModel) -> Cov
     """Measure the coverage of a quantized model.
 
     Args:
-        held: Its weights.
-        scheme: What was asked for.
-        model: What was quantized; errors name its class.
+        held: Weights of the quantized model.
+        scheme: The requested scheme.
+        model: The original model; errors name its class.
 
     Raises:
-        NotExactError: More than a hundredth of the weights that the scheme says it quantizes have more bits; many are
-            of a kind that is not known; or no weight has fewer bits than before.
+        NotExactError: More than 1 % of the weights that the scheme should quantize have more bits; many weights are of
+            an unknown kind; or no weight has fewer bits than before.
     """
     listed = list(held)
     total = sum(each.numbers for each in listed)
@@ -94,18 +94,18 @@ def checked(held: Iterable[Held], scheme: Scheme, model: PreTrainedModel) -> Cov
             f"{100 * share:.0f} % of the weights of {type(model).__name__} are in {_names(unknown)}, which "
             f"{scheme.name} does not reach"
         )
-    found = _coverage(listed, scheme.weights)
-    if scheme.weights < torch.finfo(model.dtype).bits and found.quantized == 0:
+    coverage = _coverage(listed, scheme.weights)
+    if scheme.weights < torch.finfo(model.dtype).bits and coverage.quantized == 0:
         raise NotExactError(f"{scheme.name} changed no weight of {type(model).__name__}")
-    return found
+    return coverage
 
 
 def unreached(model: nn.Module, library: str) -> str | None:
-    """Say which weights a library that quantizes linear layers alone would not reach; None where these are few.
+    """Return which weights a library that only quantizes linear layers would miss; None if they are few.
 
     Args:
         model: A model, or a part of one.
-        library: Its name, for the sentence.
+        library: Name of the library, for the message.
     """
     linear = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear)}
     roles = _roles(model)
@@ -127,13 +127,13 @@ def unreached(model: nn.Module, library: str) -> str | None:
 
 
 def failing(model: nn.Module, config: Any) -> str | None:
-    """Say which linear layers multiply in a way that torchao's weights do not support; None where all work.
+    """Return which linear layers multiply in a way that torchao's weights do not support; None if all work.
 
-    A layer of each class with a forward of its own, such as Falcon's, is quantized and tried.
+    For each class with its own forward method, such as Falcon's, one layer is quantized and run.
 
     Args:
         model: A model, or a part of one.
-        config: Of torchao.
+        config: A torchao configuration.
     """
     from torchao.quantization import quantize_
 
@@ -158,20 +158,20 @@ def failing(model: nn.Module, config: Any) -> str | None:
     return None
 
 
-def of_module(found: nn.Module, model: PreTrainedModel) -> list[Held]:
-    """List the weights of a module that was quantized within PyTorch.
+def of_module(quantized: nn.Module, model: PreTrainedModel) -> list[Held]:
+    """List the weights of a module that was quantized in PyTorch.
 
     Args:
-        found: The quantized module, with the weights' names as before.
-        model: What was quantized.
+        quantized: The quantized module, with the original names of weights.
+        model: The original model.
     """
-    now = dict(found.named_parameters(remove_duplicate=False))
+    now = dict(quantized.named_parameters(remove_duplicate=False))
     roles = _roles(model)
     return [Held(w.name, w.parameter.numel(), bits_of(now[w.name]), roles[w.name]) for w in weights(model)]
 
 
 def bits_of(parameter: torch.Tensor) -> int:
-    """Bits of the numbers that a weight holds, packed or not."""
+    """Bits per number of a weight, packed or not."""
     if type(parameter).__name__ == "Params4bit":  # of bitsandbytes: two in a byte
         return 4
     target = getattr(parameter, "target_dtype", None)
@@ -181,15 +181,15 @@ def bits_of(parameter: torch.Tensor) -> int:
     return int(8 * inside.element_size())
 
 
-def of_openvino(found: Any, model: PreTrainedModel) -> list[Held]:
-    """List the weights of an `openvino.Model`: constants that are multiplied or looked up, decompressed or not.
+def of_openvino(quantized: Any, model: PreTrainedModel) -> list[Held]:
+    """List the weights of an `openvino.Model`: constants that are multiplied or looked up, compressed or not.
 
-    NNCF takes the last product of any model for its output layer; without a head, this is a matrix of the last block.
+    NNCF treats the last product of any model as its output layer; without a head, that is a matrix of the last block.
     """
     head = _name_of_head(model)
     choosing = routers(model)
     listed: list[tuple[Held, str]] = []
-    for node in found.get_ops():
+    for node in quantized.get_ops():
         shape = [size for size in node.get_output_shape(0) if size > 1] if _constant(node) else []
         role, product = _use(node) if len(shape) >= 2 else (None, "")
         if role is not None:
@@ -200,7 +200,7 @@ def of_openvino(found: Any, model: PreTrainedModel) -> list[Held]:
                 role = "head"
             listed.append((Held(name, prod(shape), node.get_element_type().bitwidth, role), product))
     if head is None and any(held.role == "matrix" for held, _ in listed):
-        order = {node.get_friendly_name(): place for place, node in enumerate(found.get_ordered_ops())}
+        order = {node.get_friendly_name(): place for place, node in enumerate(quantized.get_ordered_ops())}
         last = max(
             (product for held, product in listed if held.role == "matrix"), key=lambda each: order[each]
         )
@@ -216,7 +216,7 @@ def _constant(node: Any) -> bool:
 
 
 def _use(constant: Any) -> tuple[str | None, str]:
-    """What a constant is for, by the operation that it goes into, and the name of that; None for scales and masks."""
+    """The role of a constant, by the operation that reads it, and that operation's name; None for scales and masks."""
     compressed = constant.get_element_type().get_type_name() in (
         "i8",
         "u8",
@@ -226,21 +226,21 @@ def _use(constant: Any) -> tuple[str | None, str]:
         "nf4",
         "f8e4m3",
     )
-    found: dict[str, str] = {}
+    uses: dict[str, str] = {}
     fresh = [constant]
     while fresh:
         for target in fresh.pop().output(0).get_target_inputs():
             node, place = target.get_node(), target.get_index()
             kind = node.get_type_name()
             if kind in _PRODUCTS:
-                found["matrix"] = node.get_friendly_name()
+                uses["matrix"] = node.get_friendly_name()
             elif kind == "Gather" and place == 0:
                 looked_up = len(constant.get_output_shape(0)) == 2
-                found["table" if looked_up else "matrix"] = node.get_friendly_name()
+                uses["table" if looked_up else "matrix"] = node.get_friendly_name()
             elif kind in _BETWEEN and place == 0 and (kind not in ("Subtract", "Multiply") or compressed):
                 fresh.append(node)
-    role = "table" if "table" in found else next(iter(found), None)
-    return role, found.get(role or "", "")
+    role = "table" if "table" in uses else next(iter(uses), None)
+    return role, uses.get(role or "", "")
 
 
 def _roles(model: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Exporting a model to OpenVINO, with the proof that it still computes what PyTorch computes."""
+"""Export of a model to OpenVINO, with the proof that it computes the same as in PyTorch."""
 
 from __future__ import annotations
 
@@ -13,72 +13,75 @@ from overparam.compress.quantize import tracing
 from overparam.compress.quantize.openvino import Decoder, Encoder
 from overparam.models import proof
 
-_ORDINARY = 24  # tokens of the longest text, where no window is longer
-_OTHERS = (9, 16)  # of the other texts of a batch
-_BEYOND = 8  # tokens that the longest text has more than a window
-_WORK = 5e10  # weights times tokens: what the longest text may take; a wider window is narrowed in PyTorch
-_COLUMNS = 4096  # of logits that are compared
-_NARROW = 16
-_SWITCHING = ("dynamic", "longrope")  # rotary embeddings that change with the length of the text
+_ORDINARY = 24  # tokens of the longest text, unless a window is longer
+_OTHERS = (9, 16)  # tokens of the other texts in a batch
+_BEYOND = 8  # tokens by which the longest text exceeds a window
+_WORK = (
+    5e10  # limit of weights × tokens for the longest text; wider windows are narrowed and tested in PyTorch
+)
+_COLUMNS = 4096  # columns of the logits that are compared
+_NARROW = 16  # tokens of a narrowed window
+_SWITCHING = ("dynamic", "longrope")  # rotary embeddings that depend on the length of the text
 _TOLERANCE = 1e-3  # kernels of OpenVINO approximate exponentials
 _proved: set[str] = set()
 
 
-def exported(model: PreTrainedModel, *, decoder: bool) -> Any:
-    """Return a model as `openvino.Model`, compared with PyTorch once for each architecture in a process.
+def export(model: PreTrainedModel, *, decoder: bool) -> Any:
+    """Return a model as `openvino.Model`, compared with PyTorch once per architecture and process.
 
-    Compared is a padded batch of unequal lengths, whose longest text exceeds the window of attention; for a decoder,
-    padded on either side, and that text read in steps. Where the text would be too long for that, the window is
-    narrowed for a while, and what is traced is compared with the model in PyTorch.
+    The comparison uses a padded batch of unequal lengths, whose longest text exceeds the attention window. A decoder
+    is compared with padding on either side, and reading the longest text in steps. If that text would be too long,
+    the window is narrowed temporarily, and the traced modules are compared with the model in PyTorch.
 
     Args:
-        model: An encoder, or a decoder with its head. One in other than float32 is exported as a float32 copy.
-        decoder: Whether it is to give logits.
+        model: An encoder, or a decoder with its head. If it is not in float32, a float32 copy is exported.
+        decoder: Whether the model is to give logits.
 
     Raises:
-        NotExactError: It cannot be exported, or does not compute the same; says why.
+        NotExactError: It cannot be exported, or does not compute the same; the message says why.
     """
     name = type(model).__name__
     try:
         _refuse_switching(model)
         with proof.evaluating(model):
-            found = tracing.traced_decoder(model) if decoder else tracing.traced_encoder(model)
+            converted = tracing.traced_decoder(model) if decoder else tracing.traced_encoder(model)
             key = f"{decoder} {proof.signature(model)}"
             if key not in _proved:
-                _prove(tracing.in_float32(model), found, decoder)
+                _prove(tracing.in_float32(model), converted, decoder)
                 _proved.add(key)
     except proof.NotExactError as error:
         raise proof.NotExactError(f"{name} is not exported to OpenVINO: {error}") from error
     except Exception as error:
         raise proof.NotExactError(f"{name} cannot be exported to OpenVINO: {_said(error)}") from error
-    return found
+    return converted
 
 
 @proof.timed()
-def _prove(model: PreTrainedModel, found: Any, decoder: bool) -> None:
-    windows = _windows(model)
+def _prove(model: PreTrainedModel, converted: Any, decoder: bool) -> None:
+    windows = proof.spans(model.config.get_text_config(), *model.modules())
     size = sum(parameter.numel() for parameter in model.parameters())
     wide = {window for window in windows if (window + _BEYOND) * size > _WORK}
-    longest = _within_positions(model, max([_ORDINARY, *(window + _BEYOND for window in windows - wide)]))
+    longest = max([_ORDINARY, *(window + _BEYOND for window in windows - wide)])
+    longest = proof.within_positions(model.config.get_text_config(), longest)
     with torch.inference_mode():
         if decoder:
-            _prove_decoder(model, found, longest)
+            _prove_decoder(model, converted, longest)
         else:
-            _prove_encoder(model, found, longest)
+            _prove_encoder(model, converted, longest)
         if wide:
             with _narrowed(model, wide):
                 _prove_step(model, decoder)
 
 
-def _prove_encoder(model: PreTrainedModel, found: Any, longest: int) -> None:
+def _prove_encoder(model: PreTrainedModel, converted: Any, longest: int) -> None:
     batch = proof.probe(model, (longest, *_OTHERS))
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    states = Encoder(found)(batch.input_ids, batch.attention_mask)
+    states = Encoder(converted)(batch.input_ids, batch.attention_mask)
     _agree("of a padded batch", states, expected, batch.attention_mask)
 
 
-def _prove_decoder(model: PreTrainedModel, found: Any, longest: int) -> None:
-    run = Decoder(found)
+def _prove_decoder(model: PreTrainedModel, converted: Any, longest: int) -> None:
+    run = Decoder(converted)
     batch = proof.probe(model, (longest, *_OTHERS))
     ids, mask = batch.input_ids, batch.attention_mask
     expected = _some(model(input_ids=ids, attention_mask=mask).logits)
@@ -99,12 +102,12 @@ def _prove_decoder(model: PreTrainedModel, found: Any, longest: int) -> None:
 
 
 def _some(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of a part of the vocabulary, evenly spread: a large one would take longer to compare than to compute."""
+    """Logits of a part of the vocabulary, evenly spread: comparing all of a large one would take too long."""
     return logits[..., :: -(-logits.shape[-1] // _COLUMNS)]
 
 
 def _prove_step(model: PreTrainedModel, decoder: bool) -> None:
-    """Compare what is traced with the model, in PyTorch, on a text that exceeds its window."""
+    """Compare the traced modules with the model, in PyTorch, on a text that exceeds its window."""
     batch = proof.probe(model, (3 * _NARROW, *_OTHERS))
     ids, mask = batch.input_ids, batch.attention_mask
     plain = model(input_ids=ids, attention_mask=mask)
@@ -120,31 +123,18 @@ def _prove_step(model: PreTrainedModel, decoder: bool) -> None:
     return _agree("beyond its window", logits, plain.logits, mask)
 
 
-def _agree(what: str, found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-    apart = proof.difference(found, expected, mask)
+def _agree(what: str, actual: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    apart = proof.difference(actual, expected, mask)
     if not apart <= _TOLERANCE:
         raise proof.NotExactError(
             f"its outputs {what} differ from PyTorch's by {apart:.2g} of their size, and rounding explains "
-            f"{_TOLERANCE:g}"
+            f"only {_TOLERANCE:g}"
         )
-
-
-def _windows(model: PreTrainedModel) -> set[int]:
-    """Numbers in the configuration and the modules that look like windows of attention, in tokens."""
-    places = [vars(model.config.get_text_config()), *(vars(module) for module in model.modules())]
-    return {
-        value
-        for place in places
-        for name, value in place.items()
-        if ("window" in name or name in ("local_attention", "attention_chunk_size"))
-        and isinstance(value, int)
-        and value > 1
-    }
 
 
 @contextmanager
 def _narrowed(model: PreTrainedModel, windows: set[int]) -> Iterator[None]:
-    """Give a model a narrow window of attention for a while."""
+    """Give a model a narrow attention window within the block."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     places = [*configs.values(), *model.modules()]
     changed = [
@@ -162,11 +152,6 @@ def _narrowed(model: PreTrainedModel, windows: set[int]) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def _within_positions(model: PreTrainedModel, longest: int) -> int:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(longest, most - 4) if isinstance(most, int) and most > 16 else longest
-
-
 def _refuse_switching(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     given = getattr(config, "rope_parameters", None) or {}
@@ -174,13 +159,13 @@ def _refuse_switching(model: PreTrainedModel) -> None:
     for each in kinds:
         if each.get("rope_type") in _SWITCHING:
             raise proof.NotExactError(
-                f"its rotary embeddings ({each['rope_type']}) change with the length of a text, and a traced model "
+                f"its rotary embeddings ({each['rope_type']}) depend on the length of the text, and a traced model "
                 "keeps those of one length"
             )
 
 
 def _said(error: Exception) -> str:
-    """What an error says first, less the places in OpenVINO's own source."""
+    """The first informative line of an error, without places in OpenVINO's source."""
     noise = ("Exception from", "Check '", "While ", "FrontEnd API", "Model wasn't", "Summary")
     lines = [line.strip(" -") for line in str(error).splitlines()]
     telling = [line for line in lines if line and not line.startswith(noise)]

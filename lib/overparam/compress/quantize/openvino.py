@@ -1,4 +1,4 @@
-"""Models in OpenVINO, quantized by NNCF: the deployment path for CPUs."""
+"""Models in OpenVINO, quantized by NNCF, for deployment on CPUs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 _NAME = "model.xml"
 
-# Everything that lets numbers depend on the processor: by default OpenVINO computes in bfloat16 where there are
-# instructions for it, keeps a decoder's keys and values in 8 bits, and rounds what goes into compressed weights.
+# Settings that make results independent of the processor: by default OpenVINO computes in bfloat16 on processors with
+# instructions for it, keeps a decoder's keys and values in 8 bits, and rounds the inputs of compressed weights.
 EXACT = {
     "EXECUTION_MODE_HINT": "ACCURACY",
     "INFERENCE_PRECISION_HINT": "f32",
@@ -39,11 +39,11 @@ EXACT = {
 
 @dataclass(frozen=True)
 class Precision:
-    """In what a model computes, read back from the compiled model.
+    """The precision a model computes in, read from the compiled model.
 
     Attributes:
-        computes_in: What activations are, such as "float32"; it says where they may be rounded to 8 bits while it runs.
-        cache_in: What a decoder's keys and values are; empty for an encoder.
+        computes_in: Precision of activations, such as "float32"; also says if they may be rounded to 8 bits.
+        cache_in: Precision of a decoder's keys and values; empty for an encoder.
     """
 
     computes_in: str
@@ -57,8 +57,8 @@ class Encoder:
         """Compile a model for this machine.
 
         Args:
-            model: `openvino.Model` of `exporting.exported`, compressed or not.
-            exact: Compute in float32 on every machine; otherwise in what OpenVINO takes for the best on this one.
+            model: `openvino.Model` from `exporting.export`, compressed or not.
+            exact: Compute in float32 on every machine; otherwise in the precision that OpenVINO chooses for this one.
         """
         self._run = _compiled(model, exact)
         self.precision = _precision(self._run, model)
@@ -67,15 +67,15 @@ class Encoder:
         """Return the hidden states, float32 [texts, tokens, hidden]."""
         import torch
 
-        found = self._run([input_ids.numpy(), attention_mask.numpy()])[0]
-        return torch.from_numpy(found)
+        states = self._run([input_ids.numpy(), attention_mask.numpy()])[0]
+        return torch.from_numpy(states)
 
 
 class Decoder:
     """A decoder in OpenVINO, with its keys and values inside: token ids in, logits out."""
 
     def __init__(self, model: Any, *, exact: bool = True) -> None:
-        """Compile a model for this machine; arguments as those of `Encoder`. Keys and values follow `exact` as well."""
+        """Compile a model for this machine; arguments as for `Encoder`. `exact` applies to keys and values as well."""
         compiled = _compiled(model, exact)
         self._request = compiled.create_infer_request()
         self.precision = _precision(compiled, model)
@@ -90,20 +90,22 @@ class Decoder:
     def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:  # noqa: ARG002
         """Read further tokens of one text, [1, tokens], and return their logits, float32 [1, tokens, vocabulary].
 
-        It computes all of them, whatever `last` is.
+        All of them are computed; `last` is ignored.
         """
         total = self._seen + input_ids.shape[1]
-        found = self._read(input_ids, np.ones((1, total), dtype=np.int64), np.arange(self._seen, total)[None])
+        logits = self._read(
+            input_ids, np.ones((1, total), dtype=np.int64), np.arange(self._seen, total)[None]
+        )
         self._seen = total
-        return found
+        return logits
 
     def batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return the logits of whole texts, padded on either side, [texts, tokens, vocabulary]; then forget them."""
+        """Return the logits of whole texts, padded on either side, [texts, tokens, vocabulary]; then reset."""
         self.reset()
         mask = attention_mask.numpy()
-        found = self._read(input_ids, mask, _positions(mask))
+        logits = self._read(input_ids, mask, _positions(mask))
         self.reset()
-        return found
+        return logits
 
     def _read(
         self, input_ids: torch.Tensor, mask: NDArray[np.int64], positions: NDArray[np.int64]
@@ -116,7 +118,7 @@ class Decoder:
             "position_ids": positions,
             "beam_idx": np.arange(len(input_ids), dtype=np.int32),
         }
-        # a model that counts positions itself has no input for them
+        # a model that counts positions itself has no such input
         self._request.infer({name: each for name, each in given.items() if name in self._inputs})
         return torch.from_numpy(self._request.get_tensor("logits").data.copy())
 
@@ -125,13 +127,13 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     """Return a copy of an exported model, quantized by NNCF.
 
     Args:
-        model: Of `exporting.exported`; it is not changed.
+        model: From `exporting.export`; it is not changed.
         name: A scheme of "openvino".
         calibration: Batches of real text: "openvino-int8" needs them for the range of activations, AWQ and GPTQ for
-            what a weight's error does to the outputs.
+            the effect of a weight's error on the outputs.
 
     Raises:
-        ValueError: No calibration where it is needed.
+        ValueError: Calibration is needed but missing.
     """
     if name == "openvino-fp32":
         return model
@@ -139,7 +141,7 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
     data = None
     if SCHEMES[name].calibrated:
         if not calibration:
-            raise ValueError(f"{name} needs calibration texts: it looks at the activations that they lead to")
+            raise ValueError(f"{name} needs calibration texts: it measures activations on them")
         data = nncf.Dataset([_inputs(model, *batch) for batch in calibration])
     with _quiet():
         if name == "openvino-int8":
@@ -162,12 +164,12 @@ def compressed(model: Any, name: str, calibration: Sequence[Batch] = ()) -> Any:
 
 
 def _inputs(model: Any, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> dict[str, Any]:
-    """What an exported model reads: of a decoder, whole texts that nothing stands before."""
-    found = {"input_ids": input_ids, "attention_mask": attention_mask}
+    """The inputs of an exported model; for a decoder, of whole texts without a past."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if any("beam_idx" in port.get_names() for port in model.inputs):
-        found["position_ids"] = _positions(attention_mask)
-        found["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
-    return found
+        inputs["position_ids"] = _positions(attention_mask)
+        inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
+    return inputs
 
 
 def save(model: Any, folder: Path) -> None:
@@ -183,7 +185,7 @@ def load(folder: Path | str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of tracing, one for each branch that is taken once and for all, and of progress bars."""
+    """Hide tracing warnings (one for each branch that is fixed by tracing) and warnings of progress bars."""
     with models.quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -231,7 +233,7 @@ def _constants(model: Any) -> list[Any]:
 
 
 def library() -> Any:
-    """OpenVINO, without its telemetry: nothing is sent anywhere."""
+    """Import OpenVINO without its telemetry: nothing is sent anywhere."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training by torchao: linear layers round their weights while they learn."""
+"""Quantization-aware training by torchao: linear layers round their weights during training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP_SIZE = 32
 
 
 def reason_against(model: nn.Module, *, group_size: int = GROUP_SIZE) -> str | None:
-    """Say why a model, or a part of one, cannot be trained with rounding; None when it can."""
+    """Return why a model, or a part of one, cannot be trained with rounding; None if it can."""
     from torch import nn
 
     if reason := coverage.unreached(model, "torchao"):
@@ -27,28 +27,28 @@ def reason_against(model: nn.Module, *, group_size: int = GROUP_SIZE) -> str | N
 
 
 def prepare(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.Module:
-    """Return a copy whose linear layers compute with rounded weights; gradients pass the rounding unchanged.
+    """Return a copy whose linear layers compute with rounded weights; gradients pass through the rounding unchanged.
 
     Args:
-        model: It is not changed.
-        bits: Of the weights, 2..8; symmetric, in groups.
+        model: The model; it is not changed.
+        bits: Bits of the weights, 2..8; symmetric, in groups.
         group_size: Neighbouring weights of a row that share a scale.
 
     Raises:
-        NotExactError: Weights that are not in linear layers, as stacks of experts, or groups that do not divide a
-            layer's columns; see `reason_against`.
-        ValueError: `bits` out of range.
+        NotExactError: Weights are not in linear layers (such as stacks of experts), or groups do not divide a layer's
+            columns; see `reason_against`.
+        ValueError: `bits` is out of range.
     """
     return _quantized(model, bits, group_size, "prepare")
 
 
 def convert(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.Module:
-    """Return a copy of a trained model of `prepare`, with weights in integers. Arguments and errors as there."""
+    """Return a copy of a model from `prepare`, after training, with integer weights. Arguments and errors as there."""
     return _quantized(model, bits, group_size, "convert")
 
 
 def post_training(model: nn.Module, bits: int, *, group_size: int = GROUP_SIZE) -> nn.Module:
-    """Return a copy with weights in integers, by the same rounding and without training.
+    """Return a copy with integer weights, by the same rounding but without training.
 
     Arguments and errors are those of `prepare`.
     """

@@ -1,4 +1,4 @@
-"""Why a scheme does not run with a model: said before anything long begins."""
+"""Why a scheme cannot be used with a model: determined before any long work begins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from overparam.compress.quantize import coverage, exporting
+from overparam.compress.quantize import coverage
+from overparam.compress.quantize.exporting import export
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized, torchao_config
 from overparam.compress.quantize.weights import routers, weights
 from overparam.models.proof import NotExactError
@@ -21,15 +22,15 @@ from overparam.models.proof import NotExactError
 def reason_against(
     name: str, model: PreTrainedModel, *, decoder: bool, exported: Callable[[], Any] | None = None
 ) -> str | None:
-    """Say why a scheme cannot run with this model on this machine, or would not do what it says; None when it can.
+    """Return why a scheme cannot be used with this model on this machine, or would not do what it says; None if it can.
 
-    For a scheme of OpenVINO the model is exported and compared with PyTorch: that takes seconds to minutes.
+    For a scheme of OpenVINO the model is exported and compared with PyTorch, which takes seconds to minutes.
 
     Args:
         name: One of `SCHEMES`.
-        model: What would be quantized; its device counts.
-        decoder: Whether it is to generate text.
-        exported: Gives what `export` makes of the model, where the caller keeps it; None: it is exported here.
+        model: The model that would be quantized, on the device where it would run.
+        decoder: Whether the model is to generate text.
+        exported: Returns the result of `export`, if the caller keeps it; None to export the model here.
     """
     scheme, cuda = SCHEMES[name], model.device.type == "cuda"
     try:
@@ -71,7 +72,7 @@ def reason_against(
         return coverage.failing(model, torchao_config(name))
     if scheme.library == "openvino":
         try:
-            exported() if exported else exporting.exported(model, decoder=decoder)
+            exported() if exported else export(model, decoder=decoder)
         except NotExactError as error:
             return str(error)
     return None

@@ -1,4 +1,4 @@
-"""The schemes: each a maintained library's, named by library, bits and kind."""
+"""The quantization schemes, all from maintained libraries, named by library, bits and kind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Scheme:
     """How a model is quantized.
 
     Attributes:
-        name: Of the scheme.
+        name: Name of the scheme.
         library: "torch", "torchao", "openvino" or "bitsandbytes".
         weights: Bits of the matrices that inputs are multiplied with: linear layers, experts.
-        activations: Bits of what goes into linear layers.
-        about: What is done, in words.
-        group_size: Neighbouring weights that share a scale; None: a row.
-        calibrated: Whether it needs texts that show what activations look like.
-        tables: Bits of embedding tables and of the output layer; NNCF takes an encoder's last matrix for one.
+        activations: Bits of the inputs of linear layers.
+        about: Description.
+        group_size: Neighbouring weights that share a scale; None for a whole row.
+        calibrated: Whether it needs calibration texts, to measure activations.
+        tables: Bits of embedding tables and of the output layer; NNCF treats an encoder's last matrix as one.
     """
 
     name: str
@@ -114,9 +114,9 @@ BASELINE = "fp32"
 
 
 def refuse_quantized(model: PreTrainedModel) -> None:
-    """Raise a ValueError for a model whose weights are quantized already: a second rounding would be measured as one.
+    """Raise ValueError for a model that is already quantized: two roundings would be measured as if they were one.
 
-    A model that was quantized and then stored in full precision, as a GGUF file that was read back, cannot be told.
+    A model that was quantized and then stored in full precision, such as a converted GGUF file, is not recognised.
     """
     already = getattr(model.config, "quantization_config", None)
     if already is not None:
@@ -129,7 +129,7 @@ def refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def torchao_config(name: str) -> Any:
-    """The torchao configuration of a scheme."""
+    """Return the torchao configuration of a scheme."""
     import torch
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,

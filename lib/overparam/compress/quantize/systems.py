@@ -1,4 +1,4 @@
-"""One face for quantized models of all libraries: encoders give embeddings, decoders logits token by token."""
+"""One interface to quantized models of all libraries: encoders give embeddings, decoders logits token by token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from overparam.compress.quantize import backends, coverage, exporting, openvino
+from overparam.compress.quantize import backends, coverage, openvino
 from overparam.compress.quantize.coverage import Coverage
+from overparam.compress.quantize.exporting import export
 from overparam.compress.quantize.schemes import SCHEMES, refuse_quantized
 from overparam.models import Embedder, proof
 from overparam.models.proof import NotExactError
@@ -28,8 +29,8 @@ HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(token ids, attention mask), both [texts, tokens] -> hidden states [texts, tokens, hidden]."""
 
 
-class Steps(Protocol):
-    """A decoder that reads a text in steps and keeps what it has read."""
+class StepwiseDecoder(Protocol):
+    """A decoder that reads a text in steps and keeps the keys and values of what it has read."""
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -37,7 +38,7 @@ class Steps(Protocol):
     def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:
         """Read further tokens, [1, tokens], and return their logits, [1, tokens, vocabulary].
 
-        With `last`, those of the last tokens are enough, which saves a decoder with a large vocabulary much work.
+        With `last`, only the logits of the last tokens are needed, which saves time with a large vocabulary.
         """
 
 
@@ -46,11 +47,11 @@ class Quantized:
     """A model under one scheme.
 
     Attributes:
-        scheme: Its name.
-        run: `HiddenStates` of an encoder, or `Steps` of a decoder.
-        model: What was quantized: a module, or an `openvino.Model`.
-        precision: In what it computes and keeps keys and values.
-        coverage: Its weights by bits; None for a folder that does not say.
+        scheme: Name of the scheme.
+        run: `HiddenStates` of an encoder, or a `StepwiseDecoder`.
+        model: The quantized module or `openvino.Model`.
+        precision: Precision of activations, and of keys and values.
+        coverage: Shares of weights by bits; None if loaded from a folder that does not state them.
     """
 
     scheme: str
@@ -60,9 +61,9 @@ class Quantized:
     coverage: Coverage | None = None
 
     def fastest(self) -> Quantized:
-        """The same weights, computing in what is the fastest on this processor: for measuring speed.
+        """The same weights, computing in the fastest precision on this processor: for measuring speed.
 
-        OpenVINO chooses the precision of activations, keys and values by processor; PyTorch's is that of the scheme.
+        OpenVINO chooses the precision of activations, keys and values by processor; in PyTorch the scheme fixes it.
         """
         if SCHEMES[self.scheme].library != "openvino":
             return self
@@ -71,12 +72,12 @@ class Quantized:
         )
 
     def save(self, path: Path | str) -> None:
-        """Save the weights in the format of the scheme's library; the folder appears whole or not at all.
+        """Save the weights in the format of the scheme's library; the folder appears complete or not at all.
 
-        Beside them `quantization.json` says which scheme it is and which version of the library wrote it.
+        `quantization.json` in the folder states the scheme and the version of the library that wrote it.
 
         Raises:
-            FileExistsError: If something is there.
+            FileExistsError: If the path exists.
         """
         library = SCHEMES[self.scheme].library
         with new_folder(path) as folder:
@@ -100,18 +101,18 @@ def quantize(
 ) -> Quantized:
     """Quantize a copy of a model.
 
-    It computes in what gives the same numbers on every processor; `Quantized.fastest` gives the one to time.
+    The result computes the same numbers on every processor; use `Quantized.fastest` to measure speed.
 
     Args:
-        model: It is not changed.
-        name: A scheme that `schemes.reason_against` has nothing against.
-        decoder: Whether it has a language-modelling head and is to give logits.
-        calibration: Batches of real text, for schemes that round activations beforehand.
-        exported: What `export` made of the model; None: it is exported here.
+        model: The model; it is not changed.
+        name: A scheme for which `reasons.reason_against` returns None.
+        decoder: Whether the model has a language-modelling head and is to give logits.
+        calibration: Batches of real text, for schemes that need calibration.
+        exported: The result of `export`; None to export the model here.
 
     Raises:
-        NotExactError: The scheme leaves weights that it says it quantizes, or the model cannot be exported exactly.
-        ValueError: The model is quantized already, or calibration is missing.
+        NotExactError: The scheme leaves weights unquantized that it should quantize, or the export is not exact.
+        ValueError: The model is already quantized, or calibration is missing.
     """
     refuse_quantized(model)
     scheme = SCHEMES[name]
@@ -124,16 +125,16 @@ def quantize(
         reason := coverage.unreached(model, scheme.library)
     ):
         raise NotExactError(f"{name}: {reason}")
-    found = backends.in_torch(model, name)
-    covered = coverage.checked(coverage.of_module(found, model), scheme, model)
-    system = _in_torch(name, found, decoder, covered)
+    changed = backends.in_torch(model, name)
+    covered = coverage.checked(coverage.of_module(changed, model), scheme, model)
+    system = _in_torch(name, changed, decoder, covered)
     if scheme.library == "torchao":
         _check_runs(system, model, decoder)
     return system
 
 
 def _check_runs(system: Quantized, model: PreTrainedModel, decoder: bool) -> None:
-    """Let a quantized model read a few tokens: some architectures change their weights while they run."""
+    """Run a quantized model on a few tokens: some architectures change their weights while they run."""
     batch = proof.probe(model, (4, 3))
     try:
         with torch.inference_mode():
@@ -149,25 +150,20 @@ def _check_runs(system: Quantized, model: PreTrainedModel, decoder: bool) -> Non
         ) from error
 
 
-def export(model: PreTrainedModel, *, decoder: bool) -> Any:
-    """Return the model as `openvino.Model`, from which every scheme of OpenVINO starts; see `exporting.exported`."""
-    return exporting.exported(model, decoder=decoder)
-
-
 def load(
     folder: Path | str, kind: type[PreTrainedModel], *, decoder: bool = False, fastest: bool = False
 ) -> Quantized:
     """Load what `Quantized.save` wrote.
 
     Args:
-        folder: Of the saved model.
+        folder: Folder of the saved model.
         kind: Class of the model in transformers.
-        decoder: Whether it is to give logits.
+        decoder: Whether the model is to give logits.
         fastest: See `Quantized.fastest`.
 
     Raises:
         FileNotFoundError: There is no saved model.
-        ValueError: The library cannot read it; says which version wrote it and which one is here.
+        ValueError: The library cannot read it; the message names the versions that wrote it and that is installed.
     """
     note = Path(folder) / _NOTE
     if not note.exists():
@@ -187,14 +183,14 @@ def load(
 
 
 def held(folder: str, module: str, kind: str, ids: list[int], decoder: bool) -> Any:
-    """Load a saved model, let it read a text, and return what runs: what a process that serves it fast holds.
+    """Load a saved model, run it on a text, and return it: what stays in memory of a process that serves the model.
 
     Args:
-        folder: Of `Quantized.save`.
-        module: Of the model's class in transformers.
+        folder: Written by `Quantized.save`.
+        module: Module of the model's class in transformers.
         kind: Name of that class.
         ids: Token ids of the text.
-        decoder: Whether it gives logits.
+        decoder: Whether the model gives logits.
     """
     run = load(folder, getattr(importlib.import_module(module), kind), decoder=decoder, fastest=True).run
     text = torch.tensor([ids])
@@ -215,20 +211,20 @@ def embed(
 ) -> NDArray[np.float32]:
     """Return the embeddings of texts, float32 [texts, width].
 
-    Batches hold texts of similar length; results are in the order given.
+    Texts of similar length share a batch; results are in the order of `texts`.
 
     Args:
         run: Gives hidden states.
-        tokenizer: Of the model.
-        texts: To embed.
-        batch_size: Texts of a batch.
-        max_length: Tokens of a text.
-        device: Where the model is.
-        embedder: Makes embeddings of hidden states, as the model's recipe says; by default their mean at unit length.
+        tokenizer: The model's tokenizer.
+        texts: Texts to embed.
+        batch_size: Texts per batch.
+        max_length: Maximum tokens per text.
+        device: Device of the model.
+        embedder: Turns hidden states into embeddings by the model's recipe; by default, their mean at unit length.
     """
     embedder = (embedder or Embedder()).to(device)
     skipped = embedder.skipped(tokenizer)
-    found: dict[int, NDArray[np.float32]] = {}
+    vectors: dict[int, NDArray[np.float32]] = {}
     for rows, (input_ids, attention_mask) in batches(
         tokenizer, embedder.prompted(texts), batch_size=batch_size, max_length=max_length
     ):
@@ -237,30 +233,28 @@ def embed(
         pooled[:, :skipped] = 0
         with torch.inference_mode():
             values = embedder(run(ids, mask), mask, pooled).cpu().numpy()
-        found |= dict(zip(rows, values, strict=True))
-    return np.stack([found[row] for row in range(len(texts))])
+        vectors |= dict(zip(rows, values, strict=True))
+    return np.stack([vectors[row] for row in range(len(texts))])
 
 
 def batches(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int, max_length: int
 ) -> list[tuple[list[int], openvino.Batch]]:
-    """Return token ids and masks of texts, short ones first, with the places of the texts."""
+    """Return (indices of texts, (token ids, mask)) for each batch, shortest texts first."""
     ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(texts)), key=lambda row: len(ids[row]))
-    found = []
+    made = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         padded = tokenizer.pad(
             {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="np"
         )
-        found.append(
-            (rows, (padded["input_ids"].astype(np.int64), padded["attention_mask"].astype(np.int64)))
-        )
-    return found
+        made.append((rows, (padded["input_ids"].astype(np.int64), padded["attention_mask"].astype(np.int64))))
+    return made
 
 
 def states_of(model: PreTrainedModel) -> HiddenStates:
-    """The hidden states of a module of transformers."""
+    """Return the function that gives the hidden states of a transformers model."""
 
     def run(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
@@ -268,12 +262,12 @@ def states_of(model: PreTrainedModel) -> HiddenStates:
     return run
 
 
-def steps_of(model: PreTrainedModel) -> Steps:
-    """A decoder of transformers that reads in steps, with its keys and values beside it."""
-    return _Steps(model)
+def steps_of(model: PreTrainedModel) -> StepwiseDecoder:
+    """Return a transformers decoder that reads in steps and keeps its keys and values."""
+    return _StepwiseModel(model)
 
 
-class _Steps:
+class _StepwiseModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.reset()
@@ -284,10 +278,10 @@ class _Steps:
     def __call__(self, input_ids: torch.Tensor, *, last: int = 0) -> torch.Tensor:
         with torch.inference_mode():
             ids = input_ids.to(self.model.device)
-            found = self.model(
+            output = self.model(
                 input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=last
             )
-        return cast(torch.Tensor, found.logits)
+        return cast(torch.Tensor, output.logits)
 
 
 def _in_torch(name: str, model: PreTrainedModel, decoder: bool, covered: Coverage | None) -> Quantized:
@@ -307,7 +301,7 @@ def _in_openvino(
 
 
 def _coverage(written: dict[str, Any] | None) -> Coverage | None:
-    """What `save` wrote of the coverage; JSON has made text of the bits."""
+    """Read the coverage that `save` wrote; JSON has turned the bits into text."""
     if written is None:
         return None
     shares = {int(bits): share for bits, share in written["shares"].items()}

@@ -1,7 +1,7 @@
-"""Models of transformers as `openvino.Model`: what is traced, with the masks that the model itself asks for.
+"""Transformers models as `openvino.Model`: the modules to trace, with the masks that the model itself requests.
 
-A decoder keeps its keys and values inside, as OpenVINO's own exporters do, so that a step of generation takes one token
-in and gives its logits out.
+A decoder keeps its keys and values inside, as with OpenVINO's own exporters, so that a step of generation takes one
+token and returns its logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from overparam.compress.quantize.openvino import library
 Shape = tuple[int, int]
 """Heads and width of the keys or values of one layer."""
 
-# what transformers asks for -> from the configuration, which keys a query sees
+# function of transformers that makes a mask -> from the configuration, which keys a query sees
 _MASKS: dict[str, Callable[[Any], Callable[..., torch.Tensor]]] = {
     "create_causal_mask": lambda _: masking_utils.causal_mask_function,
     "create_sliding_window_causal_mask": lambda config: masking_utils.sliding_window_causal_mask_function(
@@ -46,19 +46,19 @@ def traced_encoder(model: PreTrainedModel) -> Any:
         "input_ids": torch.ones((2, 8), dtype=torch.long),
         "attention_mask": torch.ones((2, 8), dtype=torch.long),
     }
-    found = _converted(EncoderStep(in_float32(model)), example)
-    _name(found.inputs, list(example))
-    _name(found.outputs, ["last_hidden_state"])
-    return found
+    converted = _converted(EncoderStep(in_float32(model)), example)
+    _name(converted.inputs, list(example))
+    _name(converted.outputs, ["last_hidden_state"])
+    return converted
 
 
 def traced_decoder(model: PreTrainedModel) -> Any:
     """Return a decoder as stateful `openvino.Model`: input_ids, attention_mask, position_ids, beam_idx -> logits.
 
-    Its inputs and states are those that OpenVINO's exporters give a decoder, of any number of texts and tokens.
+    Inputs and states are named as by OpenVINO's exporters; the numbers of texts and tokens are free.
 
     Raises:
-        ValueError: A decoder that keeps other things than keys and values of each token.
+        ValueError: The decoder keeps state other than a key and a value per token.
     """
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -72,18 +72,19 @@ def traced_decoder(model: PreTrainedModel) -> Any:
         "position_ids": torch.tensor([[3, 4], [3, 4]]),
         "past": past,
     }
-    found = _converted(DecoderStep(model), example)
+    converted = _converted(DecoderStep(model), example)
     states = [f"{layer}.{part}" for layer in range(len(shapes)) for part in ("key", "value")]
     _name(
-        found.inputs, ["input_ids", "attention_mask", "position_ids", *(f"past.{state}" for state in states)]
+        converted.inputs,
+        ["input_ids", "attention_mask", "position_ids", *(f"past.{state}" for state in states)],
     )
-    _name(found.outputs, ["logits", *(f"present.{state}" for state in states)])
-    # rows of the states are chosen by beam_idx, as beam search needs them; a batch starts with empty states
+    _name(converted.outputs, ["logits", *(f"present.{state}" for state in states)])
+    # beam_idx selects rows of the states, as beam search needs; a batch starts with empty states
     chosen = ops.parameter([-1], dtype=np.int32, name="beam_idx")
     _name([chosen.output(0)], ["beam_idx"])
-    found.add_parameters([chosen])
+    converted.add_parameters([chosen])
     flat = [part for layer in shapes for part in layer]
-    for port, (heads, width) in zip(found.inputs[3:-1], flat, strict=True):
+    for port, (heads, width) in zip(converted.inputs[3:-1], flat, strict=True):
         shape = port.partial_shape
         shape[1], shape[3] = heads, width
         port.get_node().set_partial_shape(shape)
@@ -91,14 +92,14 @@ def traced_decoder(model: PreTrainedModel) -> Any:
         gathered = ops.gather(port, chosen, ops.constant(0))
         for target in targets:
             target.replace_source_output(gathered.output(0))
-    found.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(found, {f"past.{state}": f"present.{state}" for state in states})
-    _start_empty(found)
-    return found
+    converted.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(converted, {f"past.{state}": f"present.{state}" for state in states})
+    _start_empty(converted)
+    return converted
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model whose weights are all float32: itself, or a copy. Exporters misread other kinds."""
+    """Return the model if all its weights are float32, else a float32 copy: exporters misread other dtypes."""
     floats = (each for each in (*model.parameters(), *model.buffers()) if each.is_floating_point())
     return model if all(each.dtype == torch.float32 for each in floats) else copy.deepcopy(model).float()
 
@@ -115,8 +116,8 @@ class EncoderStep(nn.Module):
         """Return the hidden states of the last layer, [texts, tokens, hidden]."""
         with _traceable_masks(self.model):
             given = {"input_ids": input_ids, "attention_mask": attention_mask, **self.without_cache}
-            found: torch.Tensor = self.model(**given).last_hidden_state
-        return found
+            states: torch.Tensor = self.model(**given).last_hidden_state
+        return states
 
 
 class DecoderStep(nn.Module):
@@ -139,23 +140,23 @@ class DecoderStep(nn.Module):
         cache.layers = [_layer(key, value) for key, value in past]
         given = {"position_ids": position_ids} if self.positions else {}
         with _traceable_masks(self.model):
-            found = self.model(
+            output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
                 **given,
             )
-        present = [part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)]
-        return (found.logits, *present)
+        present = [part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)]
+        return (output.logits, *present)
 
 
 @contextmanager
 def _traceable_masks(model: PreTrainedModel) -> Iterator[None]:
-    """Answer a model's requests for masks with numbers that trace, and stay finite where a text has ended.
+    """Replace the functions that make masks by ones that can be traced, with finite values also after a text's end.
 
-    Which masks it asks for, and with which window, is the model's affair; which keys a query sees is said by
-    transformers' own functions.
+    The model decides which masks it requests, and with which window; transformers' own functions say which keys a
+    query sees.
     """
     places = {sys.modules[type(each).__module__] for each in model.modules()}
     replaced = [
@@ -184,7 +185,7 @@ def _mask(
 ) -> torch.Tensor:
     """A mask that is added to attention scores, [texts, 1, tokens, all tokens]."""
     if encoder_hidden_states is not None or block_sequence_ids is not None or attention_mask is None:
-        raise ValueError("it attends to something else than the tokens of its text")
+        raise ValueError("it attends to something other than the tokens of its text")
     if attention_mask.ndim != 2:
         return attention_mask
     total = attention_mask.shape[1]
@@ -201,19 +202,19 @@ def _mask(
 
 
 def kept_shapes(model: PreTrainedModel) -> list[tuple[Shape, Shape]]:
-    """Heads and widths of the keys and values that each layer keeps, seen on a short text."""
+    """Heads and widths of the keys and values that each layer keeps, observed on a short text."""
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.ones((1, 3), dtype=torch.long), past_key_values=cache, use_cache=True)
     kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    found = []
+    shapes = []
     for number, (keys, values) in enumerate(kept):
         if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 3 or values.shape[2] != 3:
-            raise ValueError(f"layer {number} keeps something else than a key and a value for each token")
-        found.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])))
-    if not found:
+            raise ValueError(f"layer {number} keeps something other than a key and a value for each token")
+        shapes.append(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])))
+    if not shapes:
         raise ValueError("it keeps no keys and values")
-    return found
+    return shapes
 
 
 def _layer(key: torch.Tensor, value: torch.Tensor) -> DynamicLayer:
@@ -229,12 +230,12 @@ def _takes(model: PreTrainedModel, name: str) -> bool:
 
 def _converted(step: nn.Module, example: dict[str, Any]) -> Any:
     with models.quiet(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing, one for each branch that is taken once and for all
+        warnings.simplefilter("ignore")  # tracing warns about each branch that it fixes
         return library().convert_model(step.eval(), example_input=example)
 
 
 def _start_empty(model: Any) -> None:
-    """Let the states begin with as many texts as the input has, and no tokens."""
+    """Initialise the states with the input's number of texts and no tokens."""
     from openvino import opset13 as ops
 
     ids = model.input("input_ids")

@@ -1,6 +1,6 @@
-"""What each weight of a model does, seen while a small batch passes: looked up, multiplied, or neither.
+"""The role of each weight of a model, observed on a small batch: looked up, multiplied, or neither.
 
-Quantization is about the weights that are multiplied, whatever class of module holds them: linear layers, the
+Quantization concerns the weights that are multiplied, whatever class of module holds them: linear layers, the
 transposed ones of GPT-2, stacks of experts in one tensor, convolutions.
 """
 
@@ -20,23 +20,21 @@ from transformers import PreTrainedModel
 from overparam.models import proof
 
 Role = Literal["matrix", "table", "other"]
-UNKNOWN = (
-    0.15  # share of all weights that may be neither multiplied nor looked up, such as the biases of experts
-)
-_LENGTHS = (8, 3)  # tokens of the texts that pass
-_STACKED = 3  # dimensions of experts in one tensor
+UNKNOWN = 0.15  # share of all weights that may be neither multiplied nor looked up, such as experts' biases
+_LENGTHS = (8, 3)  # tokens per text of the batch
+_STACKED = 3  # dimensions of a tensor that stacks experts
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight with two dimensions or more.
+    """A weight with two or more dimensions.
 
     Attributes:
-        name: As in `named_parameters`; of tied ones the first.
+        name: As in `named_parameters`; for tied weights the first name.
         parameter: The weight.
-        role: "matrix" for what inputs are multiplied with, "table" for what is looked up by token or position (also
-            when it is tied to a head), "other" for what is added, scaled or not used.
-        columns: The dimensions that are summed over in the product, those of a matrix's inputs.
+        role: "matrix" if inputs are multiplied with it, "table" if it is looked up by token or position (also when
+            tied to a head), "other" if it is added, scales something, or is not used.
+        columns: The dimensions that the product sums over: those of a matrix's inputs.
     """
 
     name: str
@@ -46,25 +44,25 @@ class Weight:
 
 
 def weights(model: nn.Module) -> list[Weight]:
-    """List the weights of a model that have two dimensions or more, tied ones once.
+    """List the weights of a model that have two or more dimensions, tied ones once.
 
-    A small batch passes through a model of transformers, once for each architecture in a process. Of another module,
-    and of weights that the batch does not meet, linear layers and embedding tables are known by their class.
+    A transformers model is observed on a small batch, once per architecture and process. In other modules, and for
+    weights that the batch does not use, linear layers and embedding tables are recognised by their class.
     """
-    found = _seen(model) if isinstance(model, PreTrainedModel) else {}
+    watched = _seen(model) if isinstance(model, PreTrainedModel) else {}
     known = _by_class(model)
     listed = []
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
-            role, columns = found.get(name) or known.get(name) or ("other", (parameter.ndim - 1,))
+            role, columns = watched.get(name) or known.get(name) or ("other", (parameter.ndim - 1,))
             listed.append(Weight(name, parameter, role, columns))
     return listed
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Name the matrices that choose among experts: those with as many outputs as there are experts in a stack.
+    """Return the names of routers: matrices with as many outputs as there are experts in a stack.
 
-    Routers are few weights, and libraries leave those that are no linear layers in full precision.
+    Routers have few weights, and libraries leave those that are not linear layers in full precision.
     """
     config = getattr(model, "config", None)
     fields = vars(config.get_text_config()) if config is not None else {}
@@ -88,14 +86,14 @@ _uses: dict[str, dict[str, Use]] = {}
 
 
 def _by_class(model: nn.Module) -> dict[str, Use]:
-    found: dict[str, Use] = {}
+    uses: dict[str, Use] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            found[f"{name}.weight" if name else "weight"] = (
+            uses[f"{name}.weight" if name else "weight"] = (
                 "table" if isinstance(module, nn.Embedding) else "matrix",
                 (1,),
             )
-    return found
+    return uses
 
 
 def _seen(model: PreTrainedModel) -> dict[str, Use]:
@@ -113,13 +111,13 @@ def _watched(model: PreTrainedModel) -> dict[str, Use]:
         with torch.no_grad(), proof.evaluating(model), _experts_one_by_one(model), watch:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, KeyError, IndexError):
-        pass  # a model that reads no plain text, or a library without a rule for the watch: what was seen counts
+        pass  # the model does not read plain text, or a library cannot be watched: use what was observed
     return watch.uses
 
 
 @contextlib.contextmanager
 def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
-    """Let experts multiply with views of their stacks, not with copies."""
+    """Make experts multiply with views of their stacks, not with copies."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = [(config, config._experts_implementation_internal) for config in configs.values()
               if hasattr(config, "_experts_implementation_internal")]  # fmt: skip
@@ -132,7 +130,7 @@ def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
             config._experts_implementation_internal = given
 
 
-# operand -> the dimensions that are summed over
+# operation -> operand -> the dimensions that are summed over
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, dict[int, Callable[[int], tuple[int, ...]]]] = {
     _aten.mm: {0: lambda _: (1,), 1: lambda _: (0,)},
@@ -146,16 +144,16 @@ _PRODUCTS: dict[Any, dict[int, Callable[[int], tuple[int, ...]]]] = {
     _aten._grouped_mm: {0: lambda dims: (dims - 1,), 1: lambda dims: (dims - 2,)},
     _aten.convolution: {1: lambda dims: tuple(range(1, dims))},
 }
-_COPIES = (_aten._to_copy, _aten.clone)  # that keep the order of dimensions
+_COPIES = (_aten._to_copy, _aten.clone)  # operations that keep the order of dimensions
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which weights products and look-ups read, by the memory that their operands view."""
+    """Records which weights are multiplied or looked up, by the memory that operands view."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: dict[str, Use] = {}
-        self._kept: list[torch.Tensor] = []  # so that no other tensor takes the memory of a copy
+        self._kept: list[torch.Tensor] = []  # keeps copies alive, so that no other tensor reuses their memory
         self._starts: list[int] = []
         self._owners: list[tuple[str, torch.Tensor]] = []
         for name, parameter in model.named_parameters():
@@ -194,10 +192,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _matching(view: torch.Tensor, dims: tuple[int, ...], owner: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions of a weight that those of its view are, known by their strides."""
-    found = []
+    """Map dimensions of a view to those of its weight, by their strides."""
+    matching = []
     for dim in dims:
         same = [d for d in range(owner.ndim) if owner.stride(d) == view.stride(dim)]
         exact = [d for d in same if owner.shape[d] == view.shape[dim]]
-        found.append((exact or same or [owner.ndim - 1])[-1])
-    return tuple(dict.fromkeys(found))
+        matching.append((exact or same or [owner.ndim - 1])[-1])
+    return tuple(dict.fromkeys(matching))

@@ -1,7 +1,7 @@
-"""Modules of a SentenceTransformer that reads and pools by a `TextRecipe`, for training; loaded when first needed.
+"""Modules for a SentenceTransformer that reads and pools by a `TextRecipe`, for training; imported when first needed.
 
-Its own modules pool special tokens before the text and count weights from the first token, so that an encoder that is
-trained by the published recipe needs these. They are not for saving: others could not load them.
+The modules of sentence-transformers pool special tokens before the text and count weights from the first token, so
+training by the published recipe needs these. They are not for saving: others could not load them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from overparam.models.reading.recipe import TextRecipe, instructions_of
 from overparam.models.reading.tokens import pad, read
 from overparam.models.reading.weights import pooling_weights
 
-_MARK = "\x1f"  # between an instruction and its text, in a column of training texts
+_MARK = "\x1f"  # separates an instruction from its text in training texts
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A triplet whose texts have their instructions before them, with a mark between."""
+    """A triplet whose texts begin with their instructions, separated by a mark."""
 
     query: str
     positive: str
@@ -33,7 +33,7 @@ class Marked:
 
 
 def marked(triplet: Triplet, recipe: TextRecipe, instruction: str | None = None) -> Marked:
-    """Put before the texts of a triplet what the recipe says, so that `Reader` can tell it from them."""
+    """Put a triplet's instructions before its texts, as the recipe says, so that `Reader` can separate them."""
     asked, given = instructions_of(triplet, recipe, instruction)
     before_query, before_document = (f"{each}{_MARK}" if each else "" for each in (asked, given))
     return Marked(
@@ -45,14 +45,14 @@ def marked(triplet: Triplet, recipe: TextRecipe, instruction: str | None = None)
 
 
 class Reader(Transformer):  # type: ignore[misc]
-    """Tokenizes as `depth.layer_embeddings` does; a prompt is taken as it is, its separator included."""
+    """Tokenizes as `depth.layer_embeddings` does; a prompt is used unchanged, without an added separator."""
 
     text_recipe: TextRecipe
 
     def preprocess(
         self, inputs: Sequence[str], prompt: str | None = None, **_: Any
     ) -> dict[str, torch.Tensor]:
-        """Return ids, attention mask and the mask of what is pooled, each [texts, tokens], padded on the right."""
+        """Return ids, attention mask and pooling mask, each [texts, tokens], padded on the right."""
         recipe = self.text_recipe
         split = [text.split(_MARK, 1) for text in inputs]
         instructions = [parts[0] if len(parts) == 2 else None for parts in split]
@@ -71,10 +71,10 @@ class Reader(Transformer):  # type: ignore[misc]
         }
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Run the model, which is not shown the mask of what is pooled."""
+        """Run the model, without passing it the pooling mask."""
         pooled = features.pop("pooled_mask")
-        found: dict[str, Any] = super().forward(features, **kwargs)
-        return {**found, "pooled_mask": pooled}
+        outputs: dict[str, Any] = super().forward(features, **kwargs)
+        return {**outputs, "pooled_mask": pooled}
 
 
 class TextPooling(Pooling):  # type: ignore[misc]
@@ -89,7 +89,6 @@ class TextPooling(Pooling):  # type: ignore[misc]
             self.pooling, features["attention_mask"], features["pooled_mask"], self.text_recipe
         )
         tokens = features["token_embeddings"]  # [texts, tokens, hidden]
-        features["sentence_embedding"] = (weights.transpose(1, 2) * tokens).sum(
-            1
-        )  # in float32, also under autocast
+        weighted = weights.transpose(1, 2) * tokens  # in float32, also under autocast
+        features["sentence_embedding"] = weighted.sum(1)
         return features

@@ -1,4 +1,4 @@
-"""How a text is put to a model and which of its tokens count: as L3Prune's code does it, or plainly."""
+"""What surrounds a text in a model's input, and which tokens are pooled: plainly, or as in L3Prune's code."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _SENTINEL = "PLACEOFTHETEXT"
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """What stands around a text, which tokens are pooled, and how the initial loss is drawn and scaled.
+    """What surrounds a text, which tokens are pooled, and how the initial loss is drawn and scaled.
 
     Attributes:
-        name: "plain", "published", or a name of your own.
-        instructions: Whether the instructions that triplets carry (`query_instruction`, `document_instruction`) are
-            put before their texts, in the initial loss and in training.
-        separator: Between an instruction and its text. The published code uses "; " for the loss and for training,
-            and a space when it embeds.
-        template: Put around instruction and text: "own" is the chat template of the tokenizer where it has one, with
-            the text as a message of the user and no answer begun; None is nothing; else a text with one ``{text}``.
-        pool_bos: Whether special tokens before the text, such as ``<bos>``, are pooled; they never are where an
-            instruction or a template precedes the text. If False, the tokens of the text are found as in the published
-            code: as many from the end as the text has on its own.
-        weights_from: Where the weights 1, 2, 3, … of ``weighted_mean`` begin. No weight is given to what is not pooled.
+        name: "plain", "published", or another name.
+        instructions: Whether the triplets' own instructions (`query_instruction`, `document_instruction`) are put
+            before their texts, in the initial loss and in training.
+        separator: Text between an instruction and its text. The published code uses "; " for the loss and for
+            training, and a space for embedding.
+        template: Text around instruction and text: "own" for the tokenizer's chat template if it has one, with the
+            text as a user message and no answer begun; None for nothing; or a text with one ``{text}``.
+        pool_bos: Whether special tokens before the text, such as ``<bos>``, are pooled; they never are after an
+            instruction or template. If False, the text's tokens are located as in the published code: as many from the
+            end as the text has by itself.
+        weights_from: Where the weights 1, 2, 3, … of ``weighted_mean`` begin. Tokens that are not pooled have none.
         scale: Factor on the cosine in the initial loss (1 / temperature).
-        draw: How training triplets are drawn from published data sets: as many from each, or in proportion to size.
+        draw: How training triplets are drawn from published data sets: equally from each, or in proportion to size.
     """
 
     name: str
@@ -54,16 +54,16 @@ RECIPES = {recipe.name: recipe for recipe in (PLAIN, PUBLISHED)}
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str, str]:
-    """Return what a template puts before and after a text; two empty strings where there is none.
+    """Return what a template puts before and after a text; two empty strings without a template.
 
-    A ``<bos>`` that the tokenizer adds by itself is left out of a template of its own.
+    A ``<bos>`` that the tokenizer adds by itself is removed from its chat template.
 
     Args:
         tokenizer: Its chat template is used for "own".
         template: See `TextRecipe`.
 
     Raises:
-        ValueError: If the template does not hold the text exactly once, or refuses a message of the user alone.
+        ValueError: If the template does not contain the text exactly once, or refuses a single user message.
     """
     if template is None or (template == "own" and not tokenizer.chat_template):
         return "", ""
@@ -74,7 +74,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str
     parts = whole.split(place)
     if len(parts) != 2:
         raise ValueError(
-            f"a template must hold the text exactly once, as {_PLACE}; it is there {len(parts) - 1} times in {whole!r}"
+            f"a template must contain the text exactly once, as {_PLACE}, got {len(parts) - 1} times in {whole!r}"
         )
     head, tail = parts
     bos = tokenizer.bos_token
@@ -84,7 +84,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str
 
 
 class _FixedDay(datetime):
-    """What templates take for today: those that name the day would otherwise give other numbers tomorrow."""
+    """A fixed date for chat templates that include today's date: results must not depend on the day."""
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> _FixedDay:
@@ -92,17 +92,17 @@ class _FixedDay(datetime):
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template around a sentinel, on a fixed day, however the template asks for it."""
+    """The chat template around a sentinel, with a fixed date, however the template obtains it."""
     from transformers.utils import chat_template_utils
 
     message = {"role": "user", "content": _SENTINEL}
     day = _FixedDay.now().strftime("%d %b %Y")
     try:
-        with patch.object(chat_template_utils, "datetime", _FixedDay):  # of its strftime_now
+        with patch.object(chat_template_utils, "datetime", _FixedDay):  # used by its strftime_now
             return str(tokenizer.apply_chat_template([message], tokenize=False, date_string=day))
     except TemplateError as error:
         raise ValueError(
-            f"the tokenizer's chat template takes no message of the user alone: {error}; give a template with "
+            f"the tokenizer's chat template does not accept a single user message: {error}; give a template with "
             f"{_PLACE}, or None"
         ) from error
 
@@ -110,12 +110,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
 def instructions_of(
     triplet: Triplet, recipe: TextRecipe, instruction: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Return what stands before the query, and before both documents, of a triplet.
+    """Return the instructions before the query and before both documents of a triplet.
 
     Args:
-        triplet: Says it itself where it has the attributes ``query_instruction`` and ``document_instruction``.
-        recipe: Whether what the triplet says is used.
-        instruction: Put before the query instead of it.
+        triplet: May have attributes ``query_instruction`` and ``document_instruction``.
+        recipe: Says whether these are used.
+        instruction: Put before the query instead.
     """
     if instruction is not None or not recipe.instructions:
         return instruction, None

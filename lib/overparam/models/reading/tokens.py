@@ -1,4 +1,4 @@
-"""Texts to batches of tokens, longest first, by a budget of tokens; padding is always on the right."""
+"""Batches of tokenized texts, longest first, with a token budget per batch; padding is always on the right."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Batch:
     """Padded texts of similar length.
 
     Attributes:
-        rows: Which texts these are. [texts]
+        rows: Indices of the texts. [texts]
         input_ids: Token ids. [texts, tokens]
         attention_mask: 1 for tokens, 0 for padding. [texts, tokens]
-        pooled_mask: 1 for the tokens that are pooled: no padding, no instruction. [texts, tokens]
+        pooled_mask: 1 for the tokens to pool: neither padding nor instruction. [texts, tokens]
     """
 
     rows: list[int]
@@ -45,19 +45,20 @@ def batches(
     """Tokenize `texts` and group them, longest first, so that no batch holds more than `batch_tokens` tokens.
 
     Padding is on the right whatever the tokenizer's own side: with an attention mask and positions counted from the
-    first token, it does not change the numbers of most architectures.
+    first token, it does not change the results of most architectures.
 
     Args:
-        tokenizer: A fast tokenizer (character offsets tell the instruction's tokens).
-        texts: What to encode; texts longer than `max_length` tokens are cut.
+        tokenizer: A fast tokenizer (character offsets locate the instruction's tokens).
+        texts: Texts to encode; those longer than `max_length` tokens are cut.
         instruction: Put before every text, or one for each text; attended to, not pooled.
-        recipe: What else stands around a text, and which tokens are pooled.
-        batch_tokens: Tokens of a batch, padding included; a longer text makes a batch of its own.
-        max_length: Tokens of a text, special tokens and the instruction included.
-        padded: Texts of unequal length may share a batch. False for architectures whose numbers padding changes.
+        recipe: What else surrounds a text, and which tokens are pooled.
+        batch_tokens: Maximum tokens per batch, padding included; a longer text is a batch by itself.
+        max_length: Maximum tokens per text, special tokens and instruction included.
+        padded: Whether texts of unequal length may share a batch. False for architectures whose results depend on
+            padding.
 
     Raises:
-        ValueError: If there are no texts, one is empty, or the instruction fills the window.
+        ValueError: If there are no texts, one is empty, or the instruction alone has `max_length` tokens.
     """
     if not texts:
         raise ValueError("there are no texts to encode")
@@ -66,7 +67,7 @@ def batches(
         raise ValueError(f"{len(empty)} of {len(texts)} texts are empty, the first at index {empty[0]}")
     ids, keep = read(tokenizer, texts, instruction=instruction, recipe=recipe, max_length=max_length)
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # stable: equal lengths keep their order
-    return [pad(tokenizer, rows, ids, keep) for rows in _groups(order, ids, batch_tokens, padded)]
+    return [pad(tokenizer, rows, ids, keep) for rows in groups(order, ids, batch_tokens, padded=padded)]
 
 
 def read(
@@ -77,12 +78,10 @@ def read(
     recipe: TextRecipe = PLAIN,
     max_length: int = 512,
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """Tokenize texts with what stands around them; return the ids, and which tokens are pooled (None: all of them)."""
-    each = (
-        [instruction] * len(texts)
-        if instruction is None or isinstance(instruction, str)
-        else list(instruction)
-    )
+    """Tokenize texts with everything around them; return the ids, and which tokens are pooled (None for all)."""
+    if instruction is None or isinstance(instruction, str):
+        instruction = [instruction] * len(texts)
+    each = list(instruction)
     if len(each) != len(texts):
         raise ValueError(
             f"there must be one instruction for all texts or one for each, got {len(each)} for {len(texts)}"
@@ -100,7 +99,7 @@ def read(
 def _by_offsets(
     tokenizer: PreTrainedTokenizerBase, prefixes: list[str], bodies: list[str], max_length: int
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """Pool the tokens that end beyond the prefix; all of them, special ones too, where there is no prefix."""
+    """Pool the tokens that end after the prefix; without a prefix all of them, also special tokens."""
     encoded = tokenizer(
         [prefix + body for prefix, body in zip(prefixes, bodies, strict=True)],
         truncation=True,
@@ -121,10 +120,10 @@ def _by_offsets(
 def _by_counts(
     tokenizer: PreTrainedTokenizerBase, prefixes: list[str], bodies: list[str], max_length: int
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """Pool as many tokens from the end as a text has on its own, and what the tokenizer appends, not what it prepends.
+    """Pool as many tokens from the end as the text has by itself, plus tokens that the tokenizer appends.
 
-    Where text and prefix meet, a tokenizer may merge them otherwise than the text alone; this is the published rule
-    for that. A text that does not fit is cut on the right.
+    Where prefix and text meet, a tokenizer may split the text differently than by itself; this is the published rule
+    for that case. A text that is too long is cut on the right.
     """
     quiet = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     alone: list[list[int]] = tokenizer(bodies, add_special_tokens=False, **quiet)["input_ids"]
@@ -149,7 +148,7 @@ def _run(flags: list[int]) -> int:
 
 
 def _after(offsets: list[tuple[int, int]], prefix: int) -> list[bool]:
-    """Tokens that end beyond the prefix; special tokens have no width and count only after the text began."""
+    """Whether each token ends after the prefix; special tokens have no width and count only once the text has begun."""
     kept, begun = [], False
     for _, end in offsets:
         begun = begun or end > prefix
@@ -157,9 +156,17 @@ def _after(offsets: list[tuple[int, int]], prefix: int) -> list[bool]:
     return kept
 
 
-def _groups(
-    order: Sequence[int], ids: list[list[int]], batch_tokens: int, padded: bool
+def groups(
+    order: Sequence[int], ids: Sequence[Sequence[int]], batch_tokens: int, *, padded: bool = True
 ) -> Iterator[list[int]]:
+    """Group rows, longest first, so that no group has more than `batch_tokens` tokens, padding included.
+
+    Args:
+        order: Rows, longest first.
+        ids: Token ids of every row.
+        batch_tokens: Maximum tokens per group; a longer row is a group by itself.
+        padded: Whether rows of unequal length may share a group.
+    """
     group: list[int] = []
     for row in order:
         width = len(ids[group[0]]) if group else len(ids[row])
@@ -173,7 +180,7 @@ def _groups(
 def pad(
     tokenizer: PreTrainedTokenizerBase, rows: list[int], ids: list[list[int]], keep: list[list[bool]] | None
 ) -> Batch:
-    """Pad chosen texts on the right, to the longest of them."""
+    """Pad the chosen texts on the right, to the length of the longest."""
     import torch
 
     width = max(len(ids[row]) for row in rows)

@@ -1,4 +1,4 @@
-"""How much each token counts in the vector of its text."""
+"""Pooling weights: how much each token counts in the embedding of its text."""
 
 from __future__ import annotations
 

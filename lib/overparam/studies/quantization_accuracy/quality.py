@@ -112,7 +112,7 @@ def retained(base: Scores, scores: Scores) -> stats.Estimate:
 def of_decoder(study: Study) -> Quality:
     """Measure likelihood, divergence, flipped tokens, long contexts and translation under every scheme."""
     names = study.running
-    runs: dict[str, quantize.Steps] = {name: study.quantized(name).run for name in names}
+    runs: dict[str, quantize.StepwiseDecoder] = {name: study.quantized(name).run for name in names}
     rows: list[dict[str, object]] = []
     read: dict[tuple[str, str], NDArray[np.float64]] = {}
     for view, texts in views(study).items():
@@ -171,7 +171,7 @@ class Reading:
     tokens: NDArray[np.int64]
 
 
-def read(run: quantize.Steps, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Reading:
+def read(run: quantize.StepwiseDecoder, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Reading:
     """Let a decoder read texts."""
     import torch
 
@@ -229,7 +229,7 @@ def _windows(study: Study) -> dict[int, list[list[int]]]:
 
 
 def _likelihoods(
-    study: Study, runs: Mapping[str, quantize.Steps], texts: Iterable[str]
+    study: Study, runs: Mapping[str, quantize.StepwiseDecoder], texts: Iterable[str]
 ) -> dict[str, NDArray[np.float64]]:
     """By scheme and text: nats, tokens, divergences from full precision in nats, and other likeliest tokens."""
     import torch
@@ -252,7 +252,7 @@ def _nats(found: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
     return -float(found.gather(1, ids[0, 1:, None]).double().sum()), ids.shape[1] - 1
 
 
-def _window(run: quantize.Steps, ids: list[int]) -> NDArray[np.float64]:
+def _window(run: quantize.StepwiseDecoder, ids: list[int]) -> NDArray[np.float64]:
     """Nats of each of the last tokens of a window, after all that stands before them, and ones, [tokens, 2]."""
     import torch
 
@@ -266,14 +266,14 @@ def _window(run: quantize.Steps, ids: list[int]) -> NDArray[np.float64]:
     return np.column_stack([-chosen.numpy(), np.ones(SCORED)])
 
 
-def _logits(run: quantize.Steps, ids: torch.Tensor) -> torch.Tensor:
+def _logits(run: quantize.StepwiseDecoder, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     run.reset()
     return torch.cat([run(part)[0].float().cpu() for part in torch.split(ids, _STEP, dim=1)])
 
 
-def _translations(study: Study, runs: Mapping[str, quantize.Steps]) -> list[dict[str, object]]:
+def _translations(study: Study, runs: Mapping[str, quantize.StepwiseDecoder]) -> list[dict[str, object]]:
     """Translate verses into French after three examples; corpus chrF++, paired with full precision."""
     params = study.params
     examples = parallel.verse_pairs("en", "fr", "train", n=_SHOTS, seed=params.seed)
@@ -304,7 +304,7 @@ def _translations(study: Study, runs: Mapping[str, quantize.Steps]) -> list[dict
     return rows
 
 
-def _continued(study: Study, run: quantize.Steps, prompt: str, stop: str) -> tuple[str, bool]:
+def _continued(study: Study, run: quantize.StepwiseDecoder, prompt: str, stop: str) -> tuple[str, bool]:
     """Greedy continuation up to a text that ends it, and whether that came."""
     import torch
 
