@@ -10,6 +10,7 @@ from typing import Literal
 from overparam.record import ledger
 from overparam.record.claims import Claim
 from overparam.record.ledger import Entry
+from overparam.record.provenance import is_committed
 from overparam.record.record import UNFINISHED, Record, load, record_files
 
 SUMMARY = "claims"  # the study that reads the records of all others
@@ -82,8 +83,12 @@ class Inventory:
             yield from question.answers
 
     def uncommitted(self) -> list[str]:
-        """Records that were made with uncommitted changes, as study/slug."""
-        return [_name(record) for record in self.records if record.provenance["git"]["dirty"]]
+        """Records that were made with uncommitted changes, as study/slug; those already in git's history stay."""
+        return [
+            _name(record)
+            for record in self.records
+            if record.provenance["git"]["dirty"] and not (record.path and is_committed(record.path))
+        ]
 
     def remarks(self) -> list[str]:
         """Problems, failures and what is superseded, missing or unknown: a line each, for readers."""

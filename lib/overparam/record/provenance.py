@@ -117,3 +117,17 @@ def _cpu_model() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def is_committed(path: Path) -> bool:
+    """Return whether a file is in git's history as it stands."""
+    for command in (["ls-files", "--error-unmatch"], ["diff", "--quiet", "HEAD", "--"]):
+        try:
+            done = subprocess.run(
+                ["git", *command, path.name], cwd=path.parent, capture_output=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        if done.returncode:
+            return False
+    return True
