@@ -10,44 +10,35 @@ from tests.runner.conftest import write_notebook
 LIB = Path(__file__).parents[2] / "lib"
 
 PARAMS = """
-from typing import Literal
-from pydantic import BaseModel, Field
+from typing import ClassVar
+from pydantic import Field
+from overparam.experiment.params import Count, StudyParams
 
-class Params(BaseModel, extra="forbid", frozen=True):
-    model: str = "penny"
-    throws: int = Field(400, ge=10, description="throws per bias")
-    seed: int = 42
+class Params(StudyParams):
+    study: ClassVar = "coin"
 
-    def slug(self) -> str:
-        return self.model
+    model: str = Field("penny", description="name of the coin")
+    throws: Count = Field(400, description="throws per bias")
+    seed: int = Field(42, description="of the throws")
 """
 STUDY = '''
-"""Throw the coin."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
-
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
-from overparam.record import record, stats
-from overparam.record.record import Recorder
+from overparam.record import stats
 from cointoss.coin import Params
 
 @dataclass
-class Study:
-    params: Params
-    recorder: Recorder
+class Study(experiment.Study[Params]):
     coin: object = None
-
-    def finish(self):
-        self.recorder.finish()
-        return self.recorder.record
 
 @begins
 def start(params: Params) -> Study:
-    return Study(params, record.start("coin", params.model_dump(mode="json"), slug=params.slug()), object())
+    return Study(params, experiment.open_record(params), coin=object())
 
 @step
 def throw(study: Study) -> pd.DataFrame:
@@ -98,7 +89,7 @@ CELLS = (
     (
         "code",
         "from cointoss.coin import plots, verdicts\nfrom cointoss.coin import study as steps\n"
-        "study = steps.start(Params(model=model, throws=throws, seed=seed))",
+        "study = steps.start(Params.from_cell(globals()))",
         [],
     ),
     ("code", "table = steps.throw(study)\ntable.round(1)", []),

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from overparam.experiment.params import StudyParams
 from overparam.record import record
-from overparam.record.record import Recorder
+from overparam.record.record import Record, Recorder
+
+OwnParams = TypeVar("OwnParams", bound=StudyParams)
 
 
-class Started(Protocol):
-    """A study that runs: every one has at least its recorder."""
+@dataclass
+class Study(Generic[OwnParams]):
+    """A started study: what every step gets as its first argument. A study adds what its own steps share.
 
+    Attributes:
+        params: The validated parameters.
+        recorder: Of the record that the run leaves.
+    """
+
+    params: OwnParams
     recorder: Recorder
+
+    def finish(self) -> Record:
+        """Write the per-item scores and the record; its last file is record.json."""
+        self.recorder.finish()
+        return self.recorder.record
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=Started)
+S = TypeVar("S", bound=Study[Any])
+
+
+def open_record(
+    params: StudyParams, *, inputs: Mapping[str, str] | None = None, seeds: Sequence[int] | None = None
+) -> Recorder:
+    """Begin the record of a study with its parameters.
+
+    Args:
+        params: Of the study, which they name.
+        inputs: Name → SHA-256 of weights and data.
+        seeds: Seeds used; by default the parameters ``seed`` and ``train_seeds``.
+    """
+    if seeds is None:
+        own = {getattr(params, "seed", None), *getattr(params, "train_seeds", ())} - {None}
+        seeds = sorted(seed for seed in own if seed is not None)
+    plain = params.model_dump(mode="json")
+    return record.start(params.study, plain, slug=params.slug(), inputs=inputs, seeds=seeds)
 
 
 def step(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from overparam.experiment import study as experiment
 from overparam.publish import inventory, tables
 from overparam.publish.inventory import Inventory
-from overparam.record import ledger, record
+from overparam.record import ledger
 from overparam.record.claims import Claim
 from overparam.record.ledger import Entry
 from overparam.record.record import Record
@@ -17,20 +18,16 @@ from overparam.studies.claims import Params, record_hashes
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started summary: the records of a results folder, and the record of the summary itself."""
 
-    params: Params
-    recorder: record.Recorder
     found: Inventory
 
 
 def start(params: Params) -> Study:
     """Read the records, and open the record of the summary."""
-    recorder = record.start(
-        inventory.SUMMARY,
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=record_hashes(params.folder),
     )
     return Study(params, recorder, inventory.take(params.folder))
@@ -151,9 +148,3 @@ def forest(study: Study) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def finish(study: Study) -> Record:
-    """Write the record; its last file is record.json."""
-    study.recorder.finish()
-    return study.recorder.record

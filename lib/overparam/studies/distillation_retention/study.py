@@ -18,9 +18,9 @@ from overparam.compress import depth, distill
 from overparam.compress.distill import encoders
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins
 from overparam.measure import energy
-from overparam.record import record
 from overparam.studies import recipes
 from overparam.studies.distillation_retention import Params
 from overparam.support import cache
@@ -35,11 +35,9 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started study: what every step needs."""
 
-    params: Params
-    recorder: record.Recorder
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -125,11 +123,6 @@ class Study:
         )
         return cached(asdict(recipe), *tensors, encoders.token_ids(model, texts), *data)
 
-    def finish(self) -> record.Record:
-        """Write the per-item scores and the record; its last file is record.json."""
-        self.recorder.finish()
-        return self.recorder.record
-
 
 def cached(*parts: object) -> Path:
     """Folder of a training in the user's cache, by all that its outcome depends on: arrays, and plain values."""
@@ -176,12 +169,9 @@ def start(params: Params) -> Study:
     others = (*params.general_models, *params.ready_made, params.decoder_teacher, params.decoder_student)
     for name in filter(None, others):
         inputs |= models.provenance(name)
-    recorder = record.start(
-        "distillation_retention",
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=inputs,
-        seeds=sorted({params.seed, *params.train_seeds}),
     )
     study = Study(params, recorder, teacher, tokenizer)
     recorder.metric("teacher_parameters", study.parameters)

@@ -20,9 +20,11 @@ from overparam.evaluate import likelihood, prompts
 from overparam.evaluate.comet import comet_command
 from overparam.evaluate.generation import Generation, default_limit, translate
 from overparam.evaluate.translation import TranslationScore, score
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
 from overparam.models.translator import PLAIN
-from overparam.record import record, stats
+from overparam.record import stats
+from overparam.record.record import Record
 from overparam.studies.moe_expert_pruning import Params
 from overparam.support.allocator import keep_freed_memory
 
@@ -59,11 +61,9 @@ class Test:
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started study: what every step needs, and the per-item scores and translations collected so far."""
 
-    params: Params
-    recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     items: list[pd.DataFrame] = field(default_factory=list)
@@ -240,7 +240,7 @@ class Study:
         """Return a pruned copy that shares everything but its experts with the unpruned model."""
         return experts.prune(models.sharing_copy(self.model), keep)
 
-    def finish(self) -> record.Record:
+    def finish(self) -> Record:
         """Write per-item scores, translations and the record; its last file is record.json."""
         collected = {} if self.recorder.replays else {"items": self.items, "translations": self.written}
         for name, frames in collected.items():
@@ -248,8 +248,7 @@ class Study:
             for column in ("system", "test", "failure"):
                 found[column] = found[column].astype("category")
             self.recorder.items(name, found)
-        self.recorder.finish()
-        return self.recorder.record
+        return super().finish()
 
     @property
     def ends(self) -> bool:
@@ -319,10 +318,8 @@ def start(params: Params) -> Study:
     inputs = models.provenance(params.model) | corpora.provenance(*sets)
     if params.dense_reference:
         inputs |= models.provenance(params.dense_reference)
-    recorder = record.start(
-        "moe_expert_pruning",
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=inputs,
         seeds=sorted({params.seed, *params.recovery_seeds}),
     )

@@ -13,8 +13,9 @@ import pandas as pd
 
 from overparam import models
 from overparam.data import corpora
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
-from overparam.record import record
+from overparam.record.record import Record
 from overparam.studies.moe_pretraining import Params, training
 
 if TYPE_CHECKING:
@@ -25,25 +26,20 @@ MODEL_CARD = "MODEL_CARD.md"
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started study.
 
     Attributes:
-        params: The validated parameters.
-        recorder: Of the record that the run leaves.
         items: Per-sentence results of every search that was scored.
     """
 
-    params: Params
-    recorder: record.Recorder
     items: list[pd.DataFrame] = field(default_factory=list)
 
-    def finish(self) -> record.Record:
+    def finish(self) -> Record:
         """Write the per-sentence results and the record; its last file is record.json."""
         if not self.recorder.replays:
             self.recorder.items("translations", pd.concat(self.items, ignore_index=True))
-        self.recorder.finish()
-        return self.recorder.record
+        return super().finish()
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,8 @@ class Translator:
 def start(params: Params) -> Study:
     """Open the record, with the hashes of the texts and of the donor's weights."""
     donor = models.provenance(params.embedding_donor) if params.embedding_donor else {}
-    recorder = record.start(
-        "moe_pretraining",
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=corpora.provenance("verses", "newsgroups", "reuters") | donor,
         seeds=sorted({params.seed, training.VALIDATION_SEED}),
     )

@@ -15,10 +15,10 @@ from overparam import models
 from overparam.compress import quantize
 from overparam.data import corpora, splits
 from overparam.evaluate import samples
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
 from overparam.models import proof
 from overparam.models.proof import NotExactError
-from overparam.record import record
 from overparam.studies import recipes
 from overparam.studies.quantization_accuracy import Params
 from overparam.support import progress
@@ -33,11 +33,9 @@ CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defau
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started study: what every step needs."""
 
-    params: Params
-    recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: bool
@@ -131,11 +129,6 @@ class Study:
             embedder=self.embedder,
         )
 
-    def finish(self) -> record.Record:
-        """Write the per-item scores and the record; its last file is record.json."""
-        self.recorder.finish()
-        return self.recorder.record
-
 
 @step
 def as_quantized(study: Study) -> pd.DataFrame:
@@ -181,12 +174,9 @@ def start(params: Params) -> Study:
     recipe = None if decoder else models.recipe(model)
     embedder = models.Embedder(recipe)
     keep_freed_memory()
-    recorder = record.start(
-        "quantization_accuracy",
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=models.provenance(params.model) | corpora.provenance(),
-        seeds=sorted({params.seed, *params.train_seeds}),
     )
     study = Study(params, recorder, model, tokenizer, decoder, embedder)
     if not decoder:

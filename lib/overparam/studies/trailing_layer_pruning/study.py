@@ -14,8 +14,9 @@ from overparam import models
 from overparam.compress import depth
 from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
+from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
-from overparam.record import record, stats
+from overparam.record import stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
 from overparam.support import cache, progress
@@ -34,12 +35,10 @@ Scores = dict[str, embedding.TaskScore]
 
 
 @dataclass
-class Study:
+class Study(experiment.Study[Params]):
     """A started study: what every step needs, and the per-item scores collected so far.
 
     Attributes:
-        params: The validated parameters.
-        recorder: Of the record that the run leaves.
         model: The unpruned model; no step changes it.
         tokenizer: Its tokenizer.
         layers: Number of blocks of the unpruned model.
@@ -47,8 +46,6 @@ class Study:
         folder_recipe: Of the model's folder, as far as it holds at every depth; None where none is followed.
     """
 
-    params: Params
-    recorder: record.Recorder
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     layers: int
@@ -149,11 +146,6 @@ class Study:
             self.recorder.keep(score.items, system=system, depth=keep, task=score.task)
         return found
 
-    def finish(self) -> record.Record:
-        """Write the per-item scores and the record; its last file is record.json."""
-        self.recorder.finish()
-        return self.recorder.record
-
 
 @begins
 def start(params: Params) -> Study:
@@ -180,12 +172,9 @@ def start(params: Params) -> Study:
     else:
         raise ValueError(f"the study needs a model of at least 4 blocks, {params.model} has {total}")
     local = set(params.tasks) & set(LOCAL_TASKS) or params.training_data is None
-    recorder = record.start(
-        "trailing_layer_pruning",
-        params.model_dump(mode="json"),
-        slug=params.slug(),
+    recorder = experiment.open_record(
+        params,
         inputs=models.provenance(params.model) | (corpora.provenance() if local else {}),
-        seeds=sorted({params.seed, *params.train_seeds}),
     )
     counts = models.count_parameters(model)
     recorder.metric("parameters_total", counts.total)
