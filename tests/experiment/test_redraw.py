@@ -64,7 +64,8 @@ def test_a_changed_caption_and_verdict_are_made_anew_without_measuring(coin):
         ("study.py", "0.75)", "0.8)", "due"),
         ("study.py", '"""Heads per bias, with their interval."""', '"""How often heads came."""', "up to date"),
         ("study.py", "    rows = []", "    # one row per bias\n    rows = []", "up to date"),
-        ("__init__.py", "throws per bias", "how often each coin is thrown", "due"),
+        ("__init__.py", "throws per bias", "how often each coin is thrown", "up to date"),
+        ("__init__.py", "Field(400", "Field(401", "due"),
         ("plots.py", "heads (%)", "heads, %", "to redraw"),
     ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """What code a notebook reaches: what can change a number that it measures, and what only draws and judges it.
 
-A reworded comment or docstring changes neither: modules are hashed by their syntax. An import from a package's
-``__init__.py`` that only passes names on reaches the modules that have those names, not all that stands beside them.
+A reworded comment, docstring or description of a parameter changes neither: modules are hashed without these. An import
+from a package's ``__init__.py`` that only passes names on reaches the modules that have those names, not all others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ DRAWING = frozenset(
         "support.suggest",
     )
 )
+Span = tuple[tuple[int, int], tuple[int, int]]  # from and to: line from 1, byte from 0
 _DRAWING_NAMES = ("plots", "verdicts", "card")
 
 
@@ -51,11 +52,12 @@ class Reached:
 
 @dataclass(frozen=True)
 class _Module:
-    """A source file: its syntax, the package that its relative imports start from, and what it passes on.
+    """A source file: its text and syntax, the package that its relative imports start from, and what it passes on.
 
     `passes_on` is {name: module} of an ``__init__.py`` that holds imports alone, and None of any other.
     """
 
+    text: str
     tree: ast.Module
     package: str
     passes_on: dict[str, str] | None
@@ -135,26 +137,53 @@ def _module(name: str) -> _Module | None:
     file = _locate(name)
     if file is None:
         return None
-    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    text = file.read_text(encoding="utf-8")
+    tree = ast.parse(text, str(file))
     if file.name != "__init__.py":
-        return _Module(tree, name.rpartition(".")[0], None)
-    return _Module(tree, name, _passed_on(tree, name))
+        return _Module(text, tree, name.rpartition(".")[0], None)
+    return _Module(text, tree, name, _passed_on(tree, name))
 
 
 @cache
 def _code(name: str, roots: frozenset[str]) -> tuple[str, frozenset[str]]:
-    """Hash of a module's syntax without its docstrings, and the modules that it imports."""
+    """Hash of a module's code, and the modules that it imports."""
     module = _module(name)
     assert module is not None
     imports = frozenset(_imports(module.tree, module.package, roots))
-    return _hash(ast.dump(_Bare().visit(module.tree))), imports
+    return _hash(_bare(module)), imports
 
 
-class _Bare(ast.NodeTransformer):
-    """Takes docstrings, and other strings that stand alone, out of a tree."""
+def _bare(module: _Module) -> str:
+    """A module's source without comments, docstrings, blank lines and descriptions of parameters.
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+    It is text, not a dump of the syntax, so that it is the same for every version of Python.
+    """
+    lines = [line.encode() for line in module.text.splitlines()]
+    strings: dict[int, list[Span]] = {}
+    cuts: list[Span] = []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.JoinedStr) or (
+            isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+        ):
+            for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                strings.setdefault(row, []).append(_span(node))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                cuts.append(_span(node.value))
+        elif isinstance(node, ast.keyword) and node.arg == "description":
+            cuts.append(_span(node.value))
+    for row, line in enumerate(lines, 1):
+        for column in (at for at, byte in enumerate(line) if byte == ord("#")):
+            if not any(start <= (row, column) < end for start, end in strings.get(row, ())):
+                cuts.append(((row, column), (row, len(line))))
+                break
+    for (first, start), (last, end) in sorted(cuts, reverse=True):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:], *[b""] * (last - first)]
+    return "\n".join(line.decode().rstrip() for line in lines if line.strip())
+
+
+def _span(node: ast.expr) -> Span:
+    return (node.lineno, node.col_offset), (node.end_lineno or node.lineno, node.end_col_offset or 0)
 
 
 def _imports(tree: ast.AST, package: str, roots: frozenset[str]) -> set[str]:
