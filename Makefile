@@ -1,4 +1,4 @@
-# run · test · bench · lab: each sets up .venv first when it is missing or older than the dependency lists.
+# run · test · check · bench · lab: each sets up .venv first when it is missing or older than the dependency lists.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -10,10 +10,23 @@ PROFILE ?= laptop
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
 
-.PHONY: run test bench lab setup lock clean
+.PHONY: help run test check bench lab setup lock clean
 
 run: $(READY)
 	$(BIN)/python run_all.py --profile $(PROFILE)
+
+help:
+	@echo "make run     run a profile, quick by default: PROFILE=laptop for every part of every study"
+	@echo "make check   lint, types, and the tests of what changed: at most a minute and a half"
+	@echo "make test    lint, types, and all tests: about ten minutes on two cores"
+	@echo "make bench   every performance goal, measured"
+	@echo "make lab     JupyterLab with the notebooks"
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m tests.changed
 
 test: $(READY)
 	$(BIN)/ruff check

@@ -1,7 +1,8 @@
 """The floors of the house: imports run downward only, and no two files import each other."""
 
-import ast
 from pathlib import Path
+
+from tests.imports import FILES, imported
 
 LIB = Path(__file__).parents[1] / "lib"
 FLOORS = (  # from the ground; the rooms of one floor do not import each other
@@ -17,25 +18,8 @@ FLOORS = (  # from the ground; the rooms of one floor do not import each other
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FILES = {
-    ".".join(path.relative_to(LIB).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in (LIB / "overparam").rglob("*.py")
-}
 
-
-def imported(path):
-    """The modules of overparam that a file imports, those inside of functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in FILES else node.module for name in names}
-    return found & FILES.keys()
-
-
-IMPORTS = {name: imported(path) for name, path in FILES.items()}
+IMPORTS = {name: imported(path) for name, path in FILES.items() if name.startswith("overparam")}
 
 
 def test_imports_run_downward():

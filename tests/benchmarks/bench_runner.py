@@ -1,5 +1,8 @@
 """The batch runner on small notebooks: what parallel runs, kills and a second run leave, and what it costs.
 
+Beside it, a training step of an encoder of MiniLM's size while another process works: OpenMP threads that wait either
+spin, as by default, or leave the core (OMP_WAIT_POLICY=PASSIVE, the suite's default).
+
 Needs no weights. Every notebook is the tests' toy study: five cells, a record with one metric.
 
 On two cores (AMD EPYC): 20 of 20 parallel runs equal the sequential one, none of 21 kills left a difference, a second
@@ -40,7 +43,26 @@ ROOT = Path(__file__).parents[2]
 JOBS, TIMES = 8, 20
 KILLS = 20
 REPEATS = 3
-WORK = 60_000_000  # additions in a loop: some seconds of one thread
+WORK = "sum(i for i in range(60_000_000))"  # some seconds of one thread
+TRAINING = """
+import time
+import torch
+from transformers import BertConfig, BertModel
+torch.manual_seed(0)
+shape = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+model = BertModel(BertConfig(**shape))
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.randint(1000, 30000, (32, 64))
+def training_step():
+    started = time.perf_counter()
+    optimizer.zero_grad()
+    model(ids).last_hidden_state.square().mean().backward()
+    optimizer.step()
+    return time.perf_counter() - started
+"""
+STEPS, JOB_STEPS = 5, 20
+TIMED = f"{TRAINING}training_step()\nprint(sorted(training_step() for _ in range({STEPS}))[{STEPS} // 2])"
+TRAINED = f"{TRAINING}for _ in range({JOB_STEPS}): training_step()"
 TIMES_IN_RECORD = (
     "started",
     "seconds",
@@ -54,7 +76,10 @@ Goal = Iterator[tuple[str, str, str, bool]]
 def main() -> int:
     """Measure, print a line a goal, and return 0 when all are met."""
     missed = 0
-    for name, value, goal, met in chain(parallel(), kills(), second_run(), two_at_once(), overhead()):
+    goals = chain(
+        parallel(), kills(), second_run(), two_at_once(), two_trainings(), busy_machine(), overhead()
+    )
+    for name, value, goal, met in goals:
         print(f"{name:<66} {value:>9}   goal {goal:<12} {'met' if met else 'MISSED'}", flush=True)
         missed += not met
     return int(missed > 0)
@@ -191,12 +216,9 @@ def second_run() -> Goal:
 
 
 @contextmanager
-def working() -> Iterator[Path]:
-    """A toy project whose notebook keeps one thread busy for some seconds."""
-    cells = [
-        (kind, source.replace('note("thinking hard")', f"sum(i for i in range({WORK}))"), tags)
-        for kind, source, tags in toy.CELLS
-    ]
+def working(work: str = WORK) -> Iterator[Path]:
+    """A toy project whose notebook keeps the processor busy for some seconds."""
+    cells = [(kind, source.replace('note("thinking hard")', work), tags) for kind, source, tags in toy.CELLS]
     with project() as root:
         toy.write_notebook(root / "notebooks" / "01_toy.ipynb", cells)
         yield root
@@ -204,16 +226,63 @@ def working() -> Iterator[Path]:
 
 def two_at_once() -> Goal:
     """Two single-threaded jobs on two workers, against one after the other."""
-    sets = [{"model": "alpha"}, {"model": "beta"}]
     with working() as root:
-        seconds: dict[int, list[float]] = {1: [], 2: []}
-        for number in range(REPEATS):
-            for workers, taken in seconds.items():
-                jobs = jobs_of(root, root / f"{workers}-{number}", sets)
-                run = partial(execute.run, jobs, pool=partial(Local, workers), out=io.StringIO())
-                taken.append(_seconds(run))
-    ratio = float(np.median(np.divide(seconds[2], seconds[1])))
+        ratio = _two_against_one_by_one(root)
     yield "time of two jobs at once / one after the other", f"{ratio:.2f}", "≤ 0.65", ratio <= 0.65
+
+
+def two_trainings() -> Goal:
+    """The same with torch, which takes all cores when it runs alone and its share of them beside another job."""
+    with working(TRAINED) as root:
+        del os.environ["OMP_NUM_THREADS"]
+        ratio = _two_against_one_by_one(root)
+    yield "time of two jobs with torch at once / one after the other", f"{ratio:.2f}", "≤ 1", ratio <= 1
+
+
+def _two_against_one_by_one(root: Path) -> float:
+    """Median over repeats of the time of two jobs on two workers over that on one."""
+    sets = [{"model": "alpha"}, {"model": "beta"}]
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(REPEATS):
+        for workers, taken in seconds.items():
+            jobs = jobs_of(root, root / f"{workers}-{number}", sets)
+            taken.append(
+                _seconds(partial(execute.run, jobs, pool=partial(Local, workers), out=io.StringIO()))
+            )
+    return float(np.median(np.divide(seconds[2], seconds[1])))
+
+
+def busy_machine() -> Goal:
+    """A training step on two cores, alone and beside a process that keeps one of them busy, by wait policy."""
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for _ in range(REPEATS):
+        for policy in ("", "PASSIVE"):
+            for busy in (False, True):
+                seconds.setdefault((policy, busy), []).append(_training_step(policy, busy=busy))
+    found = {case: float(np.median(values)) for case, values in seconds.items()}
+    for policy, name in (("", "by default"), ("PASSIVE", "passive")):
+        times = f"{found[policy, True]:.2f} s beside a busy process / {found[policy, False]:.2f} s alone"
+        print(f"a training step, waiting {name}: {times}", flush=True)
+    ratio = found["PASSIVE", True] / found["", True]
+    yield "training step beside a busy process, passive / default", f"{ratio:.2f}", "≤ 0.8", ratio <= 0.8
+    ratio = found["PASSIVE", False] / found["", False]
+    yield "training step alone, passive / default", f"{ratio:.2f}", "≤ 1.1", ratio <= 1.1
+
+
+def _training_step(policy: str, *, busy: bool) -> float:
+    """Median seconds of a step in a process of its own, on the same two cores as the busy one."""
+    own = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    pinned = partial(os.sched_setaffinity, 0, sorted(os.sched_getaffinity(0))[:2])
+    start = partial(subprocess.Popen, env=environment, preexec_fn=pinned, stdout=subprocess.PIPE, text=True)
+    other = start([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        return float(start([sys.executable, "-c", TIMED]).communicate()[0])
+    finally:
+        if other is not None:
+            other.kill()
+            other.wait()
 
 
 def overhead() -> Goal:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from overparam.support.folders import new_folder
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
@@ -11,6 +10,7 @@ from overparam import models
 from overparam.compress import depth
 from overparam.compress.depth.states import no_cache
 from overparam.models.proof import NotExactError, probe
+from overparam.support.files import new_folder
 from overparam.train import contrastive
 
 LAYERS = {"num_hidden_layers": 6}

@@ -8,6 +8,7 @@ import torch
 from overparam import models
 from overparam.data.packing import Tree, pack
 from overparam.models.proof import NotExactError
+from overparam.support import files
 from overparam.train import causal
 from overparam.train.causal import Recipe, load_balance, train
 
@@ -73,7 +74,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, optimizer):
 
 def test_a_run_killed_while_it_stores_goes_on_from_the_state_before(tmp_path):
     train(twin(), batches(6), RECIPE, checkpoint=tmp_path / "a", every=3)
-    (tmp_path / "a").rename(tmp_path / "a.old")
+    (tmp_path / "a").rename(files.set_aside(tmp_path / "a"))
     (tmp_path / "a.partial").mkdir()
     log = train(twin(), batches(8), replace(RECIPE, steps=8), checkpoint=tmp_path / "a")
     assert len(log.loss) == 8
