@@ -38,7 +38,7 @@ def test_every_generated_page_is_current():
 def test_the_ledger_says_what_the_records_say():
     found = inventory.take(RESULTS)
     assert found.unknown == []
-    for claim, _ in found.claims():
+    for claim, _ in found.verdicts():
         entry = ledger.find(claim.id)
         assert re.fullmatch(ledger.pattern(entry.statement), claim.statement), claim.id
         assert re.fullmatch(ledger.pattern(entry.published), claim.published), claim.id
