@@ -30,6 +30,15 @@ def test_readme_shows_what_they_say():
     assert not readme.stale(ROOT / "README.md", RESULTS), "run: python run_all.py report"
 
 
+def test_the_front_page_is_one_picture_and_a_short_table():
+    front = readme.front(inventory.take(RESULTS), ROOT)
+    rows = [line.strip("| ").split(" | ") for line in front.splitlines() if line.startswith("| ")]
+    assert front.count("![") == 1
+    assert 1 < len(rows) <= ledger.FRONT_ROWS + 1
+    assert max(len(cell) for row in rows for cell in row) <= ledger.CELL
+    assert not any("no record" in row[-1] for row in rows)
+
+
 def test_every_generated_page_is_current():
     findings = verify.check(RESULTS, summary_inputs=record_hashes(RESULTS))
     assert [finding for finding in findings if finding.failed] == [], "run: python run_all.py report"
@@ -38,7 +47,7 @@ def test_every_generated_page_is_current():
 def test_the_ledger_says_what_the_records_say():
     found = inventory.take(RESULTS)
     assert found.unknown == []
-    for claim, _ in found.claims():
+    for claim, _ in found.verdicts():
         entry = ledger.find(claim.id)
         assert re.fullmatch(ledger.pattern(entry.statement), claim.statement), claim.id
         assert re.fullmatch(ledger.pattern(entry.published), claim.published), claim.id

@@ -32,7 +32,8 @@ def results(tmp_path, make_record):
 
 
 def rows(text):
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    plain = text.replace("\N{NO-BREAK SPACE}", " ")
+    return [line.strip("| ").split(" | ") for line in plain.splitlines() if line.startswith("| ")]
 
 
 def test_a_row_has_the_models_side_by_side(page, results):

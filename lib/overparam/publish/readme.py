@@ -89,6 +89,7 @@ def _row(entry: Entry, words: Front, question: Question | None) -> list[str]:
 
 def _side_by_side(parts: list[str], unit: str = "") -> str:
     """As many parts as a cell of the front page holds, and how many are left out."""
+    parts = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]  # a line breaks between two models
     for number in range(len(parts), 0, -1):
         more = [f"{len(parts) - number} more"] if number < len(parts) else []
         text = _BETWEEN.join([f"{_BETWEEN.join(parts[:number])} {unit}".strip(), *more])

@@ -39,6 +39,7 @@ def plot_forests(study: Study, data: pd.DataFrame) -> Iterator[Any]:
     """Draw, for each study, the published point of each claim against the measured interval."""
     if data.empty:
         yield "no record answers a claim of the ledger with a number"
+        return
     for name, rows in data.groupby("study", sort=False):
         yield _forest(study, str(name), rows.reset_index(drop=True))
 
