@@ -381,9 +381,7 @@ def test_cost_without_an_unknown_token_is_no_unknown_share():
     assert distill.cost(tokenizer, tokenizer, ["日本"]) == distill.VocabularyCost(1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"), [([], "no texts"), ([" ", ""], "only white space in the 2")]
-)
+@pytest.mark.parametrize(("texts", "message"), [([], "no texts"), ([" ", ""], "only white space in the 2")])
 def test_cost_of_nothing_is_refused(retrained, texts, message):
     with pytest.raises(ValueError, match=message):
         distill.cost(retrained, retrained, texts)

@@ -306,7 +306,10 @@ def unproven(monkeypatch, change):
             lambda logits, weights, indices: (logits, weights, indices.clamp(max=4)),
             "minus infinity|does not choose",
         ),
-        (lambda logits, weights, indices: (logits, weights * (1 + indices), indices), "do not compute the same"),
+        (
+            lambda logits, weights, indices: (logits, weights * (1 + indices), indices),
+            "do not compute the same",
+        ),
         (
             lambda logits, weights, indices: (logits, weights, torch.full_like(indices, 7)),
             "minus infinity|are not there",

@@ -73,7 +73,9 @@ def test_a_tied_decoder_without_its_embeddings_is_refused(causal, tmp_path):
 
 def test_more_layers_than_the_checkpoint_holds_are_refused(tmp_path):
     folder = saved(models.tiny_twin("bert", num_hidden_layers=6), tmp_path, num_hidden_layers=8)
-    with pytest.raises(ValueError, match=r"encoder\.layer\.6\..* 28 more\. .*says 8 blocks, the checkpoint holds 6"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.layer\.6\..* 28 more\. .*says 8 blocks, the checkpoint holds 6"
+    ):
         models.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Tasks by name: the local ones, and those that mteb knows on the hub."""
+"""Tasks by name: local tasks, and MTEB tasks on the hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCAL = ", ".join(LOCAL_TASKS)
 def makers(
     tasks: Sequence[str], max_items: int | None, seed: int, languages: Sequence[str] | None
 ) -> dict[str, Callable[[], AbsTask]]:
-    """For each name, a function that makes a fresh task, as mteb's clustering keeps its generator's state."""
+    """Return for each name a function that makes a new task: mteb's clustering tasks keep a generator's state."""
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; local tasks: {_LOCAL}")
     if len(set(tasks)) < len(tasks):
@@ -42,12 +42,15 @@ def makers(
 
 
 def check_task(name: str) -> None:
-    """Raise ValueError for a name that is neither a local task's nor one of mteb's."""
+    """Raise ValueError for a name that is neither a local task nor an MTEB task."""
     try:
         if name not in TASKS:
             mteb.get_task(name)
     except KeyError as error:
-        names = [*LOCAL_TASKS, *re.findall(r"Did you mean: '([^']+)'", str(error))]  # and mteb's nearest one
+        names = [
+            *LOCAL_TASKS,
+            *re.findall(r"Did you mean: '([^']+)'", str(error)),
+        ]  # and mteb's own suggestion
         raise ValueError(
             f"unknown task {name!r}: {hint(name, names)} Local tasks: {_LOCAL}. "
             "Others are MTEB tasks on the model hub."
@@ -55,7 +58,7 @@ def check_task(name: str) -> None:
 
 
 def _hub_maker(name: str, seed: int, languages: Sequence[str] | None) -> Callable[[], AbsTask]:
-    """Load a hub task's data once, and hand it to each fresh task."""
+    """Load a hub task's data once, for all new tasks."""
 
     def make() -> Any:
         try:
