@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from overparam.evaluate.prompts import Prompter
+from overparam.models.generating import end_tokens, generation_config
 from overparam.support import progress
 
 _ROUND = 16  # tokens after which finished rows are removed from a batch
@@ -131,7 +131,9 @@ def generate(
         raise ValueError(f"num_beams and batch_tokens must be at least 1, got {num_beams} and {batch_tokens}")
     ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
     limits = _limits(max_new_tokens, [len(row) for row in ids])
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError("neither the model nor its tokenizer has an end token (eos_token_id)")
     marker = tokenizer(answer_after, add_special_tokens=False).input_ids if answer_after else []
     groups = list(_groups(ids, limits, batch_tokens // num_beams))
     generations: dict[int, Generation] = {}
@@ -179,14 +181,13 @@ def _continue(
     rows, cache = list(range(len(ids))), None
     while rows:
         left = max(limits[row] - len(written[row]) for row in rows)
+        left = min(left, _ROUND) if num_beams == 1 else left
         with torch.inference_mode():
             output = model.generate(
                 input_ids=input_ids,  # [rows, width and what was written]
                 attention_mask=mask,
                 past_key_values=cache,
-                generation_config=_config(
-                    min(left, _ROUND) if num_beams == 1 else left, num_beams, ends, padding
-                ),
+                generation_config=generation_config(left, ends, padding, num_beams=num_beams),
                 stopping_criteria=criteria,
             )
         for row, sequence in zip(rows, output.sequences.tolist(), strict=True):
@@ -208,25 +209,6 @@ def _continue(
             input_ids = output.sequences[staying]
             mask = torch.nn.functional.pad(mask[staying], (0, input_ids.shape[1] - mask.shape[1]), value=1)
     return written
-
-
-def _config(new_tokens: int, num_beams: int, ends: list[int], padding: int) -> GenerationConfig:
-    """All generation settings, so that those of a checkpoint (sampling, penalties) do not apply."""
-    return GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=num_beams,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        length_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=ends,
-        pad_token_id=padding,
-        return_dict_in_generate=True,
-    )
 
 
 def _read(
@@ -263,15 +245,6 @@ def _after(tokens: list[int], marker: list[int]) -> list[int]:
         return tokens
     places = [at for at in range(len(tokens) - size + 1) if tokens[at : at + size] == marker]
     return tokens[places[-1] + size :] if places else []
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The model's end tokens, or the tokenizer's if it has none."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
-        raise ValueError("neither the model nor its tokenizer has an end token (eos_token_id)")
-    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
 
 def _limits(max_new_tokens: Limit | Sequence[int], lengths: list[int]) -> list[int]:
