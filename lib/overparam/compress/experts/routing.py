@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,9 +66,11 @@ class RoutingStatistics:
             raise ValueError(
                 "only one of the two statistics was collected with reap=True; collect both in the same way"
             )
-        sums = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        del sums["n_experts"]
-        return replace(self, **{name: None if a is None else a + b for name, (a, b) in sums.items()})
+        added: dict[str, Any] = {}
+        for field in fields(self)[1:]:
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            added[field.name] = None if mine is None else mine + theirs
+        return replace(self, **added)
 
     @property
     def routing_mass(self) -> NDArray[np.float64]:
