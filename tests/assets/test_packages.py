@@ -17,6 +17,7 @@ from tests.waiting import wait_for
 
 from overparam.assets import packages, unpack
 from overparam.assets.packages import PackageError, PackageSet, Wheel
+from overparam.support import cache
 
 MEMBERS = {"a": b"first " * 1000, "b": b"second " * 2000}
 
@@ -133,7 +134,7 @@ def test_a_complete_set_needs_neither_network_nor_process_nor_a_writable_disk(sh
     def forbidden(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for owner, name in ((subprocess, "run"), (packages, "FileLock"), (Path, "mkdir"), (packages, "download")):
+    for owner, name in ((subprocess, "run"), (cache, "FileLock"), (Path, "mkdir"), (packages, "download")):
         monkeypatch.setattr(owner, name, forbidden)
     assert packages.fetch("toy") == folder
     assert packages.verify("toy") == []

@@ -67,7 +67,7 @@ REFUSED = {  # what the error says
     "doge": "no module `experts`",
     "ernie4_5_vl_moe_text": "layer 1 has 2 mixtures of experts",
     "inkling_text": "no matrix of 8 rows",
-    "jetmoe": "no router beside its experts",
+    "jetmoe": "no router next to its experts",
     "longcat_flash": r"tensors for \[8, 10\] experts",
     "nllb-moe": "its experts are separate modules",
     "switch_transformers": "its experts are separate modules",

@@ -332,7 +332,7 @@ def test_layers_that_multiply_in_a_way_of_their_own_are_tried_before_long_work()
     model = models.tiny_twin("falcon", causal=True)
     reason = quantize.reason_against("torchao-int8", model, decoder=True)
     assert reason is not None
-    assert reason.startswith("FalconLinear multiplies in a way of its own, which torchao does not know")
+    assert reason.startswith("FalconLinear multiplies in a special way, which torchao does not support")
     assert (
         quantize.reason_against("torchao-int8", models.tiny_twin("llama", causal=True), decoder=True) is None
     )

@@ -84,7 +84,7 @@ def test_an_endless_step_is_ended():
     [
         ("steps.plain", {}, "target must look like 'package.module:function', got 'steps.plain'"),
         ("steps:", {}, "target must look like"),
-        ("steps:plain", {"megabytes": np.int64(3)}, "kwargs must hold what JSON can"),
+        ("steps:plain", {"megabytes": np.int64(3)}, "kwargs must be valid JSON"),
     ],
 )
 def test_wrong_requests_are_refused(target, kwargs, message):

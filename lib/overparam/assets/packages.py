@@ -220,19 +220,14 @@ def download(wheel: Wheel, folder: Path) -> Path:
     """Download one wheel into `folder` with pip, checked by its pinned hash, for any Python version and platform."""
     pins = folder / "pins.txt"
     pins.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-    target = "--python-version=3.11 --implementation=cp --abi=cp311 --abi=abi3 --abi=none"
-    platforms = "--platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 --platform=any"
-    quiet = "--quiet --no-input --no-cache-dir --disable-pip-version-check"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-    ]
-    command += [*target.split(), *platforms.split(), *quiet.split(), "--dest", str(folder), "-r", str(pins)]
+    options = (
+        "--no-deps --only-binary=:all: --require-hashes "
+        "--python-version=3.11 --implementation=cp --abi=cp311 --abi=abi3 --abi=none "
+        "--platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 --platform=any "
+        "--quiet --no-input --no-cache-dir --disable-pip-version-check"
+    )
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--dest", str(folder), "-r", str(pins)]
     # pip's temporary files go to the cache's disk too: /tmp is often small.
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUTF8": "1"}
     done = subprocess.run(

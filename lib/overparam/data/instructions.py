@@ -1,12 +1,12 @@
-"""What is asked of an encoder for each source of triplets: the instruction before queries and before documents."""
+"""The instructions for each source of triplets: before queries and before documents."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-# Of E5-Mistral (arXiv 2401.00368), for the data on which it, LLM2Vec and L3Prune are trained. Two texts: the lines of
-# the file take them by turns.
+# From E5-Mistral (arXiv 2401.00368), for the training data of it, LLM2Vec and L3Prune. If there are two texts, the
+# lines of the file use them in turns.
 _PUBLISHED: Final[dict[str, tuple[str, ...]]] = {
     "allnli": (
         "Given a premise, retrieve a hypothesis that is entailed by the premise",
@@ -38,7 +38,7 @@ _SYMMETRIC = (
 )  # parts, by data set and number
 _SPLIT = re.compile(r"(?P<whole>.+?)[_-]split[_-]?(?P<number>\d+)")
 
-# Of the packaged triplets: (before queries, before documents)
+# For the packaged triplets: (before queries, before documents)
 _PACKAGED: Final[dict[str, tuple[str, str | None]]] = {
     "paraphrase": ("Find the Bible verse that says the same in another English translation",) * 2,
     "topic": ("Find a news story or newsgroup post that is about the same topic",) * 2,
@@ -48,16 +48,15 @@ _PACKAGED: Final[dict[str, tuple[str, str | None]]] = {
 
 
 def packaged(source: str) -> tuple[str | None, str | None]:
-    """Return the instructions of a packaged source; documents have one where both sides are of one kind."""
+    """Return the instructions of a packaged source; documents have one if both sides are of the same kind."""
     return _PACKAGED.get(source, (None, None))
 
 
 def published(source: str, line: int) -> tuple[str | None, str | None]:
-    """Return the instructions of a line (from 0) of a published data set, as the published code sets them.
+    """Return the instructions for a line (from 0) of a published data set, as the published code sets them.
 
-    Documents have one only where a symmetric data set is stored in two files, such as ``allnli_split2``: for a whole
-    file the published code forgets them, although its README promises them. A data set without a known instruction has
-    none.
+    Documents have one only if a symmetric data set is stored in two files, such as ``allnli_split2``: for a whole file
+    the published code forgets them, although its README promises them. An unknown data set has no instructions.
     """
     data_set, number = part_of(source)
     texts = _PUBLISHED.get(data_set, (None,))
@@ -66,6 +65,6 @@ def published(source: str, line: int) -> tuple[str | None, str | None]:
 
 
 def part_of(source: str) -> tuple[str, int | None]:
-    """Return the data set that a file such as ``allnli_split2`` is a part of, and which part; None for a whole one."""
+    """Return the data set of a file such as ``allnli_split2``, and its part number; None for a whole data set."""
     part = _SPLIT.fullmatch(source)
     return (part["whole"], int(part["number"])) if part else (source, None)

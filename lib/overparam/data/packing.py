@@ -1,9 +1,9 @@
-"""Packing token sequences into rows of one length, several continuations of one prefix side by side.
+"""Packing token sequences into rows of one length, with several continuations of a shared prefix.
 
-A decoder that translates a sentence into three languages reads the sentence three times if each pair is a
-sequence of its own. Here a `Tree` holds the prefix once and its continuations behind it; the attention mask keeps
-each continuation from seeing the others, and its positions go on where the prefix ends, so that every token gets
-exactly what it would get in a sequence of its own.
+A decoder that translates a sentence into three languages reads the sentence three times if each pair is a separate
+sequence. Here a `Tree` holds the prefix once, followed by its continuations. The attention mask hides the other
+continuations, and positions continue from the end of the prefix, so every token is computed exactly as in a separate
+sequence.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ class Tree:
     """A prefix and its continuations, as token ids.
 
     Attributes:
-        prefix: Tokens that every continuation reads and that nothing predicts.
-        branches: Continuations; the first token of each (such as a language tag) is given, the others are
-            predicted.
+        prefix: Tokens that every continuation reads; they are not predicted.
+        branches: Continuations; the first token of each (such as a language tag) is given, the others are predicted.
     """
 
     prefix: Sequence[int]
@@ -39,11 +38,11 @@ class Packed:
     """A batch of rows, every array [rows, length].
 
     Attributes:
-        input_ids: Token ids; 0 where a row has nothing.
+        input_ids: Token ids; 0 for padding.
         positions: Position of each token in its own sequence (prefix and continuation).
-        tree: Which tree of the row a token belongs to, from 1; 0 where a row has nothing.
-        branch: Which continuation, from 1; 0 for the prefix.
-        labels: The token that follows, or `IGNORED`.
+        tree: Number of the tree in its row, from 1; 0 for padding.
+        branch: Number of the continuation, from 1; 0 for the prefix.
+        labels: The next token, or `IGNORED`.
     """
 
     input_ids: NDArray[np.int64]
@@ -53,7 +52,7 @@ class Packed:
     labels: NDArray[np.int64]
 
     def attends(self) -> NDArray[np.bool_]:
-        """Return [rows, length (query), length (key)]: which tokens each token may look at."""
+        """Return which tokens each token may attend to. [rows, length (query), length (key)]."""
         tree, branch = self.tree, self.branch
         length = tree.shape[1]
         earlier = np.tri(length, dtype=bool)
@@ -63,16 +62,16 @@ class Packed:
 
 
 def pack(trees: Iterable[Tree], *, rows: int, length: int, waiting: int = 32) -> Iterator[Packed]:
-    """Yield batches of `rows` rows of `length` tokens; each tree goes whole into the fullest row that takes it.
+    """Yield batches of `rows` rows of `length` tokens; each tree is put into the fullest row that has room for it.
 
     Args:
-        trees: In the order of training; one that is longer than a row is an error.
-        rows: Rows of a batch.
-        length: Tokens of a row.
-        waiting: A batch is full when so many trees found no place in it; they begin the next one.
+        trees: Trees in the order of training.
+        rows: Rows per batch.
+        length: Tokens per row.
+        waiting: A batch is complete when this many trees did not fit; they are the first of the next batch.
 
     Raises:
-        ValueError: A tree that no row can hold.
+        ValueError: A tree is longer than a row.
     """
     contents: list[list[Tree]] = [[] for _ in range(rows)]
     space = [length] * rows

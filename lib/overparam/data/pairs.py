@@ -1,4 +1,4 @@
-"""Training triplets (query, positive, hard negative) made of the packaged texts."""
+"""Training triplets (query, positive, hard negative) from the packaged texts."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _VERSIONS = {  # of the query, of the positive
 def triplets(
     n: int, *, sources: Sequence[str] = SOURCES, split: str = "train", seed: int = 42, max_chars: int = 256
 ) -> list[Triplet]:
-    """Make `n` triplets, as many from each source (one more from the first ones when `n` does not divide).
+    """Make `n` triplets, the same number from each source (one more from the first ones if `n` is not divisible).
 
-    - paraphrase: a verse in one English version, the same verse in another; the negative is another verse of
-      the same chapter in the positive's version.
-    - fr, de: a verse of the World English Bible, the same verse in French or German; the negative is another
-      verse of that chapter in that language.
-    - topic: two posts of one topic, 20 Newsgroups and Reuters by turns, and their topics by turns; the
+    - paraphrase: a verse in one English version and the same verse in another; the negative is another verse of the
+      same chapter in the positive's version.
+    - fr, de: a verse of the World English Bible and the same verse in French or German; the negative is another verse
+      of that chapter in that language.
+    - topic: two posts on one topic, from 20 Newsgroups and Reuters in turns, and from their topics in turns; the
       negative is a post on another topic of the same collection.
 
-    Within a source no normalised query occurs twice, and no positive does, so that no in-batch negative of a
-    single-source batch equals the positive. Sources take turns: the first m triplets are balanced too.
+    Within a source no normalised query occurs twice, and no positive does, so that in a single-source batch no
+    in-batch negative equals the positive. Sources take turns, so the first m triplets are balanced too.
 
     Args:
         n: Number of triplets.
         sources: Some of `SOURCES`.
-        split: "train", "validation" or "test": no text of a triplet is in another split, neither whole nor
-            cut to `max_chars`.
-        seed: Another seed gives other triplets; the same seed, the same ones.
-        max_chars: Texts are cut at the last word that ends within so many characters.
+        split: "train", "validation" or "test": no text of a triplet occurs in another split, neither whole nor cut to
+            `max_chars`.
+        seed: Seed of the draw.
+        max_chars: Texts are cut at the last word that ends within this number of characters.
 
     Raises:
         ValueError: Unknown source or split, or more triplets than the texts give.
@@ -67,8 +67,8 @@ def triplets(
         drawn = list(itertools.islice(_unrepeated(candidates), wanted))
         if len(drawn) < wanted:
             raise ValueError(
-                f"{source!r} gives {len(drawn)} triplets in the {split} split, got n={n} over {len(sources)} "
-                f"sources, which is {wanted} of it; ask for at most {len(drawn) * len(sources)}"
+                f"{source!r} gives {len(drawn)} triplets in the {split} split, but n={n} over {len(sources)} "
+                f"sources needs {wanted} from it; use n of at most {len(drawn) * len(sources)}"
             )
         made.append(drawn)
     turns = itertools.zip_longest(*made)
@@ -116,7 +116,7 @@ def _verse_triplets(
 
 @functools.lru_cache(maxsize=16)
 def _shown(version: str, split: str, max_chars: int) -> dict[str, str]:
-    """The cut verses of one version and split by id, without those that read like a held-out one."""
+    """The cut verses of one version and split by id, without those that normalise to a held-out one."""
     held = _held_out_verses(split, max_chars)
     splits = verse_splits()
     mine = ((verse.id, cut(verse.text, max_chars)) for verse in verses(version) if splits[verse.id] == split)
@@ -132,7 +132,7 @@ def _held_out_verses(split: str, max_chars: int) -> set[str]:
 
 
 def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Triplet]:
-    """Take 20 Newsgroups and Reuters by turns, and within each its topics by turns."""
+    """Go through 20 Newsgroups and Reuters in turns, and within each through its topics in turns."""
     pools = [_posts(collection, split, max_chars) for collection in ("20newsgroups", "reuters-r52")]
     collections = [{topic: list(each) for topic, each in pool.items()} for pool in pools]
     orders = []
@@ -147,7 +147,7 @@ def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Tri
         orders.append([(posts, topics, *each) for turn in turns for each in turn if each is not None])
     for pair in itertools.zip_longest(*orders):
         for posts, topics, topic, place in (each for each in pair if each is not None):
-            # The next post of a shuffled topic: a random partner, and each post is a positive once.
+            # The next post of a shuffled topic is a random partner, and each post is a positive once.
             query, positive = posts[topic][place], posts[topic][(place + 1) % len(posts[topic])]
             negative = rng.choice(posts[rng.choice([other for other in topics if other != topic])])
             yield Triplet(query, positive, negative, "topic", *instructions.packaged("topic"))
@@ -155,7 +155,7 @@ def _topic_posts(split: str, rng: random.Random, max_chars: int) -> Iterator[Tri
 
 @functools.cache
 def _published(collection: str) -> dict[str, list[tuple[str, str]]]:
-    """(topic, text) by split; validation is taken out of the published training split."""
+    """(topic, text) by split; the validation split is a part of the published training split."""
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for row in topic_rows(collection, "train"):
         rows[split_of(row[1], test=0.0)].append(row)
@@ -165,7 +165,7 @@ def _published(collection: str) -> dict[str, list[tuple[str, str]]]:
 
 @functools.lru_cache(maxsize=8)
 def _posts(collection: str, split: str, max_chars: int) -> dict[str, list[str]]:
-    """Distinct posts of a split by topic, without those that have two topics or read like a held-out one."""
+    """Distinct posts of a split by topic, without those that have two topics or normalise to a held-out one."""
     published = _published(collection)
     held = _held_out((text for part in SPLITS if part != split for _, text in published[part]), max_chars)
     topics: dict[str, set[str]] = defaultdict(set)
@@ -183,5 +183,5 @@ def _posts(collection: str, split: str, max_chars: int) -> dict[str, list[str]]:
 
 
 def _held_out(texts: Iterable[str], max_chars: int) -> set[str]:
-    """Texts of other splits as one may come across them: cut, and whole when that is not much longer."""
+    """Normalised texts of other splits in the forms that may occur: cut, and whole unless they are much longer."""
     return {normalise(shown) for text in texts for shown in {cut(text, max_chars), text[: 2 * max_chars]}}

@@ -1,7 +1,6 @@
 """Sentence pairs for translation: held-out verses, interface strings, and two test sets of the hub.
 
-With equal arguments, every language pair gets the same content, so that content cannot be taken for a
-difference between languages.
+With equal arguments, all language pairs get the same content, so that languages can be compared.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 @dataclass(frozen=True)
 class Pair:
-    """A text and its translation by people; `id` is the same in every language that has the text."""
+    """A text and its human translation; `id` is the same in all languages that have the text."""
 
     id: str
     source: str
@@ -72,23 +71,23 @@ def verse_pairs(
     seed: int = 42,
     english: str = "web",
 ) -> list[Pair]:
-    """Return verses in two languages; the ids depend on `split`, `n` and `seed` alone.
+    """Return verses in two languages; their ids depend only on `split`, `n` and `seed`.
 
-    Only verses that every packaged translation has are used: all but 38 of 31,102.
+    Only verses that all packaged translations have are used: all but 38 of 31,102.
 
     Args:
         source_language: "en", "fr", "de", "es" or "it".
         target_language: Another of them.
         split: "train", "validation" or "test" (`splits.verse_splits`).
-        n: How many, drawn without replacement; the first m of a larger draw are the draw of m. All when None.
-        seed: Chooses the draw.
+        n: How many, drawn without replacement; a smaller draw is the beginning of a larger one. None for all.
+        seed: Seed of the draw.
         english: The English version: "web", "kjv" or "bbe".
 
     Returns:
-        Pairs in the order they were drawn in; in the order of the book when `n` is None.
+        Pairs in the order drawn; in the order of the book if `n` is None.
 
     Raises:
-        ValueError: Unknown language, split or version, twice the same language, or `n` out of range.
+        ValueError: Unknown language, split or version, the same language twice, or `n` out of range.
     """
     known(english, [name for name, language in LANGUAGES.items() if language == "en"], "English version")
     texts = []
@@ -102,18 +101,17 @@ def verse_pairs(
 
 
 def interface_pairs(target_language: str, *, n: int | None = None, seed: int = 42) -> list[Pair]:
-    """Return interface strings of Django, Wagtail and Weblate, from English: text that is far from verses.
+    """Return interface strings of Django, Wagtail and Weblate, from English: text that is very different from verses.
 
-    Left out: fuzzy, obsolete, untranslated and plural messages; those with placeholders, tags or entities;
-    those with less than 3 or more than 30 words, or less than two words of letters; copies of the English
-    text; strings that are not translated into all of the languages here, so that each has the same ones.
-    White space is collapsed and marks of keyboard accelerators are taken out. About 2,500 remain, three
-    quarters of them Weblate's.
+    Left out are fuzzy, obsolete, untranslated and plural messages; messages with placeholders, tags or entities; with
+    fewer than 3 or more than 30 words, or fewer than two words of letters; copies of the English text; and strings
+    that are not translated into all languages here, so that all languages have the same strings. White space is
+    collapsed and marks of keyboard accelerators are removed. About 2,500 remain, three quarters of them Weblate's.
 
     Args:
         target_language: "fr", "de", "es" or "it".
-        n: How many, drawn as in `verse_pairs`; all when None, in the order of their ids.
-        seed: Chooses the draw.
+        n: How many, drawn as in `verse_pairs`; None for all, in the order of their ids.
+        seed: Seed of the draw.
 
     Returns:
         Pairs with ids ``package:hash``.
@@ -139,21 +137,21 @@ def flores(
 ) -> list[Pair]:
     """Return sentences of FLORES+ (the maintained FLORES-200; Team NLLB 2022), from the hub.
 
-    FLORES+ holds parquet files; ``facebook/flores`` comes with a loading script, which `datasets` no longer
-    runs. The hub shows FLORES+ to accounts that accepted its terms (CC BY-SA 4.0) and are logged in.
+    FLORES+ consists of parquet files; ``facebook/flores`` has a loading script, which `datasets` no longer runs. The
+    hub shows FLORES+ to logged-in accounts that accepted its terms (CC BY-SA 4.0).
 
     Args:
         source_language: A key of `FLORES_CODES`, or a code of FLORES+ such as "cmn_Hans".
-        target_language: Another.
+        target_language: Another language.
         split: "dev" (997 sentences) or "devtest" (1,012).
-        n: How many, drawn as in `verse_pairs`; all when None, by id.
-        seed: Chooses the draw.
-        path: A local copy, or another data set with one configuration a language, columns `id` and `text`.
+        n: How many, drawn as in `verse_pairs`; None for all, by id.
+        seed: Seed of the draw.
+        path: A local copy, or another data set with one configuration per language and columns `id` and `text`.
         revision: Commit on the hub.
 
     Raises:
-        ValueError: Unknown language or split, twice the same language, or `n` out of range.
-        RuntimeError: The data set could be neither reached nor found in the cache.
+        ValueError: Unknown language or split, the same language twice, or `n` out of range.
+        RuntimeError: The data set could not be reached and is not in the cache.
     """
     known(split, ("dev", "devtest"), "split of FLORES+")
     if source_language == target_language:
@@ -184,14 +182,14 @@ def wmt24pp(
 
     Args:
         target_language: A key of `WMT24PP_CODES`, or a code of WMT24++ such as "pt_BR".
-        n: How many, drawn as in `verse_pairs`; all when None, in the order of the file.
-        seed: Chooses the draw.
+        n: How many, drawn as in `verse_pairs`; None for all, in the order of the file.
+        seed: Seed of the draw.
         path: A local copy.
         revision: Commit on the hub.
 
     Raises:
         ValueError: Unknown language, or `n` out of range.
-        RuntimeError: The data set could be neither reached nor found in the cache.
+        RuntimeError: The data set could not be reached and is not in the cache.
     """
     language = target_language
     code = language if "_" in language else WMT24PP_CODES[known(language, WMT24PP_CODES, "language")]
@@ -205,7 +203,7 @@ def wmt24pp(
 
 
 def _drawn(ids: Sequence[T], n: int | None, seed: int) -> list[T]:
-    """All of `ids` in their order, or `n` of them in an order of which smaller draws are the beginning."""
+    """Return all of `ids` in order, or a random draw of `n`; smaller draws are the beginning of larger ones."""
     if n is None:
         return list(ids)
     if not 1 <= n <= len(ids):
@@ -217,7 +215,7 @@ def _drawn(ids: Sequence[T], n: int | None, seed: int) -> list[T]:
 
 @functools.cache
 def _shared_verses(split: str) -> tuple[str, ...]:
-    """Ids of the verses of a split that every translation has, in the order of the book."""
+    """Ids of the verses of a split that all translations have, in the order of the book."""
     splits = verse_splits()
     everywhere = set.intersection(*({verse.id for verse in verses(name)} for name in LANGUAGES))
     return tuple(verse.id for verse in verses("web") if verse.id in everywhere and splits[verse.id] == split)
@@ -225,7 +223,7 @@ def _shared_verses(split: str) -> tuple[str, ...]:
 
 @functools.cache
 def _interface(language: str) -> dict[str, Pair]:
-    """All usable strings of a language by id; the first of those that read the same."""
+    """All usable strings of a language by id; of strings that normalise to the same text, the first."""
     pairs: dict[str, Pair] = {}
     seen: set[str] = set()
     folder = packages.fetch(CORPORA["interface"])

@@ -1,4 +1,4 @@
-"""Published training triplets, read from a local folder or the hub, and the type that all triplets have."""
+"""Published training triplets, read from a local folder or the hub, and the type of all triplets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from overparam.data.corpora import hub, known
 
 @dataclass(frozen=True)
 class Triplet:
-    """A query, a text that belongs with it, a text that looks as if it did, and where they come from.
+    """A query, a text that matches it, a text that only seems to match, and their source.
 
-    The instructions are what a recipe that uses any puts before the query, and before the two documents.
+    The instructions are put before the query, and before both documents, by recipes that use instructions.
     """
 
     query: str
@@ -44,30 +44,30 @@ def hub_triplets(
     draw: Literal["balanced", "proportional"] = "balanced",
     group: int = 1,
 ) -> list[Triplet]:
-    """Read published triplets: columns or keys `query`, `positive`, `negative` (a list gives its first text).
+    """Read published triplets: columns or keys `query`, `positive`, `negative` (of a list, the first text is used).
 
-    Each data set is read once: where it is there whole and in parts (``allnli`` beside ``allnli_split1`` and
-    ``allnli_split2``), the parts are left out; parts alone make one source together.
+    Each data set is used once: if it exists both whole and in parts (``allnli`` next to ``allnli_split1`` and
+    ``allnli_split2``), the parts are left out; otherwise the parts together are one source.
 
     Args:
-        path: A folder of ``.jsonl`` files, one a source (the layout of echo-data, on which L3Prune trains),
-            one such file, or a data set of the hub, whose column `source`, when it has one, is kept.
-        n: Number of triplets; all when None.
+        path: A folder of ``.jsonl`` files, one per source (the layout of echo-data, on which L3Prune trains), one such
+            file, or a data set of the hub; its column `source`, if there is one, is kept.
+        n: Number of triplets; None for all.
         name: Configuration on the hub.
         split: Split on the hub.
         revision: Commit on the hub.
-        sources: Names of files or values of `source` to use; all when None.
-        seed: Chooses which triplets are taken when `n` is given.
-        max_chars: Texts are cut to it when given.
-        draw: ``balanced`` takes as many from each source as far as they go; ``proportional`` draws at random from all
+        sources: File names or values of `source` to use; None for all.
+        seed: Seed of the draw of `n` triplets.
+        max_chars: Maximum characters per text; longer texts are cut.
+        draw: ``balanced`` draws equally from each source as far as possible; ``proportional`` draws at random from all
             triplets together, as the published code does, so that large sources give more.
-        group: Of a proportional draw: triplets are drawn by groups of so many of one source, such as the batches of a
-            training; what is left of a source that makes no whole group is never drawn.
+        group: For a proportional draw: triplets are drawn in groups of this size from one source, such as the batches
+            of a training; the incomplete last group of a source is never drawn.
 
     Raises:
-        ValueError: A line or row without the three texts (named), an unknown source, a data set asked for twice, or
-            `n` too large or no multiple of `group`.
-        RuntimeError: The data set could be neither reached nor found in the cache.
+        ValueError: A line or row lacks one of the three texts (the message names it), a source is unknown, a data set
+            is requested twice, or `n` is too large or not a multiple of `group`.
+        RuntimeError: The data set could not be reached and is not in the cache.
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1 or None, got {n}")
@@ -90,7 +90,7 @@ def hub_triplets(
 
 
 def _each_once(rows: Mapping[str, _Part], sources: Sequence[str] | None) -> dict[str, dict[str, _Part]]:
-    """The parts of each data set by its name; no part beside the whole."""
+    """The parts of each data set by its name, without parts if the whole is there."""
     chosen: dict[str, dict[str, _Part]] = defaultdict(dict)
     names = sources or sorted(rows)
     for source in names:
@@ -106,7 +106,7 @@ def _each_once(rows: Mapping[str, _Part], sources: Sequence[str] | None) -> dict
 
 
 def _balanced(sizes: Mapping[str, int], n: int | None, path: str) -> list[str]:
-    """Sources by turns, in equal shares; what small sources lack is taken from larger ones."""
+    """Sources in turns, in equal shares; larger sources make up for small ones."""
     wanted = _wanted(sizes, n, path)
     shares: dict[str, int] = {}
     for position, source in enumerate(sorted(sizes, key=lambda source: (sizes[source], source))):
@@ -117,7 +117,7 @@ def _balanced(sizes: Mapping[str, int], n: int | None, path: str) -> list[str]:
 
 
 def _proportional(sizes: Mapping[str, int], n: int | None, group: int, seed: int, path: str) -> list[str]:
-    """Sources as a draw of whole groups from all of them together gives them, each group in a row."""
+    """Sources of whole groups that are drawn at random from all sources together, group after group."""
     whole = {source: size // group for source, size in sizes.items()}
     wanted = _wanted({source: group * count for source, count in whole.items()}, n, path)
     if wanted % group:
@@ -137,7 +137,7 @@ def _wanted(sizes: Mapping[str, int], n: int | None, path: str) -> int:
 
 
 def _take(parts: Mapping[str, _Part], index: int, source: str, max_chars: int | None) -> Triplet:
-    """One triplet of a data set, whose parts are counted through."""
+    """One triplet of a data set, by an index over all its parts."""
     for part, rows in parts.items():
         if index < len(rows):
             query, positive, negative = rows.texts(index, max_chars)
@@ -147,7 +147,7 @@ def _take(parts: Mapping[str, _Part], index: int, source: str, max_chars: int | 
 
 
 def cut(text: str, max_chars: int) -> str:
-    """Shorten a text to `max_chars` characters at a word boundary; only a word that is longer is broken."""
+    """Shorten a text to `max_chars` characters at a word boundary; a single longer word is cut."""
     if len(text) <= max_chars:
         return text
     head, space, _ = text[: max_chars + 1].rpartition(" ")
@@ -165,7 +165,7 @@ class _Part(Protocol):
 
 @dataclass(frozen=True)
 class _File:
-    """A jsonl file by the places of its lines, so that millions of lines need not be held in memory."""
+    """A jsonl file by the offsets of its lines, so that millions of lines need not be in memory."""
 
     path: Path
     offsets: list[int]
@@ -214,7 +214,7 @@ def _texts(row: Any, where: str, max_chars: int | None) -> tuple[str, str, str]:
 def _local_rows(path: Path) -> Mapping[str, _Part]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path} holds no .jsonl file; one a source is expected")
+        raise ValueError(f"{path} holds no .jsonl file; expected one per source")
     return {file.stem: _File(file, _offsets(file)) for file in files}
 
 

@@ -1,4 +1,4 @@
-"""Which texts a model may be trained on: decided by what a text says, never by its place in a list."""
+"""Which texts a model may be trained on: decided by the text itself, never by its position in a list."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def split_of(text: str, *, test: float = 0.1, validation: float = 0.05) -> Split:
-    """Return the split of a text, by the SHA-256 of its normalised form: the same everywhere, in any order.
+    """Return the split of a text, by the SHA-256 of its normalised form: the same on every machine, in any order.
 
     Args:
-        text: Texts that differ only in case, punctuation or spacing fall together.
-        test: Share of the texts that are held out for tests.
-        validation: Share that is held out for choices made while training.
+        text: Texts that differ only in case, punctuation or spacing get the same split.
+        test: Share of texts held out for tests.
+        validation: Share of texts held out for choices made during training.
 
     Raises:
-        ValueError: Shares that are negative or leave nothing to train on.
+        ValueError: Shares are negative or leave nothing to train on.
     """
     if test < 0 or validation < 0 or test + validation >= 1:
         raise ValueError(f"test and validation must be >= 0 with a sum < 1, got {test} and {validation}")
@@ -43,10 +43,10 @@ def split_of(text: str, *, test: float = 0.1, validation: float = 0.05) -> Split
 def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str, Split]:
     """Return the split of every verse, by id.
 
-    A verse falls in one split in all translations, and so do verses of equal text in any of them (parallel
-    passages, "And the LORD spake unto Moses, saying"): they form groups, and a group goes where the
-    alphabetically first of its normalised texts goes (`split_of`). The outcome is kept in the cache directory,
-    under a name that changes with the texts and with the code that splits them.
+    A verse has the same split in all translations, and so have verses with equal text in any of them (parallel
+    passages, "And the LORD spake unto Moses, saying"). Such verses form groups; the alphabetically first normalised
+    text of a group decides its split (`split_of`). The result is kept in the cache directory, under a name that
+    depends on the texts and on the code that splits them.
     """
     file = cache.folder("splits") / f"verses-{_fingerprint(test, validation)}.json"
     try:
@@ -89,7 +89,7 @@ def _verse_splits(test: float, validation: float) -> dict[str, Split]:
 
 
 def verses_in(translation: str, split: str) -> list[Verse]:
-    """Return the verses of one translation that fall in one split, in the order of the book."""
+    """Return the verses of one translation in one split, in the order of the book."""
     splits = verse_splits()
     known(split, SPLITS, "split")
     return [verse for verse in verses(translation) if splits[verse.id] == split]

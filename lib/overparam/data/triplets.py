@@ -1,4 +1,4 @@
-"""What training and selection need of a triplet, wherever it comes from."""
+"""The interface of triplets that training and selection use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Triplet(Protocol):
-    """A query, a text that belongs with it, one that only looks as if it did, and the source of all three."""
+    """A query, a text that matches it, one that only seems to match, and the source of all three."""
 
     @property
     def query(self) -> str: ...  # noqa: D102

@@ -1,7 +1,7 @@
-"""Classification of texts: few examples to train on, and what predictions are worth.
+"""Classification of texts: few-shot examples, and the quality of predictions.
 
 Classes are ids 0, 1, …; predictions are int64 [n], probabilities float64 [n, classes]. Predictions from embeddings
-and the floors are in `probes`, and can be had from here as well.
+and simple baselines are in `probes`, and can be imported from here as well.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ __all__ = [
 def few_shot(
     labels: ArrayLike, per_class: int, *, seed: int, names: Sequence[str] | None = None
 ) -> NDArray[np.int64]:
-    """Draw the same number of examples of each class; draws of one seed are prefixes of larger ones.
+    """Draw the same number of examples of each class; with the same seed, smaller draws are prefixes of larger ones.
 
     Args:
         labels: [n] ids.
-        per_class: Examples of each class; a class with fewer gives all that it has.
-        seed: Of the draw.
-        names: Names of the classes, which then must all occur; by default ids up to the largest must.
+        per_class: Examples per class; a class with fewer gives all it has.
+        seed: Seed of the draw.
+        names: Names of the classes, all of which must occur; by default all ids up to the largest must.
 
     Returns:
         int64 indices into `labels`: one of each class, then a second one of each, and so on.
@@ -74,26 +74,26 @@ def few_shot(
 
 
 def correct(predicted: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
-    """Per-item accuracy, float64 [n, 1] of 0 and 1, whose mean `report.stats` can draw intervals for."""
+    """Per-item accuracy, float64 [n, 1] of 0 and 1; `record.stats` computes intervals for its mean."""
     first, second = _check_pairs(predicted, labels)
     return np.asarray(first == second, dtype=np.float64)[:, None]
 
 
 def agreement(first: ArrayLike, second: ArrayLike) -> float:
-    """Share of texts for which two predictions [n] are the same, right or wrong."""
+    """Share of texts with the same predictions [n], right or wrong."""
     return float(correct(first, second).mean())
 
 
 @dataclass(frozen=True)
 class Flips:
-    """How predictions changed, in numbers of texts.
+    """How predictions changed, as numbers of texts.
 
     Attributes:
-        right_to_wrong: The baseline was right, the other is not.
-        wrong_to_right: The other way round.
-        wrong_to_other_wrong: Both are wrong, in different ways.
-        n: All texts, changed or not.
-        p_value: Exact McNemar test that both err equally often; two-sided, 1 where nothing changed.
+        right_to_wrong: The baseline is right, the other wrong.
+        wrong_to_right: The baseline is wrong, the other right.
+        wrong_to_other_wrong: Both are wrong, with different classes.
+        n: Number of all texts.
+        p_value: Exact two-sided McNemar test that both err equally often; 1 if nothing changed.
     """
 
     right_to_wrong: int
@@ -107,7 +107,7 @@ def flips(baseline: ArrayLike, other: ArrayLike, labels: ArrayLike) -> Flips:
     """Count how the predictions `other` [n] differ from those of a baseline [n], given the right ones [n].
 
     Equal accuracies can hide many flips (Dutta et al. 2024, arXiv 2407.09141). The test is McNemar's (1947) in its
-    exact form, a binomial test on the texts that one side alone gets right.
+    exact form: a binomial test on the texts that only one side gets right.
 
     Raises:
         ValueError: Numbers differ, or there are none.
@@ -124,7 +124,7 @@ def flips(baseline: ArrayLike, other: ArrayLike, labels: ArrayLike) -> Flips:
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> pd.DataFrame:
-    """Confidence against accuracy, by bin: the points of a reliability diagram.
+    """Compute confidence and accuracy by bin: the points of a reliability diagram.
 
     The confidence is the probability of the predicted class. Bins are of equal width, (low, high], as in Guo et al.
     2017 (arXiv 1706.04599, section 2).
@@ -135,10 +135,10 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) 
         bins: Number of bins.
 
     Returns:
-        One row a bin: `low` and `high` ends, mean `confidence` and `accuracy` (NaN in an empty bin), `share` of texts.
+        One row per bin: `low` and `high` ends, mean `confidence` and `accuracy` (NaN for empty bins), `share` of texts.
 
     Raises:
-        ValueError: Rows are no probabilities, labels are no classes, numbers differ, or `bins` is below 1.
+        ValueError: Rows are not probabilities, labels are not classes, numbers differ, or `bins` is below 1.
     """
     values, truth = np.asarray(probabilities, dtype=np.float64), class_ids(labels)
     if values.ndim != 2 or len(values) != len(truth) or truth.max() >= values.shape[1]:
@@ -154,9 +154,9 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) 
 
 
 def reliability_of(confidence: NDArray[np.float64], hits: NDArray[np.bool_], *, bins: int) -> pd.DataFrame:
-    """Do as `reliability` does, from each text's confidence [n] and whether it was classified rightly [n].
+    """Do the same as `reliability`, given each text's confidence [n] and whether its class is correct [n].
 
-    So can texts of tasks with different numbers of classes stand in one diagram.
+    This allows texts of tasks with different numbers of classes in one diagram.
 
     Raises:
         ValueError: `bins` is below 1.
@@ -180,7 +180,7 @@ def reliability_of(confidence: NDArray[np.float64], hits: NDArray[np.bool_], *, 
 
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins, weighted by their texts: 0 is calibrated, 1 the worst.
+    """Compute the mean distance between confidence and accuracy over bins, weighted by texts: 0 is best, 1 worst.
 
     Guo et al. 2017 (arXiv 1706.04599, eq. 3). Arguments and errors as in `reliability`.
     """

@@ -1,7 +1,7 @@
-"""COMET and xCOMET, run by the `comet-score` command of an environment of its own.
+"""COMET and xCOMET, run by the command `comet-score` of a separate environment.
 
-unbabel-comet 2.2 needs transformers below 5 and NumPy below 2, so it cannot share this project's environment,
-as an extra or otherwise. Its checkpoints are PyTorch pickles: they are read by its process, never by this one.
+unbabel-comet 2.2 needs transformers below 5 and NumPy below 2, so it cannot be installed in this project's
+environment. Its checkpoints are PyTorch pickles, which are read only by its own process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _INSTALL = (
-    "install it in an environment of its own, `pipx install unbabel-comet` or `uv tool install unbabel-comet`, "
+    "install it in a separate environment, `pipx install unbabel-comet` or `uv tool install unbabel-comet`, "
     "so that the command comet-score is found, or give its path in OVERPARAM_COMET"
 )
 
@@ -34,16 +34,16 @@ def comet(
 ) -> NDArray[np.float64]:
     """Score translations by a learned metric (Rei et al. 2020; xCOMET: Guerreiro et al. 2024).
 
-    A generation that failed scores 0 and is not shown to the metric, as in arXiv 2605.28042.
+    A failed generation scores 0 and is not passed to the metric, as in arXiv 2605.28042.
 
     Args:
         sources: Texts that were translated.
         hypotheses: Translations.
-        references: Translations by people.
-        failures: What `translation.failures` returned.
-        model: Name on the hub or path of a checkpoint. "Unbabel/XCOMET-XL" (3.5 B parameters) and the larger
-            "Unbabel/XCOMET-XXL" are shown to accounts that accepted their licence; "Unbabel/wmt22-comet-da" to all.
-        batch_size: Sentences at a time.
+        references: Human translations.
+        failures: From `translation.failures`.
+        model: Hub name or path of a checkpoint. "Unbabel/XCOMET-XL" (3.5 B parameters) and the larger
+            "Unbabel/XCOMET-XXL" need an account that accepted their licence; "Unbabel/wmt22-comet-da" is open.
+        batch_size: Sentences per batch.
 
     Returns:
         float64 [n, 1], mostly 0..1; their mean is the score of the corpus.
@@ -67,7 +67,7 @@ def comet(
 
 
 def comet_command() -> str:
-    """Return the command that scores.
+    """Return the path of `comet-score`.
 
     Raises:
         RuntimeError: It is not installed.
@@ -87,7 +87,7 @@ def _run(columns: list[list[str]], model: str, batch_size: int) -> list[float]:
         folder = Path(name)
         files = [folder / "sources", folder / "translations", folder / "references"]
         for file, texts in zip(files, columns, strict=True):
-            # one text a line
+            # one text per line
             file.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
         out = folder / "scores.json"
         arguments = ["-s", files[0], "-t", files[1], "-r", files[2], "--model", model, "--to_json", out]

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from overparam.evaluate.prompts import Prompter
+from overparam.models.generating import end_tokens, generation_config
 from overparam.support import progress
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROUND = 16  # tokens after which rows that are done leave a batch
+_ROUND = 16  # tokens after which finished rows are removed from a batch
 
 Limit = int | Callable[[int], int]
-"""New tokens at most: a number, or a function of the number of source (or prompt) tokens."""
+"""Maximum new tokens: a number, or a function of the number of source (or prompt) tokens."""
 
 
 def default_limit(tokens: int) -> int:
-    """Twice the source's tokens and 20 more: room for any translation, not for an endless loop."""
+    """Twice the source's tokens plus 20: enough for any translation, but ends loops."""
     return 2 * tokens + 20
 
 
@@ -28,10 +29,10 @@ class Generation:
     """What a model wrote for one prompt.
 
     Attributes:
-        text: Without special tokens, cut at the stop text, stripped.
-        ids: New token ids, without the end token and padding; one that holds the stop text is in.
-        ended: Whether it came to an end (end token or stop text) within its limit.
-        n_tokens: Tokens that were generated, the end token included.
+        text: The text without special tokens, cut at the stop text, stripped.
+        ids: New token ids, without end token and padding, but with the token that completes the stop text.
+        ended: Whether generation ended (by end token or stop text) within its limit.
+        n_tokens: Number of generated tokens, the end token included.
     """
 
     text: str
@@ -53,12 +54,12 @@ def translate(
     batch_tokens: int = 4096,
     label: str = "translating",
 ) -> list[Generation]:
-    """Translate texts: the prompter's prompts, `generate`, and the prompter's idea of an answer.
+    """Translate texts with the prompts and answer format of a prompter; see `generate`.
 
-    A function as `max_new_tokens` is given the number of tokens of the *source*, so that examples in the prompt
-    do not raise the limit; for models that reason first, give a number with room for that. `target_language` is
-    that of all, or one for each source: one call for several languages makes larger batches. Other arguments,
-    order and errors are those of `generate`.
+    If `max_new_tokens` is a function, its argument is the number of tokens of the *source*, so that examples in the
+    prompt do not raise the limit; for models that reason first, pass a number with room for that. `target_language`
+    is one for all sources, or a list with one for each: a single call for several languages makes larger batches.
+    Other arguments, order and errors are those of `generate`.
     """
     _check_texts(sources, "sources")
     targets = [target_language] * len(sources) if isinstance(target_language, str) else target_language
@@ -96,23 +97,23 @@ def generate(
     add_special_tokens: bool = True,
     label: str = "generating",
 ) -> list[Generation]:
-    """Continue prompts by greedy or beam search; never sampled, whatever the model's own settings say.
+    """Continue prompts by greedy or beam search, never by sampling, whatever the model's own settings are.
 
-    Prompts of similar length share a batch, padded on the left. In float32 greedy output is that of each prompt
-    alone, up to ties within rounding. With several beams a prompt that comes near its limit may end otherwise
-    in another batch, since the batch goes on to its largest limit.
+    Prompts of similar length share a batch, padded on the left. In float32, greedy output equals that of each prompt
+    alone, up to ties within rounding. With several beams, a prompt that comes near its limit may end differently in
+    another batch, because a batch continues to its largest limit.
 
     Args:
         model: A decoder with its language-modelling head (``models.load(…, causal=True)``).
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: Non-empty texts.
-        max_new_tokens: New tokens at most: one number, one a prompt, or a function of a prompt's token count.
-        num_beams: Width of the beam search; 1 is greedy.
-        batch_tokens: Tokens of a batch, new ones and padding included, over all beams.
-        stop: A text that ends the answer; the model's end tokens always do.
-        answer_after: A marker; the text is what follows its last occurrence, and empty where it is missing.
+        max_new_tokens: Maximum new tokens: a number, one per prompt, or a function of a prompt's number of tokens.
+        num_beams: Number of beams; 1 is greedy search.
+        batch_tokens: Maximum tokens per batch, new tokens and padding included, over all beams.
+        stop: A text that ends the answer, besides the model's end tokens.
+        answer_after: A marker; the answer is the text after its last occurrence, or empty without it.
         add_special_tokens: Whether the tokenizer adds its own special tokens to prompts.
-        label: What the progress bar says.
+        label: Text of the progress bar.
 
     Returns:
         Generations in the order of `prompts`.
@@ -125,7 +126,9 @@ def generate(
         raise ValueError(f"num_beams and batch_tokens must be at least 1, got {num_beams} and {batch_tokens}")
     ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
     limits = _limits(max_new_tokens, [len(row) for row in ids])
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError("neither the model nor its tokenizer has an end token (eos_token_id)")
     marker = tokenizer(answer_after, add_special_tokens=False).input_ids if answer_after else []
     groups = list(_groups(ids, limits, batch_tokens // num_beams))
     generations: dict[int, Generation] = {}
@@ -146,10 +149,10 @@ def _continue(
     num_beams: int,
     stop: str | None,
 ) -> list[list[int]]:
-    """New token ids of each row, up to its limit and beyond; end token and padding are still there.
+    """Return the new token ids of each row; they may exceed its limit, and include end token and padding.
 
-    A greedy search goes in rounds, and rows that are done leave the batch: a few that never end would else keep
-    all others in it, up to the longest limit.
+    Greedy search works in rounds, after which finished rows are removed from the batch: otherwise a few rows that
+    never end would keep all others in it up to the longest limit.
     """
     import torch
     from transformers import StoppingCriteriaList
@@ -165,14 +168,13 @@ def _continue(
     rows, cache = list(range(len(ids))), None
     while rows:
         left = max(limits[row] - len(written[row]) for row in rows)
+        left = min(left, _ROUND) if num_beams == 1 else left
         with torch.inference_mode():
             output = model.generate(
                 input_ids=input_ids,  # [rows, width and what was written]
                 attention_mask=mask,
                 past_key_values=cache,
-                generation_config=_config(
-                    min(left, _ROUND) if num_beams == 1 else left, num_beams, ends, padding
-                ),
+                generation_config=generation_config(left, ends, padding, num_beams=num_beams),
                 stopping_criteria=criteria,
             )
         for row, sequence in zip(rows, output.sequences.tolist(), strict=True):
@@ -196,27 +198,6 @@ def _continue(
     return written
 
 
-def _config(new_tokens: int, num_beams: int, ends: list[int], padding: int) -> GenerationConfig:
-    """Settings given one by one, so that those of a checkpoint (sampling, penalties) do not apply."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=num_beams,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        length_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=ends,
-        pad_token_id=padding,
-        return_dict_in_generate=True,
-    )
-
-
 def _read(
     tokenizer: PreTrainedTokenizerBase,
     tokens: list[int],
@@ -225,12 +206,12 @@ def _read(
     stop: str | None,
     marker: list[int],
 ) -> Generation:
-    """Cut what `model.generate` returned for one row at its end token, its stop text or its limit."""
+    """Cut the output of `model.generate` for one row at its end token, stop text or limit."""
     tokens = tokens[:limit]
     end = next((place for place, token in enumerate(tokens) if token in ends), None)
     kept = tokens if end is None else tokens[:end]
     stopped = stop is not None and stop in tokenizer.decode(kept, skip_special_tokens=True)
-    if stopped and stop is not None:  # the shortest beginning that holds the stop text
+    if stopped and stop is not None:  # find the shortest beginning that contains the stop text
         low, high = 1, len(kept)
         while low < high:
             middle = (low + high) // 2
@@ -253,15 +234,6 @@ def _after(tokens: list[int], marker: list[int]) -> list[int]:
     return tokens[places[-1] + size :] if places else []
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The model's end tokens, or else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
-        raise ValueError("neither the model nor its tokenizer has an end token (eos_token_id)")
-    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
-
-
 def _limits(max_new_tokens: Limit | Sequence[int], lengths: list[int]) -> list[int]:
     if isinstance(max_new_tokens, int):
         limits = [max_new_tokens] * len(lengths)
@@ -277,7 +249,7 @@ def _limits(max_new_tokens: Limit | Sequence[int], lengths: list[int]) -> list[i
 
 
 def _groups(ids: list[list[int]], limits: list[int], budget: int) -> Iterator[list[int]]:
-    """Rows by length, longest first, so that memory runs out at once or not at all."""
+    """Groups of rows by length, longest first, so that memory runs out at once or not at all."""
     group: list[int] = []
     longest = 0
     for row in sorted(range(len(ids)), key=lambda row: (-len(ids[row]), -limits[row])):

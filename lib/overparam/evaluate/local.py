@@ -1,4 +1,4 @@
-"""What makes an mteb task a local one: its data set is built here, from the packaged texts."""
+"""The base of local mteb tasks: their data sets are built here, from the packaged texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Side = str | None  # "query" or "document" in retrieval, None elsewhere
 
 @dataclass(frozen=True)
 class Content:
-    """What a task holds: plain rows by part, every text it encodes, and settings of the task's class."""
+    """The content of a task: plain rows by part, all texts that it encodes, and settings of the task's class."""
 
     rows: dict[str, Any]
     texts: tuple[tuple[str, Side], ...]
@@ -47,7 +47,7 @@ class LocalTask:
         raise NotImplementedError
 
     def texts(self) -> tuple[tuple[str, Side], ...]:
-        """Every text that the task encodes, with its side."""
+        """All texts that the task encodes, with their sides."""
         return self.content.texts
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
@@ -57,7 +57,7 @@ class LocalTask:
 
 
 class LocalRetrieval(LocalTask):
-    """Retrieval whose rows are ids and texts of queries and corpus, and the relevant ids of each query."""
+    """Retrieval tasks; rows are ids and texts of queries and corpus, and the relevant ids of each query."""
 
     k_values: ClassVar[Sequence[int]] = (1, 10, 20)
 
@@ -77,7 +77,7 @@ class LocalRetrieval(LocalTask):
 def describe(
     name: str, kind: str, metric: str, description: str, prompt: str | dict[str, str], *languages: str
 ) -> TaskMetadata:
-    """What mteb needs to know of a local task."""
+    """Return mteb's metadata of a local task."""
     return TaskMetadata(
         name=name,
         description=description,
@@ -92,7 +92,7 @@ def describe(
 
 
 def plain(texts: Iterable[str]) -> tuple[tuple[str, Side], ...]:
-    """Texts of a task without sides, each once."""
+    """Return the texts of a task without sides, each once."""
     return tuple((text, None) for text in dict.fromkeys(texts))
 
 

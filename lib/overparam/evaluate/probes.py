@@ -1,6 +1,6 @@
-"""Classes from embeddings of an encoder that nobody trained for them, and the floors beside it.
+"""Classification by embeddings of an encoder that was not trained for it, and simple baselines as floors.
 
-Classes are ids 0, 1, …; what is predicted is int64 [n].
+Classes are ids 0, 1, …; predictions are int64 [n].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 Classes = NDArray[np.int64]
 Embeddings = NDArray[np.float32]
 
-FEWEST_TO_CHOOSE = 8  # examples of a class below which folds are too small to choose a regularisation by
+FEWEST_TO_CHOOSE = 8  # examples per class below which folds are too small to choose a regularisation
 _STRENGTHS = np.logspace(-4, 2, 7)  # scikit-learn's C
 _WORD_STRENGTHS = np.logspace(1, 3, 3)
 _FOLDS = 4
@@ -24,17 +24,17 @@ _FOLDS = 4
 def linear_probe(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *, seed: int) -> Classes:
     """Predict by logistic regression on standardised embeddings.
 
-    Its regularisation C is chosen from 1e-4 … 100 by stratified 4-fold cross-validation (accuracy) where every class
-    has at least 8 examples, and is scikit-learn's default of 1 otherwise.
+    Its regularisation C is chosen from 1e-4 … 100 by stratified 4-fold cross-validation (accuracy) if every class has
+    at least 8 examples, and is scikit-learn's default of 1 otherwise.
 
     Args:
         train: float32 [n, dim].
         train_labels: [n] ids; classes without an example cannot be predicted.
         test: float32 [m, dim].
-        seed: Draws the folds.
+        seed: Seed of the folds.
 
     Raises:
-        ValueError: Less than two classes, or embeddings that do not fit together.
+        ValueError: Fewer than two classes, or embeddings of different dimensions.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -47,18 +47,18 @@ def linear_probe(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *
 
 
 def nearest_neighbours(train: Embeddings, train_labels: ArrayLike, test: Embeddings, *, k: int) -> Classes:
-    """Predict the most frequent class among the `k` training texts of the highest cosine.
+    """Predict the most frequent class among the `k` training texts with the highest cosine.
 
-    Of classes that are equally frequent, the one whose neighbours are nearer in sum wins, then the lower id.
+    Of equally frequent classes, the one with the larger sum of cosines wins, then the lower id.
 
     Args:
         train: float32 [n, dim].
         train_labels: [n] ids.
         test: float32 [m, dim].
-        k: Neighbours, 1..n.
+        k: Number of neighbours, 1..n.
 
     Raises:
-        ValueError: `k` is out of range, or embeddings do not fit together.
+        ValueError: `k` is out of range, or embeddings have different dimensions.
     """
     from sklearn.preprocessing import normalize
 
@@ -68,21 +68,21 @@ def nearest_neighbours(train: Embeddings, train_labels: ArrayLike, test: Embeddi
     cosines = normalize(test) @ normalize(train).T  # [m, n]
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
     votes = np.zeros((len(test), labels.max() + 1))
-    # sums of cosines lie within ±k, so that they never outweigh a neighbour
+    # sums of cosines are within ±k, so they never outweigh a neighbour
     weights = 2 * k + 1 + np.take_along_axis(cosines, nearest, axis=1).astype(np.float64)
     np.add.at(votes, (np.arange(len(test))[:, None], labels[nearest]), weights)
     return np.asarray(votes.argmax(axis=1), dtype=np.int64)
 
 
 def zero_shot(descriptions: Embeddings, test: Embeddings) -> Classes:
-    """Predict the class whose description has the highest cosine: no example is needed.
+    """Predict the class whose description has the highest cosine, without examples.
 
     Args:
-        descriptions: float32 [classes, dim], the embedding of a description of each class.
+        descriptions: Embeddings of a description of each class, float32 [classes, dim].
         test: float32 [m, dim].
 
     Raises:
-        ValueError: Embeddings do not fit together.
+        ValueError: Embeddings have different dimensions.
     """
     from sklearn.preprocessing import normalize
 
@@ -93,15 +93,15 @@ def zero_shot(descriptions: Embeddings, test: Embeddings) -> Classes:
 def bag_of_words(
     train_texts: Sequence[str], train_labels: ArrayLike, test_texts: Sequence[str], *, seed: int
 ) -> NDArray[np.float64]:
-    """Probabilities by logistic regression on TF-IDF of words and word pairs: the floor that a model has to beat.
+    """Compute class probabilities by logistic regression on TF-IDF of words and word pairs: the floor to beat.
 
-    Its regularisation C is chosen as that of `linear_probe` is, from 10 … 1000, since its features are small.
+    Its regularisation C is chosen as in `linear_probe`, but from 10 … 1000, because features are small.
 
     Returns:
         float64 [n, classes] for the ids 0..max(train_labels); an id without an example has 0.
 
     Raises:
-        ValueError: Less than two classes, unequal numbers of texts and labels, or no texts.
+        ValueError: Fewer than two classes, unequal numbers of texts and labels, or no texts.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -122,7 +122,7 @@ def bag_of_words(
 
 
 def majority(train_labels: ArrayLike, n: int) -> Classes:
-    """Predict the most frequent class (the lowest id of several) for all `n` texts."""
+    """Predict the most frequent class (of several, the lowest id) for all `n` texts."""
     return np.full(n, np.bincount(class_ids(train_labels)).argmax(), dtype=np.int64)
 
 
@@ -130,7 +130,7 @@ def class_ids(labels: ArrayLike) -> Classes:
     """Return `labels` as int64 [n].
 
     Raises:
-        ValueError: They are no ids of classes, or there are none.
+        ValueError: They are not class ids, or there are none.
     """
     values = np.asarray(labels)
     if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
@@ -141,7 +141,7 @@ def class_ids(labels: ArrayLike) -> Classes:
 def _fitted(
     features: Any, strengths: NDArray[np.float64], train: Any, labels: Classes, fewest: int, seed: int
 ) -> Any:
-    """Logistic regression on features, its C chosen by cross-validation where classes have examples enough."""
+    """Logistic regression on features; C is chosen by cross-validation if classes have enough examples."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -152,7 +152,7 @@ def _fitted(
         probe = GridSearchCV(probe, {"logisticregression__C": strengths}, cv=folds)
     with threadpool_limits(
         1
-    ):  # on matrices this small two threads wait for each other, and take six times as long
+    ):  # for small matrices, two threads wait for each other and take six times as long
         return probe.fit(train, labels)
 
 

@@ -1,4 +1,4 @@
-"""Prompts that ask a model for a translation, one kind for each kind of model."""
+"""Prompts that ask a model for a translation, for each kind of model."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _HARMONY_FINAL = "<|channel|>final<|message|>"
 
 @dataclass(frozen=True)
 class Prompter:
-    """How to ask for translations, and where the answer is in what the model writes.
+    """How to ask for a translation, and how to find the answer in the model's output.
 
     Attributes:
         build: (source, source language, target language) -> prompt.
-        stop: Text at which the answer ends, when it does not end with the model's end token.
-        add_special_tokens: Whether the tokenizer is to add its own (<bos>); chat templates bring theirs.
-        answer_after: Marker after whose last occurrence the answer begins; without the marker there is none.
-        answer_prefix: What stands between the prompt and an answer that is given, such as a space.
+        stop: Text that ends the answer, if it does not end with the model's end token.
+        add_special_tokens: Whether the tokenizer adds its special tokens (<bos>); chat templates contain theirs.
+        answer_after: Marker; the answer follows its last occurrence, and is missing without it.
+        answer_prefix: Text between the prompt and a given answer, such as a space.
     """
 
     build: Callable[[str, str, str], str]
@@ -46,20 +46,20 @@ class Prompter:
     answer_prefix: str = ""
 
     def __call__(self, sources: Sequence[str], source_language: str, target_language: str) -> list[str]:
-        """Return one prompt a source. Languages are codes such as "en" and "fr"."""
+        """Return one prompt per source. Languages are codes such as "en" and "fr"."""
         return [self.build(source, source_language, target_language) for source in sources]
 
     def given(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Return prompts and answers as a model would read them that gave these answers, to score or train it.
+        """Return prompts and answers as they would read if the model had given these answers, to score or train it.
 
-        The end token follows where there is no `stop`.
+        Without a `stop`, the end token is to follow.
         """
         heads = [prompt + (self.answer_after or "") for prompt in prompts]
         return heads, [f"{self.answer_prefix}{answer}{self.stop or ''}" for answer in answers]
 
 
 def tagged() -> Prompter:
-    """``source<2fr>``, for translators trained from scratch with one tag token a target language."""
+    """``source<2fr>``, for translators trained from scratch with one tag token per target language."""
 
     def build(source: str, _: str, target_language: str) -> str:
         return f"{source}<2{known(target_language, LANGUAGE_NAMES, 'language')}>"
@@ -71,10 +71,10 @@ def few_shot(examples: Sequence[Pair]) -> Prompter:
     """Blocks of ``English: …`` and ``French: …``, for base models; the answer ends at the end of its line.
 
     Args:
-        examples: Translated pairs in the two languages that will be asked for, in the order of the prompt.
+        examples: Pairs in the two languages that will be translated, in the order of the prompt.
 
     Raises:
-        ValueError: No example (a base model has to see what is wanted), or a language without a name here.
+        ValueError: No example (a base model needs to see the task), or a language without a name here.
     """
     if not examples:
         raise ValueError("few_shot needs at least one example, got none")
@@ -90,8 +90,8 @@ def few_shot(examples: Sequence[Pair]) -> Prompter:
 def chat(tokenizer: PreTrainedTokenizerBase) -> Prompter:
     """One request through the tokenizer's chat template, for instruction models.
 
-    Reasoning is kept short where the template has a switch for it: low effort (GPT-OSS), no thinking (Qwen3).
-    Of GPT-OSS's harmony format the text of the final channel is the answer.
+    Reasoning is kept short if the template has a switch for it: low effort (GPT-OSS), no thinking (Qwen3). In
+    GPT-OSS's harmony format the answer is the text of the final channel.
 
     Raises:
         ValueError: The tokenizer has no chat template, or a language without a name here.

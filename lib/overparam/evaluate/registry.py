@@ -1,4 +1,4 @@
-"""Tasks by name: the local ones, and those that mteb knows on the hub."""
+"""Tasks by name: local tasks, and MTEB tasks on the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOCAL = ", ".join(LOCAL_TASKS)
 def makers(
     tasks: Sequence[str], max_items: int | None, seed: int, languages: Sequence[str] | None
 ) -> dict[str, Callable[[], AbsTask]]:
-    """For each name, a function that makes a fresh task, as mteb's clustering keeps its generator's state."""
+    """Return for each name a function that makes a new task: mteb's clustering tasks keep a generator's state."""
     from overparam.evaluate.tasks import TASKS
 
     if isinstance(tasks, str) or not tasks:
@@ -42,15 +42,16 @@ def makers(
 
 
 def check_task(name: str) -> None:
-    """Raise ValueError for a name that is neither a local task's nor one of mteb's."""
-    if name in LOCAL_TASKS:
-        return
+    """Raise ValueError for a name that is neither a local task nor an MTEB task."""
     import mteb
 
     try:
         mteb.get_task(name)
     except KeyError as error:
-        names = [*LOCAL_TASKS, *re.findall(r"Did you mean: '([^']+)'", str(error))]  # and mteb's nearest one
+        names = [
+            *LOCAL_TASKS,
+            *re.findall(r"Did you mean: '([^']+)'", str(error)),
+        ]  # and mteb's own suggestion
         raise ValueError(
             f"unknown task {name!r}: {hint(name, names)} Local tasks: {_LOCAL}. "
             "Others are MTEB tasks on the model hub."
@@ -58,7 +59,7 @@ def check_task(name: str) -> None:
 
 
 def _hub_maker(name: str, seed: int, languages: Sequence[str] | None) -> Callable[[], AbsTask]:
-    """Load a hub task's data once, and hand it to each fresh task."""
+    """Load a hub task's data once, for all new tasks."""
     import mteb
 
     from overparam.evaluate.items import statistic_of

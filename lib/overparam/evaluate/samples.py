@@ -1,4 +1,4 @@
-"""Which texts the local tasks use: deterministic, nested samples of the packaged corpora."""
+"""The texts of the local tasks: deterministic, nested samples of the packaged corpora."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from overparam.data import corpora, splits
+from overparam.data import corpora, published, splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ SAMPLES_PER_LABEL = 8  # mteb's own setting
 EXPERIMENTS = 5  # classifiers trained on different draws of the training texts; mteb's default is 10
 SHORTEST_VERSE = 20  # characters, in every version used
 VERSIONS = ("web", "bbe", "lsg", "elb")
-SEARCHED = 3  # verses to search, per verse judged
+SEARCHED = 3  # verses to search, per query verse
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Labelled:
     labels: list[str]
 
     def take(self, chosen: Iterable[int]) -> Labelled:
-        """Those at the positions `chosen`, in that order."""
+        """The texts at the positions `chosen`, in that order."""
         chosen = list(chosen)
         return Labelled([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
 
@@ -41,9 +41,9 @@ class Verses:
     """Verses of the test split for all verse tasks.
 
     Attributes:
-        aligned: Ids of the verses that are judged, in every version.
-        neighbour: For each of them, another verse of its chapter (of its book, where the chapter has none).
-        related: For those that have them, ids of verses linked by cross references, in either direction.
+        aligned: Ids of the query verses, which all versions have.
+        neighbour: For each of them, another verse of its chapter (of its book, if the chapter has none).
+        related: For those with cross references, ids of verses linked in either direction.
         searched: Ids of the verses to search: all of the above, and others.
         texts: Version -> id -> text.
     """
@@ -56,14 +56,14 @@ class Verses:
 
 
 def shuffled(items: Iterable[str] | Iterable[int], seed: int) -> list:  # type: ignore[type-arg]
-    """The items in an order that depends on `seed` alone; a prefix is a sample."""
+    """Return the items in an order that depends only on `seed`; a prefix is a sample."""
     order = list(items)
     random.Random(seed).shuffle(order)
     return order
 
 
 def balanced(labels: Sequence[str], seed: int) -> list[int]:
-    """Positions in an order in which every prefix holds the classes as evenly as their sizes allow."""
+    """Return positions in an order in which every prefix has the classes as evenly as their sizes allow."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for i in shuffled(range(len(labels)), seed):
         by_label[labels[i]].append(i)
@@ -72,7 +72,7 @@ def balanced(labels: Sequence[str], seed: int) -> list[int]:
 
 
 def unseen(rows: Dataset, characters: int, seen: Iterable[str] = ()) -> Labelled:
-    """Texts cut to `characters` at a word boundary, without empty ones, repeats and those in `seen`."""
+    """Return texts cut to `characters` at a word boundary, without empty ones, repeats and those in `seen`."""
     known = set(seen)
     kept = Labelled([], [])
     for text, label in zip(rows["text"], rows["label"], strict=True):
@@ -85,20 +85,16 @@ def unseen(rows: Dataset, characters: int, seen: Iterable[str] = ()) -> Labelled
 
 
 def cut(text: str, characters: int) -> str:
-    """The first whole words of `text`, at most `characters` long; one long word is cut."""
-    text = " ".join(text.split())
-    if len(text) <= characters:
-        return text
-    return text[: characters + 1].rsplit(" ", 1)[0][:characters]
+    """Collapse white space and return the first whole words, at most `characters` long; one long word is cut."""
+    return published.cut(" ".join(text.split()), characters)
 
 
 @lru_cache(maxsize=8)
 def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
-    """Training and test articles of Reuters-R8 or -R52, balanced over their classes.
+    """Return training and test articles of Reuters-R8 or -R52, balanced over their classes.
 
-    Classes with fewer than 8 training articles are left out of both (15 of the 52), and test articles that
-    occur in the training part too. The training part holds 8 to 40 articles of each class, growing with
-    `size`.
+    Classes with fewer than 8 training articles are left out (15 of the 52), as are test articles that also occur in
+    the training part. The training part has 8 to 40 articles per class, growing with `size`.
     """
     train, test = _articles(which)
     counts = {label: train.labels.count(label) for label in set(train.labels)}
@@ -117,14 +113,14 @@ def reuters(which: str, size: int, seed: int) -> tuple[Labelled, Labelled]:
 
 @lru_cache(maxsize=8)
 def newsgroups(size: int, seed: int) -> Labelled:
-    """Test posts of 20 Newsgroups, balanced over the groups, none of which occurs in the training part."""
+    """Return test posts of 20 Newsgroups, balanced over the groups; none of them occurs in the training part."""
     posts = _posts()
     return posts.take(balanced(posts.labels, seed)[:size])
 
 
 @lru_cache(maxsize=8)
 def verses(size: int, seed: int) -> Verses:
-    """Up to `size` aligned verses; those with cross references come first, as they are few."""
+    """Return up to `size` aligned verses; those with cross references come first, because they are few."""
     texts = _test_verses()
     order = shuffled(sorted(texts["web"], key=_place), seed)
     links: dict[str, set[str]] = defaultdict(set)
@@ -159,7 +155,7 @@ def _posts() -> Labelled:
 
 @lru_cache(maxsize=1)
 def _test_verses() -> dict[str, dict[str, str]]:
-    """Version -> id -> text, for test verses that all versions have and whose texts no other repeats."""
+    """Version -> id -> text, for test verses that all versions have and whose texts are unique."""
     versions = {name: {verse.id: verse.text for verse in splits.verses_in(name, "test")} for name in VERSIONS}
     kept: list[str] = []
     seen: set[str] = set()

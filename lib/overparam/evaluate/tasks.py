@@ -1,14 +1,14 @@
-"""Local embedding tasks: real mteb tasks over packaged texts, so that no hub is needed.
+"""Local embedding tasks: real mteb tasks over packaged texts, which need no hub.
 
-`size` bounds what a task judges: queries, texts to classify or cluster, verses, documents. Samples are
-prefixes of one shuffled order, so that a larger size contains a smaller one. The verse tasks use the same
-verses, so that an embedding pass which embeds each text once pays for them once.
+`size` is the maximum number of items per task: queries, texts to classify or cluster, verses, documents. Samples are
+prefixes of one shuffled order, so a larger size contains a smaller one. The verse tasks share their verses, so that
+these are embedded only once.
 
-Verses and the Lee documents are whole; Reuters articles are cut to their first 160 characters (headline and
-opening sentence) and newsgroup posts to 256, because time on a CPU is counted in tokens. All verses are of
-the test split, and no article or post that also occurs in its corpus' training part is judged.
+Verses and the Lee documents are whole. Reuters articles are cut to their first 160 characters (headline and opening
+sentence) and newsgroup posts to 256, to save time on CPUs. All verses are of the test split; articles and posts that
+also occur in their corpus' training part are left out.
 
-The SHA-256 of a task's rows is its data set revision, so that a result says which texts it is about.
+The SHA-256 of a task's rows is its data set revision, so that a result identifies its texts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ReutersR8(LocalTask, AbsTaskClassification):  # type: ignore[misc]
         return _classification("r8", size, seed)
 
     def _calculate_scores(self, y_test: Any, y_pred: Any) -> Any:
-        """As mteb does, but with the labels in memory: each metric would read them from Arrow one by one."""
+        """Do the same as mteb, with labels in memory: otherwise each metric reads them from Arrow one by one."""
         return super()._calculate_scores(list(y_test), y_pred)
 
 
@@ -96,8 +96,7 @@ class ReutersR52(ReutersR8):
 class NewsgroupsClustering(LocalTask, AbsTaskClustering):  # type: ignore[misc]
     """Clusters of `size` newsgroup posts, balanced over the 20 groups, against the groups.
 
-    All posts are embedded, not mteb's default of 4 %; each of mteb's 10 experiments redraws as many of them
-    with replacement.
+    All posts are embedded, not mteb's default of 4 %; each of mteb's 10 experiments resamples them with replacement.
     """
 
     metadata = describe(
@@ -120,7 +119,7 @@ class NewsgroupsClustering(LocalTask, AbsTaskClustering):  # type: ignore[misc]
 class VerseParaphrase(LocalRetrieval, AbsTaskRetrieval):  # type: ignore[misc]
     """Find each of `size` verses of the Bible in Basic English in the World English Bible.
 
-    Searched are three times as many verses, the nearest neighbours of the right ones among them.
+    Three times as many verses are searched, among them the nearest neighbours of the correct ones.
     """
 
     metadata = describe(
@@ -138,9 +137,9 @@ class VerseParaphrase(LocalRetrieval, AbsTaskRetrieval):  # type: ignore[misc]
 
 
 class VerseCrossReference(LocalRetrieval, AbsTaskRetrieval):  # type: ignore[misc]
-    """Find the verses that editors linked to a verse, among those of `VerseParaphrase` but the verse itself.
+    """Find the verses that editors linked to a verse, among those of `VerseParaphrase` except the verse itself.
 
-    Queries are verses of the test split that are linked to another of them: there are few, whatever the size.
+    Queries are verses of the test split that are linked to another such verse: there are few, whatever the size.
     """
 
     metadata = describe(
@@ -197,7 +196,7 @@ class VerseGerman(LocalTask, AbsTaskBitextMining):  # type: ignore[misc]
 
 
 class VersePairs(LocalTask, AbsTaskPairClassification):  # type: ignore[misc]
-    """Tell two versions of a verse from two neighbouring verses; `size` verses are in a pair of each kind."""
+    """Distinguish two versions of a verse from two neighbouring verses; `size` verses are in one pair of each kind."""
 
     metadata = describe(
         "VersePairs",
@@ -226,7 +225,7 @@ def _classification(which: str, size: int, seed: int) -> Content:
         part: {"text": rows.texts, "label": [names.index(label) for label in rows.labels]}
         for part, rows in (("train", train), ("test", test))
     }
-    # with 8 training articles a class, every draw of 8 is the same
+    # with 8 training articles per class, every draw of 8 is the same
     draws = samples.EXPERIMENTS if len(train.texts) > samples.SAMPLES_PER_LABEL * len(names) else 1
     return Content(rows, plain([*train.texts, *test.texts]), {"n_experiments": draws})
 

@@ -1,4 +1,4 @@
-"""Text classification: topics of packaged texts, GLUE from the hub; the parts of a task share no text."""
+"""Text classification tasks: topics of packaged texts, and GLUE from the hub. Parts of a task share no texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overparam.evaluate import GLUE_TASKS, TOPIC_TASKS, samples
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and the split with public labels
+_GLUE = {  # task of GLUE (Wang et al. 2018) -> columns of its texts, and the split with public labels
     "cola": (("sentence",), "validation"),
     "sst2": (("sentence",), "validation"),
     "mrpc": (("sentence1", "sentence2"), "validation"),
@@ -24,7 +24,7 @@ _GLUE = {  # task of GLUE (Wang et al. 2018) -> the columns of its texts, and th
     "qnli": (("question", "sentence"), "validation"),
     "rte": (("sentence1", "sentence2"), "validation"),
 }
-FEWEST = 8  # training texts of a class that is kept
+FEWEST = 8  # minimum training texts per class
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Topics:
 
     Attributes:
         name: One of `TOPIC_TASKS`.
-        classes: Names of the topics, in the order of their numbers.
+        classes: Names of the topics, by number.
         texts: Labelled training texts.
         labels: Their topics. int64 [texts]
-        unlabelled: Further texts of the training part, whose labels are not used.
+        unlabelled: Further texts of the training part, without labels.
         test_texts: Texts of the published test part.
         test_labels: Their topics. int64 [test texts]
     """
@@ -59,23 +59,23 @@ def topics(
     characters: int = 256,
     seed: int = 42,
 ) -> Topics:
-    """Return a task whose texts are the beginnings of articles or posts, without repeats between its parts.
+    """Return a task whose texts are the beginnings of articles or posts; its parts share no texts.
 
-    Classes come as often as in the corpus, but each has at least eight labelled texts (15 of the 52 topics of
+    Classes have their frequencies of the corpus, but at least eight labelled texts each (15 of the 52 topics of
     ReutersR52 have fewer and are left out).
 
     Args:
-        name: One of `TOPIC_TASKS`, or of `GLUE_TASKS`; the texts of a pair are joined by ``[SEP]``,
-            which tokenizers of BERT's kind read as their separator.
-        labelled: Labelled training texts; None: all.
-        unlabelled: Further training texts without their labels, as far as there are any.
-        test_items: Test texts; None: all.
-        characters: Length of a text.
-        seed: Chooses the texts; a smaller number takes the first ones of a larger.
+        name: One of `TOPIC_TASKS` or `GLUE_TASKS`; the texts of a pair are joined by ``[SEP]``, which tokenizers of
+            BERT's kind read as their separator.
+        labelled: Number of labelled training texts; None for all.
+        unlabelled: Maximum number of further training texts without labels.
+        test_items: Number of test texts; None for all.
+        characters: Maximum characters per text.
+        seed: Chooses the texts; a smaller number gives the first texts of a larger one.
 
     Raises:
-        ValueError: Unknown name, or fewer labelled texts than eight a class.
-        ConnectionError: A task of the hub could be neither reached nor found in the cache.
+        ValueError: Unknown name, or fewer than eight labelled texts per class.
+        RuntimeError: A task of the hub could not be reached and is not in the cache.
     """
     train, test = _parts(known(name, (*TOPIC_TASKS, *GLUE_TASKS), "task"), characters)
     counts = {label: train.labels.count(label) for label in set(train.labels)}
@@ -83,7 +83,7 @@ def topics(
     order = [i for i in samples.shuffled(range(len(train.texts)), seed) if train.labels[i] in classes]
     taken = dict.fromkeys(classes, 0)
     first: list[int] = []
-    rest: list[int] = []  # first eight of each class, then the others as they come
+    rest: list[int] = []  # the first eight of each class, then all others in order
     for i in order:
         taken[train.labels[i]] += 1
         (first if taken[train.labels[i]] <= FEWEST else rest).append(i)
@@ -94,8 +94,8 @@ def topics(
             f"got {size}"
         )
     chosen = [*first, *rest][:size]
-    judged = [i for i in samples.shuffled(range(len(test.texts)), seed) if test.labels[i] in classes]
-    learn, judge = train.take(chosen), test.take(judged[:test_items])
+    test_rows = [i for i in samples.shuffled(range(len(test.texts)), seed) if test.labels[i] in classes]
+    learn, judge = train.take(chosen), test.take(test_rows[:test_items])
     return Topics(
         name,
         classes,
@@ -120,8 +120,8 @@ def _rows(name: str, part: str) -> Dataset:
     from datasets import Dataset, Features, Value
 
     if name.startswith("glue/"):
-        columns, judged = _GLUE[name.removeprefix("glue/")]
-        split = "train" if part == "train" else judged
+        columns, labelled_split = _GLUE[name.removeprefix("glue/")]
+        split = "train" if part == "train" else labelled_split
         rows = corpora.hub("nyu-mll/glue", name.removeprefix("glue/"), split=split)
         texts = [" [SEP] ".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
         features = Features({"text": Value("string"), "label": rows.features["label"]})

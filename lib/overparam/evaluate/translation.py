@@ -1,7 +1,7 @@
-"""Corpus scores of translations, with failed generations counted as empty ones and reported by reason.
+"""Corpus scores of translations; failed generations count as empty and are reported by reason.
 
-chrF++ and BLEU are sacrebleu's (the `evaluate` package's modules would download code). Beside each score are
-the counts of every sentence, so that a bootstrap over sentences can recompute the score of a corpus.
+chrF++ and BLEU are from sacrebleu (the modules of `evaluate` would download code). Each score comes with the counts
+of every sentence, so that a bootstrap over sentences can recompute the corpus score.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 REASONS = ("empty", "loop", "no_end", "wrong_language")
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char"}  # others: 13a
-_KIN = {"arz": ("ar", "ary"), "zh": ("wuu", "yue")}  # languages that are not told apart from these
-_MIN_LETTERS = 20  # of a text whose language is judged
-_MUCH_LIKELIER = 5.0  # how many times likelier another language must be
-_CYCLES, _CYCLE_CHARS = 4, 24  # a loop: so many times the same in a row, over so many characters
+_KIN = {"arz": ("ar", "ary"), "zh": ("wuu", "yue")}  # languages that are accepted in place of these
+_MIN_LETTERS = 20  # minimum letters of a text whose language is checked
+_MUCH_LIKELIER = 5.0  # how many times more probable another language must be
+_CYCLES, _CYCLE_CHARS = 4, 24  # a loop: this many repetitions in a row, over at least this many characters
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,12 @@ class CorpusScore:
 
     Attributes:
         metric: "chrF2++" or "BLEU".
-        score: Of the corpus, 0..100.
-        signature: sacrebleu's.
-        items: float64 [n, k], counts of every sentence, whose sums over sentences give the score. chrF++: for
-            each n-gram order (6 of characters, 2 of words) those of the hypothesis, of the reference, and the
-            matches, k = 24. BLEU: tokens of the hypothesis and of the reference, matches of order 1 to 4,
-            n-grams of order 1 to 4, k = 10.
-        statistic: Name of the function of `items` in `report.stats`: "chrf++" or "bleu".
+        score: Score of the corpus, 0..100.
+        signature: sacrebleu's signature.
+        items: float64 [n, k], counts of every sentence, whose sums over sentences give the score. chrF++: for each
+            n-gram order (6 of characters, 2 of words) the counts of hypothesis, reference and matches, k = 24.
+            BLEU: tokens of hypothesis and reference, matches of order 1 to 4, n-grams of order 1 to 4, k = 10.
+        statistic: Name of the function of `items` in `record.stats`: "chrf++" or "bleu".
     """
 
     metric: str
@@ -60,7 +59,7 @@ class TranslationScore:
         chrf: chrF++ (Popović 2017).
         bleu: BLEU (Papineni et al. 2002).
         failures: Why each generation failed, one of `REASONS`, or None; failed ones count as empty.
-        language_checked: Whether "wrong_language" could be found at all for this target language.
+        language_checked: Whether "wrong_language" can be detected for this target language.
     """
 
     chrf: CorpusScore
@@ -70,7 +69,7 @@ class TranslationScore:
 
     @property
     def failure_shares(self) -> dict[str, float]:
-        """Share of the generations that failed, 0..1, by reason and as "any"."""
+        """Share of failed generations, 0..1, by reason and as "any"."""
         counts = Counter(self.failures)
         shares = {reason: counts[reason] / len(self.failures) for reason in REASONS}
         return {"any": 1 - counts[None] / len(self.failures), **shares}
@@ -82,9 +81,9 @@ def score(
     """Score translations against one reference each; failed generations count as empty ones.
 
     Args:
-        hypotheses: What a system wrote (`Generation.text`).
-        references: Translations by people.
-        ended: Whether each generation came to an end within its limit (`Generation.ended`).
+        hypotheses: Output of a system (`Generation.text`).
+        references: Human translations.
+        ended: Whether each generation ended within its limit (`Generation.ended`).
         target_language: ISO 639 code, such as "fr".
 
     Raises:
@@ -107,20 +106,20 @@ def score(
 def failures(
     hypotheses: Sequence[str], references: Sequence[str], *, ended: Sequence[bool], target_language: str
 ) -> list[str | None]:
-    """Say which generations failed, as in Martin, Bandarkar and Peng (arXiv 2605.28042), and why.
+    """Return which generations failed, and why, as in Martin, Bandarkar and Peng (arXiv 2605.28042).
 
-    The first reason that holds, in this order:
+    The first reason that applies, in this order:
 
-    - "empty": nothing was written.
-    - "loop": something is repeated at least four times in a row, over at least 24 characters.
+    - "empty": no text was generated.
+    - "loop": a part is repeated at least four times in a row, over at least 24 characters.
     - "no_end": the generation was cut at its limit.
-    - "wrong_language": another of the 139 languages of py3langid is at least five times as probable as the
-      target language; judged from 20 letters on. Of human translations that wrongly condemns 0.1 % (verses cut
-      to 10–20 words) to 0.2 % (interface strings), and it finds English left as it is in all verses and in 95 %
-      of interface strings.
+    - "wrong_language": another of the 139 languages of py3langid is at least five times as probable as the target
+      language; checked for texts of at least 20 letters. This wrongly applies to 0.1 % (verses cut to 10–20 words) to
+      0.2 % (interface strings) of human translations, and detects untranslated English in all verses and in 95 % of
+      interface strings.
 
-    What holds for the reference as well (a refrain, a list of names) is no failure. With a target language that
-    py3langid does not know, languages are not checked, and a note says so.
+    A reason that also applies to the reference (a refrain, a list of names) is not a failure. For a target language
+    that py3langid does not know, languages are not checked, and a note says so.
 
     Returns:
         One of `REASONS`, or None, for each hypothesis.
@@ -137,14 +136,12 @@ def failures(
     if empty := [index for index, reference in enumerate(references) if not reference.strip()]:
         raise ValueError(f"{len(empty)} of {sizes[1]} references are empty, the first at index {empty[0]}")
     if not language_is_known(target_language):
-        progress.note(
-            f"{target_language!r} is not a language that py3langid knows: languages are not checked"
-        )
+        progress.note(f"py3langid does not know the language {target_language!r}: languages are not checked")
     return [_failure(*each, target_language) for each in zip(hypotheses, references, ended, strict=True)]
 
 
 def language_is_known(language: str) -> bool:
-    """Whether texts in `language` (an ISO 639 code) can be told from others."""
+    """Whether texts in `language` (an ISO 639 code) can be identified."""
     return language in _identifier().labels
 
 
@@ -162,7 +159,7 @@ def is_loop(text: str) -> bool:
 
 
 def is_wrong_language(text: str, language: str) -> bool:
-    """Whether `text` has at least 20 letters and is far likelier to be in another language than `language`."""
+    """Whether `text` has at least 20 letters and is far more probably in another language than in `language`."""
     if sum(map(str.isalpha, text)) < _MIN_LETTERS or not language_is_known(language):
         return False
     probabilities = dict(_identifier().rank(text))

@@ -1,4 +1,4 @@
-"""Bytes on disk."""
+"""Size of files on disk."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def disk_bytes(path: Path | str) -> int:
-    """Size of a file, or of all files in a folder; one that is linked to several times counts once.
+    """Return the size of a file, or of all files in a folder; a file with several links counts once.
 
     Args:
-        path: File or folder. Symbolic links to files are followed, as hub caches consist of them.
+        path: File or folder. Symbolic links to files are followed, because hub caches consist of them.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
+        FileNotFoundError: `path` does not exist.
     """
     path = Path(path)
     if not path.exists():

@@ -1,10 +1,9 @@
 """Energy of a step, by codecarbon's offline tracker. No network is used and nothing is written.
 
-Where the processor has energy counters that can be read (RAPL), its energy is measured, for the whole
-machine. Elsewhere (most virtual machines, and Linux kernels that let only root read them) it is an estimate:
-CPU time of this process and its children × the processor's rated power (TDP), which is itself a guess of 4 W
-a thread for processors that codecarbon does not know. `Energy.method` says all this. Memory is always an
-estimate.
+If the processor's energy counters can be read (RAPL), its energy is measured, for the whole machine. Otherwise (most
+virtual machines, and Linux kernels that let only root read them) it is estimated: CPU time of this process and its
+children × the processor's rated power (TDP), for which codecarbon guesses 4 W/thread for unknown processors.
+`Energy.method` says which. Memory is always estimated.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
-_SHORTEST = 0.06  # seconds; codecarbon leaves out what is shorter than 0.05 s
+_SHORTEST = 0.06  # seconds; codecarbon ignores blocks shorter than 0.05 s
 _MODES = {
     "intel_rapl": "CPU measured with RAPL, whole machine",
     "windows_emi": "CPU measured with the Windows energy meter, whole machine",
@@ -33,12 +32,12 @@ class Energy:
     """Energy of a block, filled in when it ends.
 
     Attributes:
-        kwh: Kilowatt-hours in all.
-        seconds: How long the block took.
-        method: How the energy was come by: what was measured, what estimated.
-        cpu_kwh: Part of the processor.
-        memory_kwh: Part of the memory.
-        gpu_kwh: Part of the graphics processors.
+        kwh: Total kilowatt-hours.
+        seconds: Duration of the block.
+        method: What was measured, and what was estimated.
+        cpu_kwh: Share of the processor.
+        memory_kwh: Share of the memory.
+        gpu_kwh: Share of the graphics processors.
     """
 
     kwh: float = float("nan")
@@ -51,14 +50,13 @@ class Energy:
 
 @contextmanager
 def energy() -> Iterator[Energy]:
-    """Count the energy of a `with` block; what it is given as holds the result afterwards.
+    """Measure the energy of a `with` block; the object of the `as` clause holds the result afterwards.
 
-    Blocks can be nested; the outer one includes the inner one. A block that raises is counted as well. In a
-    block of less than about 0.1 s most of the energy is the counting itself: repeat the step inside the block
-    instead.
+    Blocks can be nested; the outer one includes the inner one. A block that raises is counted as well. In a block
+    shorter than about 0.1 s, most of the energy is that of the measurement: repeat the step inside the block.
 
     Raises:
-        RuntimeError: codecarbon could not count.
+        RuntimeError: codecarbon gave no result.
     """
     from codecarbon import OfflineEmissionsTracker
 
@@ -94,7 +92,7 @@ def energy() -> Iterator[Energy]:
 
 
 def _method(tracker: Any) -> str:
-    """What codecarbon used, read off its hardware objects."""
+    """Describe the methods that codecarbon used, from its hardware objects."""
     parts = []
     for item in tracker._hardware:
         kind = type(item).__name__
@@ -114,7 +112,7 @@ def _method(tracker: Any) -> str:
 
 @cache
 def _known(model: str) -> bool:
-    """Whether codecarbon's table has the processor's rated power."""
+    """Whether codecarbon knows the processor's rated power."""
     from codecarbon.core import cpu
     from codecarbon.core.hardware_cache import get_cached_tdp
 

@@ -1,8 +1,7 @@
-"""Peak memory of a step, and what stays resident, in a process of its own so that nothing run before counts.
+"""Peak and resident memory of a step, measured in a separate process so that earlier work does not count.
 
-On Linux the kernel's high-water mark of resident memory (`VmHWM`) is reset right before the step; elsewhere,
-and where the reset is refused, the mark of the whole process (`ru_maxrss`, `VmHWM`) is returned, which
-includes loading.
+On Linux the kernel's high-water mark of resident memory (`VmHWM`) is reset right before the step. Elsewhere, or if the
+reset is refused, the mark of the whole process (`ru_maxrss`, `VmHWM`) is returned, which includes loading.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ class Memory:
     """Resident memory of a child process, in bytes.
 
     Attributes:
-        peak_bytes: The most that was resident during the step.
-        baseline_bytes: Resident right before the step: interpreter, libraries, and what the set-up loaded.
-        method: What `peak_bytes` was read from.
+        peak_bytes: Maximum during the step.
+        baseline_bytes: Right before the step: interpreter, libraries, and everything the set-up loaded.
+        method: The source of `peak_bytes`.
     """
 
     peak_bytes: int
@@ -50,29 +49,29 @@ class Memory:
 
     @property
     def step_bytes(self) -> int:
-        """What the step added at its peak."""
+        """Peak minus baseline: what the step added."""
         return max(0, self.peak_bytes - self.baseline_bytes)
 
 
 def peak_memory(
     target: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None
 ) -> Memory:
-    """Run a function in a fresh process and return the peak memory of its step.
+    """Run a function in a new process and return the peak memory of its step.
 
-    What the step is follows from the function, so that loading a model need not count:
+    The kind of function defines the step, so that loading a model need not count:
 
-    - a generator function: all that comes after its first `yield`;
-    - a function that returns a callable: the call of what it returned;
-    - any other function: the whole of it.
+    - for a generator function, everything after its first `yield`;
+    - for a function that returns a callable, the call of that callable;
+    - for any other function, the whole function.
 
     Args:
         target: "package.module:function".
-        kwargs: Keyword arguments of the function, such as JSON can hold.
-        timeout: Seconds after which the child is ended.
+        kwargs: Keyword arguments of the function; they must be valid JSON.
+        timeout: Seconds after which the child process is killed.
 
     Raises:
         ValueError: `target` is not of that form, or `kwargs` is not JSON.
-        RuntimeError: The child failed; the message holds its traceback.
+        RuntimeError: The child process failed; the message contains its traceback.
         TimeoutError: It took longer than `timeout`.
     """
     return next(iter(peak_memories(target, [kwargs or {}], timeout=timeout)))
@@ -81,10 +80,10 @@ def peak_memory(
 def peak_memories(
     target: str, jobs: Iterable[Mapping[str, Any]], *, timeout: float | None = None
 ) -> Iterator[Memory]:
-    """Do as `peak_memory` for one set of arguments after the other, each in a process of its own.
+    """Do the same as `peak_memory` for several sets of arguments, each in a separate process.
 
-    The processes are forks of one that has imported the function's module, so that its libraries are loaded once.
-    The next arguments are asked for when the answer to the last ones is there.
+    The processes are forked from one that has imported the function's module, so that libraries are loaded once.
+    The next arguments are requested when the last result is there.
     """
     for answer in _in_children(target, jobs, _measure, timeout):
         yield Memory(**answer)
@@ -93,12 +92,12 @@ def peak_memories(
 def resident_memories(
     target: str, jobs: Iterable[Mapping[str, Any]], *, timeout: float | None = None
 ) -> Iterator[int]:
-    """Yield the bytes that stay resident for what a function returns, such as a loaded model.
+    """Yield the bytes that stay resident for the result of a function, such as a loaded model.
 
-    In a process of its own for each set of arguments, as in `peak_memories`. There the function is called twice:
-    the first call loads libraries and fills caches, and its result is dropped; what the second adds is counted.
-    Freed memory is given back to the system before each reading where glibc can (`malloc_trim`), so that it is what
-    the result needs, not what making it took. Mapped files count as far as their pages are in memory.
+    Each set of arguments runs in a separate process, as in `peak_memories`. The function is called twice: the first
+    call loads libraries and fills caches, and its result is dropped; the memory added by the second call is counted.
+    With glibc, freed memory is returned to the system before each reading (`malloc_trim`), so that only the result
+    counts, not the making of it. Of mapped files, the pages in memory count.
 
     Arguments and errors are those of `peak_memory`.
     """
@@ -112,7 +111,7 @@ def _in_children(
     measure: Callable[[Any, dict[str, Any]], dict[str, Any]],
     timeout: float | None,
 ) -> Iterator[dict[str, Any]]:
-    """Answers of `measure`, a function of this module, each from a process of its own."""
+    """Yield results of `measure`, a function of this module, each from a separate process."""
     module, _, function = target.partition(":")
     if not (module and function.isidentifier()):
         raise ValueError(f"target must look like 'package.module:function', got {target!r}")
@@ -134,7 +133,7 @@ def _in_children(
                     line = json.dumps(dict(kwargs))
                 except TypeError as error:
                     raise ValueError(
-                        f"kwargs must hold what JSON can (text, numbers, lists, dicts): {error}"
+                        f"kwargs must be valid JSON (text, numbers, lists, dicts): {error}"
                     ) from error
                 with contextlib.suppress(BrokenPipeError):  # its error is read below
                     parent.stdin.write(line.encode() + b"\n")
@@ -167,7 +166,7 @@ def _in_children(
 def _parent() -> None:
     """Import the module named on the command line, then fork for each line of arguments."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the function prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # hide what the function prints
     function = None
     for line in sys.stdin:
         try:
@@ -212,7 +211,7 @@ def _measure(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hold(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What stays resident for the result of the function's second call."""
+    """Measure what stays resident for the result of the function's second call."""
     function(**kwargs)
     before = _resident()
     held = function(**kwargs)
@@ -222,7 +221,7 @@ def _hold(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resident() -> int:
-    """Resident bytes, freed memory given back."""
+    """Resident bytes, after freed memory is returned to the system."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -230,7 +229,7 @@ def _resident() -> int:
 
 
 def _begin() -> tuple[int, bool]:
-    """Resident bytes now, and whether the high-water mark was set back to them."""
+    """Resident bytes now, and whether the high-water mark was reset to them."""
     gc.collect()
     try:
         _CLEAR_REFS.write_text("5")

@@ -1,4 +1,4 @@
-"""Time of calls: raw values kept, median with a bootstrap confidence interval."""
+"""Timing of calls: raw values, and their median with a bootstrap confidence interval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated calls, in the order they were made, and the 95 % interval of their median."""
+    """Seconds of repeated calls, in order, and their median with its 95 % interval."""
 
     values: tuple[float, ...]
     median: float
@@ -29,8 +29,8 @@ def latency(fn: Callable[[], Any], *, warmup: int = 2, repeats: int = 10) -> Tim
 
     Args:
         fn: Called without arguments.
-        warmup: Calls that are made first and not counted.
-        repeats: Calls that are counted.
+        warmup: Calls that are made first and not timed.
+        repeats: Timed calls.
 
     Raises:
         ValueError: `repeats` below 1 or `warmup` below 0.
@@ -41,12 +41,12 @@ def latency(fn: Callable[[], Any], *, warmup: int = 2, repeats: int = 10) -> Tim
 def interleaved(
     fns: Mapping[str, Callable[[], Any]], *, warmup: int = 2, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Time several calls in turns, A B C A B C …, so that heat, clock changes and other load hit all alike.
+    """Time several calls in turns, A B C A B C …, so that heat, clock changes and other load affect all equally.
 
     Args:
         fns: Name -> function without arguments.
-        warmup: Rounds that are made first and not counted.
-        repeats: Rounds that are counted.
+        warmup: Rounds that are made first and not timed.
+        repeats: Timed rounds.
 
     Raises:
         ValueError: No functions, `repeats` below 1 or `warmup` below 0.

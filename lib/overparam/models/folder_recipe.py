@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -293,39 +293,30 @@ class _DenseLayer(nn.Module):
         return outputs
 
 
-def _first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return states[torch.arange(len(states), device=states.device), mask.int().argmax(dim=1)]
+def _at(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return states[torch.arange(len(states), device=states.device), places]
 
 
-def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    places = torch.arange(mask.shape[1], device=mask.device) * mask
-    return states[torch.arange(len(states), device=states.device), places.argmax(dim=1)]
+def _sum(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (states * weights[..., None]).sum(dim=1)
 
 
-def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+def _numbered(mask: torch.Tensor) -> torch.Tensor:
+    """1, 2, 3, … at the tokens of a mask, by position; 0 elsewhere."""
+    return mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
 
 
-def _mean_sqrt_length(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).sqrt()
-
-
-def _weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
-
-
-def _max(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
-
-
-_POOL = {
-    "cls": _first,
-    "last": _last,
-    "mean": _mean,
-    "mean_sqrt_length": _mean_sqrt_length,
-    "weighted_mean": _weighted_mean,
-    "max": _max,
+_POOL: dict[
+    str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+] = {  # (states, mask) -> [texts, hidden]
+    "cls": lambda states, mask: _at(states, mask.int().argmax(dim=1)),
+    "last": lambda states, mask: _at(states, _numbered(mask).argmax(dim=1)),
+    "mean": lambda states, mask: _sum(states, mask) / mask.sum(dim=1, keepdim=True),
+    "mean_sqrt_length": lambda states, mask: _sum(states, mask) / mask.sum(dim=1, keepdim=True).sqrt(),
+    "weighted_mean": lambda states, mask: (
+        _sum(states, _numbered(mask)) / _numbered(mask).sum(dim=1, keepdim=True)
+    ),
+    "max": lambda states, mask: states.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1),
 }
 
 

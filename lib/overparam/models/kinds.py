@@ -47,10 +47,10 @@ def is_decoder(name: str, *, kind: Kind = "auto") -> bool:
 def decodes(config: PreTrainedConfig) -> bool:
     """Return whether a configuration is a decoder's.
 
-    In this order: an encoder-decoder is none; ``is_causal`` and ``use_bidirectional_attention`` say it themselves;
-    an architecture with a next-token head alone is one, with a masked-token head alone none; one with both (BERT and
-    its like) is one where ``is_decoder`` or ``causal`` is set. An architecture with neither is one where it is the text
-    part of a model that writes text about pictures or sounds.
+    The first rule that applies decides. An encoder-decoder is not. ``is_causal`` and ``use_bidirectional_attention``
+    decide if they are set. An architecture with only a next-token head is a decoder, one with only a masked-token head
+    is not; one with both (such as BERT) is if ``is_decoder`` or ``causal`` is set. An architecture with neither head is
+    a decoder if it is the text part of a model that writes text about pictures or sounds.
     """
     text = _text(config)
     if config.is_encoder_decoder or text.is_encoder_decoder or has_encoder_of_its_own(config):

@@ -15,8 +15,8 @@ from overparam.models import gguf
 from overparam.models.twins import tiny_twin
 from overparam.support import progress
 
-_MODULES = "modules.json"  # of sentence-transformers
-_ADAPTER = "adapter_config.json"  # of peft
+_MODULES = "modules.json"  # file of sentence-transformers
+_ADAPTER = "adapter_config.json"  # file of peft
 
 
 def root(name: str) -> Path | str:

@@ -136,14 +136,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 # architectures whose base model needs more than token ids, or cannot be made tiny
 _NO_TEXT = {
-    "dots3_note_text": "keeps the sizes of its sliding layers per layer: no tiny model",
+    "dots3_note_text": "has sizes for each of its sliding layers: no tiny model",
     "blip_2_qformer": "reads query embeddings",
     "bros": "reads boxes",
     "fastspeech2_conformer": "reads phonemes, and gives speech",
     "layoutlmv2": "reads boxes and images",
     "layoutlmv3": "reads boxes and images",
     "lxmert": "reads visual features",
-    "qwen4_exp_text": "keeps sizes of its own for its attention: no tiny model",
+    "qwen4_exp_text": "has separate sizes for its attention: no tiny model",
     "seamless_m4t": "reads speech",
     "seamless_m4t_v2": "reads speech",
     "udop": "reads boxes",

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from overparam.models.hooks import hooks
 from overparam.models.proof import probe
 from overparam.models.seeding import seeded
 from overparam.models.source import read_json
@@ -96,15 +97,11 @@ def _used(model: PreTrainedModel, missing: list[str]) -> list[str]:
 def _run(model: PreTrainedModel) -> tuple[set[str], torch.Tensor | None]:
     """Names of the modules that a forward pass calls, and its outputs; see `_outputs`."""
     names: set[str] = set()
-    handles = [
+    with hooks(
         module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
         for name, module in model.named_modules()
-    ]
-    try:
+    ):
         return names, _outputs(model)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _outputs(model: PreTrainedModel) -> torch.Tensor | None:

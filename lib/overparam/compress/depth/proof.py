@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from overparam.compress.depth.states import each_depth, first, no_cache
 from overparam.compress.depth.truncation import cut
 from overparam.models import blocks, proof, sharing_copy
+from overparam.models.hooks import hooks
 from overparam.models.proof import NotExactError, Probe
 
 _FLOAT32_BLOCKS = 4
@@ -103,12 +104,8 @@ def _at_depth(model: PreTrainedModel, depth: int, batch: Probe) -> torch.Tensor:
         given = args[0] if args else kwargs["hidden_states"]
         return type(output)([given, *output[1:]]) if isinstance(output, tuple | list) else given
 
-    handles = [layer.register_forward_hook(pass_by, with_kwargs=True) for layer in layers]
-    try:
+    with hooks(layer.register_forward_hook(pass_by, with_kwargs=True) for layer in layers):
         return _forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -135,11 +132,8 @@ def _traced(model: PreTrainedModel, batch: Probe) -> tuple[torch.Tensor, tuple[s
     ]
     last = stack.layers[-1]
     handles.append(last.register_forward_hook(lambda _, __, out: calls.append(("", None, first(out)))))
-    try:
+    with hooks(handles):
         output = _forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     after = max((at for at, (path, _, _) in enumerate(calls) if not path), default=None)
     if after is None:
         raise NotExactError(f"{type(model).__name__} does not call its last block: its depths cannot be read")

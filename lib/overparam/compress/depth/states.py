@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overparam.models import blocks
+from overparam.models.hooks import hooks
 
 
 @contextmanager
@@ -34,11 +35,8 @@ def each_depth(
             handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
         else:
             handles.append(layers[depth - 1].register_forward_hook(after(depth)))
-    try:
+    with hooks(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first(output: Any) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from overparam.compress.distill import losses
 from overparam.compress.distill.fits import check_fits
+from overparam.models.generating import end_tokens, generation_config
 from overparam.support import progress
 from overparam.train import causal
 from overparam.train import checkpoint as checkpoints
@@ -102,7 +103,9 @@ def distill_decoder(
     _check_vocabularies(student, teacher, tokenizers)
     check_fits(student, tokenizers[0] if tokenizers else None)
     _check_pairs(prompts, targets, _vocabulary(student))
-    ends = _end_tokens(student) if on_policy_share else []
+    ends = end_tokens(student)
+    if on_policy_share and not ends:
+        raise ValueError("on_policy_share needs a student with an end token (generation_config.eos_token_id)")
     compare = partial(_OBJECTIVES[objective], temperature=temperature)
     if objective == "jsd":
         compare = partial(compare, beta=beta)
@@ -264,28 +267,13 @@ def _batch(prompts: Sequence[Ids], targets: Sequence[Ids], device: torch.device)
 def _sample(
     student: PreTrainedModel, prompts: Sequence[Ids], max_new_tokens: int, ends: list[int]
 ) -> list[Ids]:
-    """Sample a target for each prompt from the student, up to and including the first end token.
-
-    All sampling settings are set here, so that those of a checkpoint (top-k, penalties) do not apply.
-    """
-    from transformers import GenerationConfig
-
+    """Sample a target for each prompt from the student, up to and including the first end token."""
     batch = _batch(prompts, [()] * len(prompts), student.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
+    config = generation_config(max_new_tokens, ends, ends[0], sample=True)
     student.eval()
     output = student.generate(
         input_ids=batch.input_ids, attention_mask=batch.mask, generation_config=config
-    )  # [rows, prompt + new]
+    ).sequences  # [rows, prompt + new]
     written: list[Ids] = []
     for tokens in output[:, batch.mask.shape[1] :].tolist():
         end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -314,13 +302,6 @@ def _copy(parameters: list[torch.nn.Parameter], into: list[Tensor]) -> list[Tens
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _end_tokens(model: PreTrainedModel) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        raise ValueError("on_policy_share needs a student with an end token (generation_config.eos_token_id)")
-    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
 
 def _check_arguments(

@@ -165,7 +165,7 @@ def _describe(model: PreTrainedModel, index: int, block: nn.Module) -> MoeLayer:
     (count,) = sizes
     gate: Any = next((part for name, part in block.named_children() if name in _ROUTERS), None)
     if gate is None:
-        raise _unknown(model, f"layer {index} has no router beside its experts ({' or '.join(_ROUTERS)})")
+        raise _unknown(model, f"layer {index} has no router next to its experts ({' or '.join(_ROUTERS)})")
     routed = list(_tensors(gate, count))
     if not any(tensor.value.ndim == 2 and len(tensor.value) == count for tensor in routed):
         shapes = [f"{name} {list(tensor.shape)}" for name, tensor in _named(gate)]
@@ -241,7 +241,7 @@ def _unknown(model: PreTrainedModel, why: str) -> ValueError:
     more = f" and {len(seen) - 8} more" if len(seen) > 8 else ""
     return ValueError(
         f"{_kind(model)} has an unknown layout of experts: {why}. Known are layers with a module `experts`, whose "
-        "tensors stack all experts along their first dimension, beside a router with a row for each. "
+        "tensors stack all experts along their first dimension, next to a router with one row per expert. "
         f"Tensors that seem to belong to experts: {', '.join(seen[:8]) or 'none'}{more}; the configuration says "
         f"{', '.join(said) or 'nothing'}"
     )

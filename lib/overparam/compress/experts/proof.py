@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from overparam.compress.experts.layout import MoeLayer, decoder_of, layers
 from overparam.compress.experts.slicing import masked, sliced
 from overparam.compress.experts.watching import Routing, forward, not_called, not_finite, watched
+from overparam.models.hooks import hooks
 from overparam.models.proof import (
     NotExactError,
     Probe,
@@ -74,18 +75,16 @@ def _calls(decoder: PreTrainedModel, moe_layers: Sequence[MoeLayer], text: Probe
 
         return before
 
-    handles = [
-        layer.block.register_forward_pre_hook(record(layer.index), with_kwargs=True) for layer in moe_layers
-    ]
     try:
-        forward(decoder, text.input_ids, text.attention_mask)
+        with hooks(
+            layer.block.register_forward_pre_hook(record(layer.index), with_kwargs=True)
+            for layer in moe_layers
+        ):
+            forward(decoder, text.input_ids, text.attention_mask)
     except (TypeError, IndexError, RuntimeError) as error:
         raise NotExactError(
             f"{type(decoder).__name__} cannot be run on a padded text alone, so its experts cannot be watched: {error}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     for layer in moe_layers:
         if layer.index not in calls:
             raise not_called(layer)
@@ -105,16 +104,12 @@ def _run(layer: MoeLayer, call: _Call, *, apart: bool = False) -> _Seen:
     """Call the block once; with `apart`, add up the experts' outputs one by one, as `collect` does."""
     routings: list[Routing] = []
     outputs: list[torch.Tensor] = []
-    handle = None
     contributed = (lambda *_: None) if apart else None
     args, kwargs = copy.deepcopy(call)
-    try:
-        with watched(layer, routings.append, contributed):
-            handle = layer.experts.register_forward_hook(lambda _, __, output: outputs.append(output))
+    with watched(layer, routings.append, contributed):
+        after = layer.experts.register_forward_hook(lambda _, __, output: outputs.append(output))
+        with hooks([after]):
             result = layer.block(*args, **kwargs)
-    finally:
-        if handle is not None:
-            handle.remove()
     if not routings:
         raise not_called(layer)
     block = next(each for each in _flat(result) if isinstance(each, torch.Tensor))

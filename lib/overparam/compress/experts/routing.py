@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,17 +66,11 @@ class RoutingStatistics:
             raise ValueError(
                 "only one of the two statistics was collected with reap=True; collect both in the same way"
             )
-        return RoutingStatistics(
-            self.n_experts,
-            self.sequences + other.sequences,
-            self.tokens + other.tokens,
-            self.mass_sum + other.mass_sum,
-            self.routed + other.routed,
-            self.top1 + other.top1,
-            self.top1_gate_sum + other.top1_gate_sum,
-            _added(self.gated_norm_sum, other.gated_norm_sum),
-            _added(self.renormalised_norm_sum, other.renormalised_norm_sum),
-        )
+        added: dict[str, Any] = {}
+        for field in fields(self)[1:]:
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            added[field.name] = None if mine is None else mine + theirs
+        return replace(self, **added)
 
     @property
     def routing_mass(self) -> NDArray[np.float64]:
@@ -238,10 +233,6 @@ def _normalised(weights: torch.Tensor) -> torch.Tensor:
     """Top-k weights that sum to one. float64 [tokens, top_k]."""
     gates = weights.double()
     return gates / gates.sum(dim=1, keepdim=True)
-
-
-def _added(one: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    return None if one is None or other is None else one + other
 
 
 def _scatter(sums: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overparam.compress.experts.layout import MoeLayer
+from overparam.models.hooks import hooks
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,8 @@ def watched(
     ]
     if contributed is not None:
         handles.append(layer.experts.register_forward_hook(after_experts))
-    try:
+    with hooks(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _routing(layer: MoeLayer, output: Any, args: tuple[Any, ...]) -> Routing:

@@ -154,7 +154,7 @@ def failing(model: nn.Module, config: Any) -> str | None:
                 )
         except Exception as error:
             said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            return f"{kind.__name__} multiplies in a way of its own, which torchao does not know: {said}"
+            return f"{kind.__name__} multiplies in a special way, which torchao does not support: {said}"
     return None
 
 
