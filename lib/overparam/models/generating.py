@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import GenerationConfig, PreTrainedModel
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 def generation_config(
@@ -17,6 +20,8 @@ def generation_config(
         sample: Whether to sample at temperature 1 from all tokens; otherwise greedy or beam search.
         num_beams: Number of beams.
     """
+    from transformers import GenerationConfig
+
     return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=sample,

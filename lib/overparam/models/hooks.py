@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from torch.utils.hooks import RemovableHandle
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
