@@ -28,10 +28,9 @@ _TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
 _WIDE = 2.1 * figures.WIDTH
 _ROW, _LINE, _GAP = 0.17, 0.125, 0.09  # inches: a model's row, a line of a statement, between two claims
 _STATEMENT, _MODEL = 2.75, 0.75  # inches: width of statements and of models' names
-_LEAST, _SLOWEST = (
-    50,
-    0.5,
-)  # percent kept and times the full model's speed; what has less of either is not drawn
+_LEAST = 50  # percent kept; what keeps less is not drawn
+_SLOWEST = 0.5  # times the full model's speed; what is slower is not drawn
+_DARK = (*figures.OKABE_ITO[:6], figures.OKABE_ITO[7])  # without yellow, in which no name can be read
 _APART = 0.058  # of the axes' height, between two labels of curves
 
 
@@ -144,7 +143,7 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
 def _draw_curves(axes: Axes, data: pd.DataFrame, cost: str) -> None:
     """A line for each way to make each model smaller: a colour for the way, a marker for the model."""
     ends = []
-    colours = dict(zip(data["curve"].unique(), figures.OKABE_ITO * 3, strict=False))
+    colours = dict(zip(data["curve"].unique(), _DARK * 3, strict=False))
     markers = dict(zip(data["model"].unique(), figures.MARKERS * 3, strict=False))
     for (curve, model), rows in data.groupby(["curve", "model"], sort=False):
         best = _unbeaten(rows, cost)
@@ -173,11 +172,14 @@ def _unbeaten(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 def _label_curves(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write the name of each curve right of the axes, tied to its end (x, y, name, colour); no two names overlap."""
     low, high = axes.get_ylim()
-    height = np.inf
-    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
-        height = min((y - low) / (high - low), height - min(_APART, 1 / len(ends)))
+    ends = sorted(ends, key=lambda end: -end[1])
+    heights = [(y - low) / (high - low) for _, y, _, _ in ends]
+    for number in range(1, len(heights)):
+        heights[number] = min(heights[number], heights[number - 1] - min(_APART, 1 / len(heights)))
+    up = max(0.0, -heights[-1])  # where many names end below the axes
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
         tie = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
-            name, (x, y), xytext=(1.08, height), textcoords="axes fraction", color=colour, fontsize=6.5, va="center",
-            annotation_clip=False, arrowprops={**tie, "relpos": (0, 0.5)},
+            name, (x, y), xytext=(1.08, height + up), textcoords="axes fraction", color=colour, fontsize=6.5,
+            va="center", annotation_clip=False, arrowprops={**tie, "relpos": (0, 0.5)},
         )  # fmt: skip
