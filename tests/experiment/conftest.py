@@ -57,15 +57,13 @@ def throw(study: Study) -> pd.DataFrame:
     return table
 '''
 PLOTS = """
-import matplotlib.pyplot as plt
-from overparam.record import figures
+from overparam.experiment import charts
 
 def plot(study, table):
-    with figures.style():
-        fig, axes = plt.subplots()
-        axes.errorbar(table["bias"], table["heads"], figures.error_bars(table, "heads"))
+    with charts.figure(study, "fig:coin-heads", table, caption="Heads by bias.") as axes:
+        charts.curves(axes, table, "bias", "heads")
         axes.set(xlabel="bias", ylabel="heads (%)")
-        return figures.publish(fig, "fig:coin-heads", data=table, caption="Heads by bias.", recorder=study.recorder)
+    return axes.figure
 """
 VERDICTS = """
 from overparam.record import claims

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -121,10 +120,3 @@ def test_style_is_left_behind_outside():
         cycle = list(mpl.rcParams["axes.prop_cycle"])
         assert len({c["color"] for c in cycle}) == len({c["marker"] for c in cycle}) == 8
     assert mpl.rcParams["font.size"] == before
-
-
-def test_error_bars_reach_from_the_value_to_its_ends():
-    rows = pd.DataFrame({"kept": [90.0, 80.0], "kept_low": [88.0, -np.inf], "kept_high": [93.0, np.inf]})
-    assert figures.error_bars(rows, "kept").tolist() == [[2.0, 0.0], [3.0, 0.0]]
-    named = rows.rename(columns={"kept_low": "low", "kept_high": "high"})
-    assert figures.error_bars(named, "kept", "low", "high").tolist() == [[2.0, 0.0], [3.0, 0.0]]

@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 from cycler import cycler
-from numpy.typing import NDArray
 
 from overparam.record.record import Figure, Recorder
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MplFigure
-    from numpy.typing import ArrayLike
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -101,34 +97,6 @@ def read_style(path: Path) -> dict[Any, Any]:
             f"{path} changes sizes, which the figures' layouts rely on: take out {', '.join(sizes)}"
         )
     return settings
-
-
-def legend_above(figure: MplFigure) -> None:
-    """Put the legend above the axes, where it hides no point, and make the figure taller by as much."""
-    figure.set_size_inches(WIDTH, 0.85 * WIDTH)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=6, handlelength=1.4, columnspacing=1)
-
-
-def line_with_band(
-    axes: Axes, x: ArrayLike, value: ArrayLike, low: ArrayLike, high: ArrayLike, *, color: str, **line: Any
-) -> None:
-    """Draw a line over its interval; `line` is what `Axes.plot` takes besides."""
-    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.plot(x, value, color=color, **line)
-
-
-def error_bars(rows: pd.DataFrame, name: str, low: str = "", high: str = "") -> NDArray[np.float64]:
-    """Lengths of the bars of a column's interval for `Axes.errorbar`, [2, rows]; an end that is not bounded has none.
-
-    Args:
-        rows: A table with the columns of `Estimate.columns`.
-        name: Column of the values.
-        low: Column of the lower ends; ``<name>_low`` by default.
-        high: Column of the upper ends; ``<name>_high`` by default.
-    """
-    ends = rows[[low or f"{name}_low", high or f"{name}_high"]].to_numpy(float).T
-    lengths = np.abs(ends - rows[name].to_numpy(float))
-    return np.where(np.isfinite(lengths), lengths, 0.0)
 
 
 def publish(fig: MplFigure, id: str, *, data: pd.DataFrame, caption: str, recorder: Recorder) -> MplFigure:

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from overparam.experiment import charts
 from overparam.publish import tables
 from overparam.record import figures
 from overparam.studies.claims.study import Study
@@ -98,7 +99,7 @@ def _draw_verdicts(axes: Axes, rows: pd.DataFrame, places: list[float]) -> None:
     for verdict, colour in COLOURS.items():
         these = (rows["verdict"] == verdict).to_numpy()
         if these.any():
-            bars = figures.error_bars(rows[these], "value", "low", "high")
+            bars = charts.error_bars(rows[these], "value")
             look: dict[str, Any] = {"color": colour, "marker": "o", "linestyle": "", "label": verdict}
             axes.errorbar(rows["value"][these], heights[these], xerr=bars, **look)
     alone: dict[str, Any] = {"color": "black", "linestyle": ""}
@@ -152,7 +153,7 @@ def _draw_curves(axes: Axes, data: pd.DataFrame, cost: str) -> None:
         look: dict[str, Any] = {"color": colours[curve], "marker": markers[model]}
         others = rows.drop(index=best.index)
         axes.plot(others[cost], others["kept_percent"], linestyle="", alpha=0.25, markersize=2.5, **look)
-        bars = figures.error_bars(best, "kept_percent", "low", "high")
+        bars = charts.error_bars(best, "kept_percent")
         axes.errorbar(best[cost], best["kept_percent"], yerr=bars, **look)
         last = best.iloc[-1]
         ends.append((float(last[cost]), float(last["kept_percent"]), f"{model}, {curve}", colours[curve]))

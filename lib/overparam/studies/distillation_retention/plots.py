@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from overparam.evaluate import classification
-from overparam.record import figures
+from overparam.experiment import charts
+from overparam.experiment.charts import GREY, Look
 from overparam.studies.distillation_retention.general import BORROWED, CUT, TEACHER, UNTRAINED, WORDS, Suite
 from overparam.studies.distillation_retention.specialists import ALL, NEIGHBOURS, NONE, Compared
 from overparam.studies.distillation_retention.study import Study
@@ -26,8 +26,8 @@ from overparam.studies.distillation_retention.tasks import (
 )
 from overparam.studies.distillation_retention.verdicts import PUBLISHED
 
-GREY = "#777777"
 _BINS = 10
+_SIZE = "parameters of the student (% of the teacher's)"
 
 
 def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
@@ -42,136 +42,100 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
     ]
     published = PUBLISHED.rename(columns={"student": "series", "kept_percent": "kept"}).drop(columns="source")
     data = pd.concat([pd.DataFrame(rows), published], ignore_index=True)
-    with figures.style():
-        figure, axes = plt.subplots()
-        target = params.retention_target
-        axes.axhline(target, color=GREY, linestyle="--", linewidth=0.8, marker="")
-        axes.annotate(f"{target:g} %", (100, target), xytext=(0, 2), textcoords="offset points", color=GREY,
-                      fontsize=7, ha="right")  # fmt: skip
-        for name, colour, marker in zip(series, figures.OKABE_ITO, figures.MARKERS, strict=False):
-            drawn = data[data["series"] == name]
-            axes.errorbar(drawn["share_percent"], drawn["kept"], yerr=figures.error_bars(drawn, "kept"),
-                          color=colour, marker=marker, label=name)  # fmt: skip
-        for (student, rows_of), marker in zip(published.groupby("series", sort=False), "Pv*", strict=True):
-            axes.plot(rows_of["share_percent"], rows_of["kept"], color=GREY, marker=marker, linestyle="",
-                      fillstyle="none", markersize=5, label=f"{student} (published)")  # fmt: skip
+    caption = (
+        f"What distilled students of {params.teacher} keep of its score: mean of {len(params.suite)} embedding "
+        f"tasks, and accuracy of topic classification (fine-tuned teacher, student trained on labels, soft "
+        "targets and unlabelled text). Paired 95 % bootstrap interval over items and seeds. Grey: published "
+        "students, of other teachers and on other tasks."
+    )
+    look = charts.looks(series) | {
+        student: Look(GREY, marker, "", hollow=True, label=f"{student} (published)")
+        for student, marker in zip(published["series"].unique(), "Pv*", strict=True)
+    }
+    with charts.figure(study, "fig:distillation-retention", data, caption=caption, legend=2) as axes:
+        charts.reference(axes, params.retention_target, f"{params.retention_target:g} %")
+        charts.curves(axes, data, "share_percent", "kept", by="series", look=look)
         _share_axis(axes, {100 * share for share in params.shares} | {20, 60, 100})
-        figures.legend_above(figure)
         axes.set_ylabel("score kept (%)")
-        caption = (
-            f"What distilled students of {params.teacher} keep of its score: mean of {len(params.suite)} embedding "
-            f"tasks, and accuracy of topic classification (fine-tuned teacher, student trained on labels, soft "
-            "targets and unlabelled text). Paired 95 % bootstrap interval over items and seeds. Grey: published "
-            "students, of other teachers and on other tasks."
-        )
-        return figures.publish(
-            figure, "fig:distillation-retention", data=data, caption=caption, recorder=study.recorder
-        )
+    return axes.figure
 
 
 def plot_tasks(study: Study, taught: Taught) -> Any:
     """Draw the accuracy of the teacher, of the student by what it learned from, and of the controls."""
+    params = study.params
     systems = (TEACHER, LABELS, SOFT, MATCHED, EXTRA, OTHER, RANDOM_START, CUT_START, WORDS, MAJORITY)
-    table = taught.table
-    data = table[table["share"].isin([0.0, 1.0, study.params.task_share])]
-    columns = ["task", "system", "accuracy", "accuracy_low", "accuracy_high"]
-    with figures.style():
-        figure, axes = plt.subplots(figsize=(figures.WIDTH, 0.95 * figures.WIDTH))
-        places = np.arange(len(systems))[::-1]
-        tasks = study.params.topics
-        for number, (task, colour, marker) in enumerate(
-            zip(tasks, figures.OKABE_ITO, figures.MARKERS, strict=False)
-        ):
-            rows = data[data["task"] == task].set_index("system").reindex(systems)
-            axes.errorbar(
-                rows["accuracy"],
-                places - 0.2 * (number - (len(tasks) - 1) / 2),
-                xerr=figures.error_bars(rows, "accuracy"),
-                color=colour,
-                marker=marker,
-                linestyle="",
-                label=task,
-            )
-        axes.set_yticks(places, systems, fontsize=6)
-        figure.legend(loc="outside upper center", ncols=3, fontsize=6)
+    data = taught.table[taught.table["share"].isin([0.0, 1.0, params.task_share])]
+    data = data[["task", "system", "accuracy", "accuracy_low", "accuracy_high"]]
+    caption = (
+        f"Accuracy on held-out texts: {params.teacher} fine-tuned on {params.labelled} labelled "
+        f"texts, a student of {params.task_share:.0%} of its size by what it learned from, and controls. 95 % "
+        f"bootstrap interval over {params.test_items} texts and {len(params.train_seeds)} seed(s)."
+    )
+    with charts.figure(study, "fig:distillation-tasks", data, caption=caption, legend=3, height=0.95) as axes:
+        look = charts.looks(params.topics)
+        charts.dots(axes, data, "system", "accuracy", by="task", look=look, order=systems, spread=0.2)
         axes.set_xlabel("accuracy (%)")
-        share = study.params.task_share
-        caption = (
-            f"Accuracy on held-out texts: {study.params.teacher} fine-tuned on {study.params.labelled} labelled "
-            f"texts, a student of {share:.0%} of its size by what it learned from, and controls. 95 % bootstrap "
-            f"interval over {study.params.test_items} texts and {len(study.params.train_seeds)} seed(s)."
-        )
-        return figures.publish(
-            figure, "fig:distillation-tasks", data=data[columns], caption=caption, recorder=study.recorder
-        )
+    return axes.figure
 
 
 def plot_suite(study: Study, suite: Suite) -> Any:
     """Draw the mean score of the embedding suite by share, beside the controls."""
-    data = suite.table
-    controls = (UNTRAINED, BORROWED, CUT, WORDS)
-    with figures.style():
-        figure, axes = plt.subplots()
-        line = data[data["system"].isin(["distilled", TEACHER])].sort_values("share")
-        axes.plot(
-            100 * line["share"], line["score"], color=figures.OKABE_ITO[0], marker="o", label="distilled"
-        )
-        own = 100 * study.params.task_share
-        for name, colour, marker in zip(controls, figures.OKABE_ITO[1:], figures.MARKERS[1:], strict=False):
-            value = data.loc[data["system"] == name, "score"].iloc[0]
-            if name == WORDS:
-                axes.axhline(value, color=colour, linestyle="--", marker="", label=name)
-            else:
-                axes.plot(own, value, color=colour, marker=marker, linestyle="", label=name)
+    data, own = suite.table, 100 * study.params.task_share
+    caption = (
+        f"Mean score over {len(study.params.suite)} embedding tasks of {study.params.teacher} (100 %) and of its "
+        f"students, and of the controls at {own:g} %."
+    )
+    look = charts.looks(("distilled", UNTRAINED, BORROWED, CUT, WORDS))
+    with charts.figure(study, "fig:distillation-suite", data, caption=caption, legend=2) as axes:
+        words = float(data.loc[data["system"] == WORDS, "score"].iloc[0])
+        axes.axhline(words, color=look.pop(WORDS).colour, linestyle="--", marker="", label=WORDS)
+        drawn = data.replace({"system": {TEACHER: "distilled"}}).sort_values("share")
+        controls = ~drawn["system"].isin(["distilled"])
+        drawn = drawn.assign(percent=(100 * drawn["share"]).mask(controls, own))
+        charts.curves(axes, drawn, "percent", "score", by="system", look=look)
         _share_axis(axes, {100 * share for share in (*study.params.shares, 1.0)})
-        figures.legend_above(figure)
         axes.set_ylabel("mean score (points)")
-        caption = (
-            f"Mean score over {len(study.params.suite)} embedding tasks of {study.params.teacher} (100 %) and of its "
-            f"students, and of the controls at {own:g} %."
-        )
-        return figures.publish(
-            figure, "fig:distillation-suite", data=data, caption=caption, recorder=study.recorder
-        )
+    return axes.figure
 
 
 def plot_specialists(study: Study, compared: Compared) -> Any:
     """Draw accuracy against the number of labels: the student, general encoders, and a bag of words."""
-    rows = compared.table[compared.table["per_class"] != NONE]
+    data = compared.table[compared.table["per_class"] != NONE]
     counts = [*map(str, study.params.per_class), ALL]
     tasks = study.params.topics
-    with figures.style():
-        figure, panels = plt.subplots(1, len(tasks), sharey=True, squeeze=False)
-        for task, axes in zip(tasks, panels[0], strict=True):
-            here = rows[rows["task"] == task]
-            for (system, found), colour, marker in zip(
-                here.groupby("system", sort=False), figures.OKABE_ITO, figures.MARKERS, strict=False
-            ):
-                found = found.set_index("per_class").reindex(counts)
-                label = system if task == tasks[0] else None
-                axes.plot(range(len(counts)), found["accuracy"], color=colour, marker=marker, label=label)
+    caption = (
+        f"Accuracy against labelled data: the {study.params.task_share:.0%} student fine-tuned on labels alone, "
+        f"general encoders that stay as they are under a linear probe and {NEIGHBOURS} nearest neighbours, and a "
+        f"bag of words; all: up to {study.params.labelled} texts. The student began from its distillation on "
+        "unlabelled text of the same kinds."
+    )
+    drawn = data[["task", "system", "accuracy"]].assign(place=data["per_class"].astype(str).map(counts.index))
+    drawn = drawn.sort_values("place", kind="stable")
+    with charts.figure(
+        study,
+        "fig:distillation-specialists",
+        data,
+        caption=caption,
+        legend=2,
+        ncols=len(tasks),
+        sharey=True,
+        squeeze=False,
+    ) as (panels,):
+        look = charts.looks(data["system"])
+        for task, axes in zip(tasks, panels, strict=True):
+            charts.curves(axes, drawn[drawn["task"] == task], "place", "accuracy", by="system", look=look)
             axes.set_xticks(range(len(counts)), counts)
             axes.annotate(task, (0.5, 1), xycoords="axes fraction", ha="center", va="bottom", fontsize=7)
-        figures.legend_above(figure)
-        figure.supxlabel("labelled texts of a class, at most", fontsize=8)
-        panels[0][0].set_ylabel("accuracy (%)")
-        caption = (
-            f"Accuracy against labelled data: the {study.params.task_share:.0%} student fine-tuned on labels alone, "
-            f"general encoders that stay as they are under a linear probe and {NEIGHBOURS} nearest neighbours, and a "
-            f"bag of words; all: up to {study.params.labelled} texts. The student began from its distillation on "
-            "unlabelled text of the same kinds."
-        )
-        return figures.publish(
-            figure, "fig:distillation-specialists", data=rows, caption=caption, recorder=study.recorder
-        )
+        panels[0].figure.supxlabel("labelled texts per class, at most", fontsize=8)
+        panels[0].set_ylabel("accuracy (%)")
+    return panels[0].figure
 
 
 def plot_reliability(study: Study, taught: Taught) -> Any:
     """Draw how often texts are classified rightly against how sure the model is, over all tasks."""
     share = study.params.task_share
-    drawn = {TEACHER: (TEACHER, 1.0), LABELS: (LABELS, share), SOFT: (SOFT, share), EXTRA: (EXTRA, share)}
     parts = []
-    for name, (system, size) in drawn.items():
+    for system, size in {TEACHER: 1.0, LABELS: share, SOFT: share, EXTRA: share}.items():
         pairs = [
             (each, task.test_labels)
             for key, task in taught.data.items()
@@ -179,55 +143,38 @@ def plot_reliability(study: Study, taught: Taught) -> Any:
         ]
         sure = np.concatenate([each.max(axis=1) for each, _ in pairs])
         right = np.concatenate([each.argmax(axis=1) == labels for each, labels in pairs])
-        parts.append(classification.reliability_of(sure, right, bins=_BINS).dropna().assign(system=name))
+        parts.append(classification.reliability_of(sure, right, bins=_BINS).dropna().assign(system=system))
     data = pd.concat(parts, ignore_index=True)
-    with figures.style():
-        figure, axes = plt.subplots()
-        axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=0.8, marker="")
-        for name, colour, marker in zip(drawn, figures.OKABE_ITO, figures.MARKERS, strict=False):
-            rows = data[data["system"] == name]
-            axes.plot(rows["confidence"], rows["accuracy"], color=colour, marker=marker, label=name)
-        figures.legend_above(figure)
-        axes.set_xlabel("confidence")
-        axes.set_ylabel("accuracy")
-        caption = (
-            f"Reliability of {study.params.teacher} and of its {share:.0%} students over all tasks and seeds: accuracy "
-            f"of texts by the probability of the predicted class, {_BINS} bins; dotted: perfectly calibrated."
-        )
-        return figures.publish(
-            figure, "fig:distillation-reliability", data=data, caption=caption, recorder=study.recorder
-        )
+    caption = (
+        f"Reliability of {study.params.teacher} and of its {share:.0%} students over all tasks and seeds: accuracy "
+        f"of texts by the probability of the predicted class, {_BINS} bins; dotted: perfectly calibrated."
+    )
+    with charts.figure(study, "fig:distillation-reliability", data, caption=caption, legend=2) as axes:
+        charts.diagonal(axes, 1)
+        charts.curves(axes, data.drop(columns=["low", "high"]), "confidence", "accuracy", by="system")
+        axes.set(xlabel="confidence", ylabel="accuracy")
+    return axes.figure
 
 
 def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
     """Draw size and time of the students relative to the teacher."""
-    full = costs.loc[costs["share"] == 1.0].iloc[0]
-    names = {
-        "bytes on disk": "disk_bytes",
-        "time of a batch": "batch_seconds",
-        "time of one text": "single_seconds",
-    }
-    data = pd.DataFrame({"share_percent": 100 * costs["share"]}).assign(
-        **{name: 100 * costs[column] / full[column] for name, column in names.items()}
+    data = charts.relative(
+        costs,
+        costs.loc[costs["share"] == 1.0].iloc[0],
+        (100 * costs["share"]).rename("share_percent"),
+        bytes_on_disk="disk_bytes",
+        time_of_a_batch="batch_seconds",
+        time_of_one_text="single_seconds",
     )
-    data = data.sort_values("share_percent")
-    with figures.style():
-        figure, axes = plt.subplots()
-        for name, colour, marker in zip(names, figures.OKABE_ITO, figures.MARKERS, strict=False):
-            axes.plot(data["share_percent"], data[name], color=colour, marker=marker, label=name)
-        axes.plot(
-            [0, 100], [0, 100], color=GREY, linestyle=":", linewidth=0.8, marker="", label="in proportion"
-        )
-        figures.legend_above(figure)
-        axes.set_xlabel("parameters of the student (% of the teacher's)")
-        axes.set_ylabel("of the teacher (%)")
-        caption = (
-            f"Bytes and encoding time of the students of {study.params.teacher}, relative to it: one text, and "
-            f"{study.params.cost_texts} at a time; median of {study.params.cost_repeats} interleaved rounds."
-        )
-        return figures.publish(
-            figure, "fig:distillation-cost", data=data, caption=caption, recorder=study.recorder
-        )
+    caption = (
+        f"Bytes and encoding time of the students of {study.params.teacher}, relative to it: one text, and "
+        f"{study.params.cost_texts} at a time; median of {study.params.cost_repeats} interleaved rounds."
+    )
+    with charts.figure(study, "fig:distillation-cost", data, caption=caption, legend=2) as axes:
+        charts.wide_curves(axes, data)
+        charts.diagonal(axes, 100, "in proportion")
+        axes.set(xlabel=_SIZE, ylabel="of the teacher (%)")
+    return axes.figure
 
 
 def _share_axis(axes: Any, percents: set[float]) -> None:
@@ -236,4 +183,4 @@ def _share_axis(axes: Any, percents: set[float]) -> None:
     ticks = sorted(percents)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("parameters of the student (% of the teacher's)")
+    axes.set_xlabel(_SIZE)
