@@ -95,6 +95,7 @@ def test_the_same_values_give_the_same_bytes():
             json.dumps({"dict": [["s", {"class": ["overparam.record.stats", "Gone", {}]}]]}).encode()
         ),
     ],
+    ids=["no archive", "no json", "no dataclass", "a class that is gone"],
 )
 def test_what_cannot_be_read_is_a_clear_error(data):
     with pytest.raises(ValueError, match="cannot be read again"):
