@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from overparam.compress.distill import encoders
+from overparam.experiment import costs as measuring
 from overparam.experiment.study import step
-from overparam.measure import disk, energy, speed
+from overparam.measure import disk
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import Students
 from overparam.studies.distillation_retention.study import Study
-from overparam.support import progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,52 +33,34 @@ def costs(study: Study, students: Students) -> tuple[pd.DataFrame, dict[float, s
     texts = study.texts[: params.cost_texts]
     named: dict[float, SentenceTransformer] = {1.0: study.encoder}
     named |= {share: several[0] for share, several in students.distilled.items()}
-    timings = {
-        size: speed.interleaved(
-            {str(share): _encoding(encoder, texts[:size]) for share, encoder in named.items()},
-            repeats=params.cost_repeats,
-        )
-        for size in (1, len(texts))
-    }
-    rows = []
-    for share, encoder in progress.track(named.items(), "measuring energy"):
-        with energy.energy() as used:
-            for _ in range(params.cost_repeats):
-                _encoding(encoder, texts)()
-        batch, single = (timings[size][str(share)] for size in (len(texts), 1))
-        rows.append(
-            {
-                "share": share,
+    found = measuring.measure(
+        "share",
+        {
+            share: {
                 "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
                 "disk_bytes": _bytes(encoder),
-                "single_seconds": single.median,
-                "batch_seconds": batch.median,
-                "batch_seconds_low": batch.low,
-                "batch_seconds_high": batch.high,
-                "texts_per_second": len(texts) / batch.median,
-                "kwh_per_million_texts": used.kwh / (params.cost_repeats * len(texts)) * 1e6,
-                "energy_method": used.method,
             }
-        )
-    table = pd.DataFrame(rows)
+            for share, encoder in named.items()
+        },
+        {
+            name: measuring.Step({share: _encoding(each, some) for share, each in named.items()}, len(some))
+            for name, some in (("single", texts[:1]), ("batch", texts))
+        },
+        repeats=params.cost_repeats,
+        energy_step="batch",
+        energy_repeats=params.cost_repeats,
+        unit="texts",
+        units=len(texts),
+    )
+    table = found.table.assign(texts_per_second=len(texts) / found.table["batch_seconds"])
     study.recorder.table("costs", table)
-    raw = [
-        {"share": float(share), "texts": size, "seconds": seconds}
-        for size, found in timings.items()
-        for share, timing in found.items()
-        for seconds in timing.values
-    ]
-    study.recorder.table("latencies", pd.DataFrame(raw))
-    batch_seconds = {share: np.array(timings[len(texts)][str(share)].values) for share in named}
-    faster = {share: speed_up(batch_seconds[1.0], batch_seconds[share]) for share in students.distilled}
-    for share, found in faster.items():
-        study.recorder.metric(f"speed_up_{share:g}", found, "times the teacher's speed")
+    study.recorder.table("latencies", found.latencies)
+    faster = {
+        share: each for share, each in found.faster("batch", 1.0).items() if share in students.distilled
+    }
+    for share, each in faster.items():
+        study.recorder.metric(f"speed_up_{share:g}", each, "times the teacher's speed")
     return table, faster
-
-
-def speed_up(teacher: np.ndarray, student: np.ndarray) -> stats.Estimate:
-    """How many times as fast the student is, paired by round."""
-    return stats.retention(student, teacher)
 
 
 def _encoding(encoder: SentenceTransformer, texts: list[str]) -> Callable[[], None]:

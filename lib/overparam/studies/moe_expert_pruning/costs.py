@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import experts
+from overparam.experiment import costs as measuring
 from overparam.experiment.study import step
-from overparam.measure import disk, energy, memory, speed
+from overparam.measure import disk, memory
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
-from overparam.support import progress
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOAD = "overparam.compress.experts:load_pruned"
-_STEPS = ("prompt", "generate_one", "generate_all")
 
 
 @step
@@ -89,50 +84,50 @@ def costs(
     options = {"add_special_tokens": add_special_tokens, "return_tensors": "pt"}
     batch = tokenizer(texts, padding=True, padding_side="left", **options)
     single = tokenizer(texts[:1], **options)
-    calls: dict[str, Callable[[], Any]] = {}
-    for share, model in models_by_share.items():
-        calls[f"prompt {share}"] = _reading(model, batch)
-        calls[f"generate_one {share}"] = _writing(model, tokenizer, single, new_tokens)
-        calls[f"generate_all {share}"] = _writing(model, tokenizer, batch, new_tokens)
-    timings = speed.interleaved(calls, warmup=1, repeats=repeats)
-    tokens = dict(
-        zip(_STEPS, (int(batch["attention_mask"].sum()), new_tokens, new_tokens * len(texts)), strict=True)
-    )
-    saved: list[int] = []
-    jobs = progress.track(_saved(models_by_share, saved), "measuring memory", total=len(models_by_share))
-    resident = list(memory.resident_memories(_LOAD, jobs))
-    rows, raw = [], []
-    for place, (share, model) in enumerate(progress.track(models_by_share.items(), "measuring energy")):
+    each = models_by_share.items()
+    steps = {
+        "prompt": measuring.Step({share: _reading(model, batch) for share, model in each}, len(texts)),
+        "generate_one": measuring.Step(
+            {share: _writing(model, tokenizer, single, new_tokens) for share, model in each}
+        ),
+        "generate_all": measuring.Step(
+            {share: _writing(model, tokenizer, batch, new_tokens) for share, model in each}, len(texts)
+        ),
+    }
+    sizes = measuring.sizes(models_by_share, _save, _LOAD, memory.resident_memories)
+    own: dict[float, dict[str, Any]] = {}
+    for share, model in each:
         counts = models.count_parameters(model)
-        with energy.energy() as used:
-            for _ in range(repeats):
-                calls[f"generate_all {share}"]()
-        row: dict[str, Any] = {
-            "share_pruned": share,
+        own[share] = {
             "parameters": counts.total,
             "expert_parameters": counts.expert,
             "active_parameters": counts.active,
             "flops_per_token": 2 * counts.active,
-            "folder_bytes": saved[place],
-            "resident_bytes": resident[place],
+            "folder_bytes": sizes[share][0],
+            "resident_bytes": sizes[share][1],
         }
-        for call in _STEPS:
-            timing = timings[f"{call} {share}"]
-            row |= {
-                f"{call}_seconds": timing.median,
-                f"{call}_seconds_low": timing.low,
-                f"{call}_seconds_high": timing.high,
-                f"{call}_tokens_per_second": tokens[call] / timing.median,
-            }
-            size = 1 if call == "generate_one" else len(texts)
-            raw += [
-                {"share_pruned": share, "step": call, "texts": size, "seconds": seconds}
-                for seconds in timing.values
-            ]
-        row["kwh_per_million_tokens"] = used.kwh / (repeats * tokens["generate_all"]) * 1e6
-        row["energy_method"] = used.method
-        rows.append(row)
-    return pd.DataFrame(rows), pd.DataFrame(raw)
+    written = new_tokens * len(texts)
+    found = measuring.measure(
+        "share_pruned",
+        own,
+        steps,
+        repeats=repeats,
+        warmup=1,
+        energy_step="generate_all",
+        energy_repeats=repeats,
+        unit="tokens",
+        units=written,
+    )
+    tokens = {
+        "prompt": int(batch["attention_mask"].sum()),
+        "generate_one": new_tokens,
+        "generate_all": written,
+    }
+    throughput = {
+        f"{step}_tokens_per_second": number / found.table[f"{step}_seconds"]
+        for step, number in tokens.items()
+    }
+    return found.table.assign(**throughput), found.latencies
 
 
 def _reading(model: PreTrainedModel, batch: BatchEncoding) -> Callable[[], None]:
@@ -153,7 +148,6 @@ def _writing(
 ) -> Callable[[], torch.Tensor]:
     """Writes exactly `new_tokens` tokens after each prompt."""
     import torch
-    from transformers import GenerationConfig
 
     inputs = _inputs(model, batch)
     config = GenerationConfig(
@@ -176,10 +170,6 @@ def _inputs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, torch.Ten
     return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
-def _saved(models_by_share: Mapping[float, PreTrainedModel], saved: list[int]) -> Iterator[dict[str, Any]]:
-    """Save one model after the other and ask for its memory; the bytes of the folder go to `saved`."""
-    for model in models_by_share.values():
-        with tempfile.TemporaryDirectory(prefix="overparam-") as temporary:
-            folder = experts.save_pruned(model, Path(temporary) / "model")
-            saved.append(disk.disk_bytes(folder))
-            yield {"path": str(folder)}
+def _save(model: PreTrainedModel, folder: Path) -> tuple[int, dict[str, Any]]:
+    path = experts.save_pruned(model, folder / "model")
+    return disk.disk_bytes(path), {"path": str(path)}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from overparam.compress import quantize
+from overparam.experiment import costs as measuring
 from overparam.experiment.study import step
-from overparam.measure import disk, energy, memory, speed
+from overparam.measure import disk, memory
 from overparam.record import stats
 from overparam.studies.quantization_accuracy.study import Study
-from overparam.support import progress
 
 _ENERGY_CALLS = 3
 _HELD = "overparam.compress.quantize.systems:held"
@@ -42,52 +40,50 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     params, names = study.params, study.running
     systems = {name: study.quantized(name).fastest() for name in names}
     single, batch = _calls(study, systems)
-    one, many = (speed.interleaved(calls, repeats=params.cost_repeats) for calls in (single, batch))
-    used = {}
-    for name in progress.track(names, "measuring energy"):
-        with energy.energy() as used[name]:
-            for _ in range(_ENERGY_CALLS):
-                batch[name]()
-    sizes: dict[str, int] = {}
-    starts: dict[str, float] = {}
-    jobs = _saved(study, systems, sizes, starts)
-    resident = dict(zip(names, memory.resident_memories(_HELD, jobs), strict=True))
-    rows = [
+    starts: list[float] = []
+
+    def save(system: quantize.Quantized, folder: Path) -> tuple[int, dict[str, Any]]:
+        system.save(folder)
+        starts.append(_seconds_to_start(study, folder))
+        return disk.disk_bytes(folder), {"folder": str(folder), **_held_arguments(study)}
+
+    steps = {"single": measuring.Step(single), "batch": measuring.Step(batch, params.cost_texts)}
+    found = measuring.measure(
+        "scheme",
+        {
+            name: {"computes_in": each.precision.computes_in, "cache_in": each.precision.cache_in}
+            for name, each in systems.items()
+        },
+        steps,
+        repeats=params.cost_repeats,
+        energy_step="batch",
+        energy_repeats=_ENERGY_CALLS,
+        unit="batches",
+        units=1,
+    )
+    sizes = measuring.sizes(systems, save, _HELD, memory.resident_memories)
+    speed_ups = {step: found.faster(step, quantize.BASELINE) for step in steps}
+    more = [
         {
             "scheme": name,
-            "computes_in": systems[name].precision.computes_in,
-            "cache_in": systems[name].precision.cache_in,
-            "disk_bytes": sizes[name],
-            "resident_bytes": resident[name],
-            "single_seconds": one[name].median,
-            "single_seconds_low": one[name].low,
-            "single_seconds_high": one[name].high,
-            "batch_seconds": many[name].median,
-            "batch_seconds_low": many[name].low,
-            "batch_seconds_high": many[name].high,
-            **_speed_up(one, name).columns("single_speed_up"),
-            **_speed_up(many, name).columns("batch_speed_up"),
+            "disk_bytes": sizes[name][0],
+            "resident_bytes": sizes[name][1],
+            **speed_ups["single"][name].columns("single_speed_up"),
+            **speed_ups["batch"][name].columns("batch_speed_up"),
             "seconds_to_quantize": study.seconds_to_quantize[name],
-            "seconds_to_start": starts[name],
-            "kwh_per_million_batches": used[name].kwh / _ENERGY_CALLS * 1e6,
-            "energy_method": used[name].method,
+            "seconds_to_start": start,
         }
-        for name in names
+        for name, start in zip(systems, starts, strict=True)
     ]
-    table = pd.DataFrame(rows)
+    table = found.table.merge(pd.DataFrame(more), on="scheme")
     study.recorder.table("costs", table)
-    raw = [
-        {"scheme": name, "what": what, "seconds": seconds}
-        for what, timings in (("single", one), ("batch", many))
-        for name, timing in timings.items()
-        for seconds in timing.values
-    ]
-    study.recorder.table("latencies", pd.DataFrame(raw))
-    judged = one if study.decoder else many
-    faster = {name: _speed_up(judged, name) for name in names if name != quantize.BASELINE}
-    for name, found in faster.items():
-        study.recorder.metric(f"speed_up_{name}", found, "times the speed of fp32 eager")
-        study.recorder.metric(f"disk_share_{name}", 100 * sizes[name] / sizes[quantize.BASELINE], "% of fp32")
+    study.recorder.table("latencies", found.latencies)
+    faster = speed_ups["single" if study.decoder else "batch"]
+    faster = {name: each for name, each in faster.items() if name != quantize.BASELINE}
+    for name, each in faster.items():
+        study.recorder.metric(f"speed_up_{name}", each, "times the speed of fp32 eager")
+        share = 100 * sizes[name][0] / sizes[quantize.BASELINE][0]
+        study.recorder.metric(f"disk_share_{name}", share, "% of fp32")
     return table, faster
 
 
@@ -116,41 +112,23 @@ def names_of_calls(study: Study) -> tuple[str, str]:
     return ("one more token", "prompt") if study.decoder else ("one text", f"{study.params.cost_texts} texts")
 
 
-def _speed_up(timings: Mapping[str, speed.Timing], name: str) -> stats.Estimate:
-    """How many times as fast as full precision a scheme is, paired by round."""
-    return stats.retention(np.array(timings[name].values), np.array(timings[quantize.BASELINE].values))
-
-
-def _saved(
-    study: Study, systems: dict[str, quantize.Quantized], sizes: dict[str, int], starts: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    """Save one model after the other and ask for the memory that it takes.
-
-    Its bytes go to `sizes`, the seconds until it is loaded and has read its first text to `starts`.
-    """
+def _seconds_to_start(study: Study, folder: Path) -> float:
+    """Seconds until a saved system is loaded and has read its first text."""
     import torch
 
+    torch.compiler.reset()
+    started = time.perf_counter()
+    cold = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
+    with warnings.catch_warnings(action="ignore"), cold:  # it warns that one of its caches is off
+        loaded = quantize.load(folder, type(study.model), decoder=study.decoder, fastest=True)
+        _calls(study, {"": loaded})[0][""]()
+    return time.perf_counter() - started
+
+
+def _held_arguments(study: Study) -> dict[str, Any]:
     kind = type(study.model)
     ids = study.tokenizer(study.train_texts[0])["input_ids"][: study.params.max_length]
-    for name, system in progress.track(systems.items(), "measuring memory"):
-        with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-            system.save(folder)
-            sizes[name] = disk.disk_bytes(Path(folder))
-            torch.compiler.reset()
-            started = time.perf_counter()
-            cold = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
-            with warnings.catch_warnings(action="ignore"), cold:  # it warns that one of its caches is off
-                loaded = quantize.load(folder, kind, decoder=study.decoder, fastest=True)
-                _calls(study, {name: loaded})[0][name]()
-            starts[name] = time.perf_counter() - started
-            del loaded
-            yield {
-                "folder": folder,
-                "module": kind.__module__,
-                "kind": kind.__name__,
-                "ids": ids,
-                "decoder": study.decoder,
-            }
+    return {"module": kind.__module__, "kind": kind.__name__, "ids": ids, "decoder": study.decoder}
 
 
 Calls = dict[str, Callable[[], object]]
