@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 # The CPU build of torch where pip offers one; on a machine with an NVIDIA GPU the default build. Or choose: make TORCH=torch==2.13.0
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch==2.13.0 || echo torch==2.13.0+cpu)
-PROFILE ?= laptop
+PROFILE ?= quick
 # threads that wait leave the cores to other processes; a value of your own wins
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt

@@ -1,6 +1,6 @@
 """Run the studies of a profile and keep their results; or report, verify, compare and cite results.
 
-    python run_all.py                               the laptop profile
+    python run_all.py                               the quick profile
     python run_all.py --profile smoke --dry-run     what would run, and why
     python run_all.py --jobs 2 --timeout 7200       two notebooks at once, two hours each at most
     python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster

@@ -34,7 +34,7 @@ def call(tmp_path, monkeypatch):
     (tmp_path / "ministudies" / "mini.py").write_text(PARAMS)
     profiles = tmp_path / "profiles"
     profiles.mkdir()
-    for name in ("laptop", "smoke"):
+    for name in ("quick", "laptop", "smoke"):
         (profiles / f"{name}.yaml").write_text(f"description: the {name} one\njobs:\n  mini: [{{}}]\n")
     monkeypatch.setattr(plan, "PROFILES", profiles)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -70,7 +70,7 @@ def test_dry_run_shows_the_plan_and_runs_nothing(call, capsys, tmp_path, fake_ru
     seen = fake_run("done")
     assert call("--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "laptop: the laptop one" in shown
+    assert "quick: the quick one" in shown
     assert "mini/mini  due    missing" in shown
     assert seen == []
     assert not (tmp_path / "results").exists()

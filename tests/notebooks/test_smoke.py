@@ -49,6 +49,6 @@ def test_nothing_is_due_after_a_run(smoke):
     assert {job.state for job in plan(load_profile("smoke"), results=results)} == {"up to date"}
 
 
-@pytest.mark.parametrize("profile", ["smoke", "laptop", "reference", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "reference", "paper"])
 def test_every_profile_is_valid(profile, tmp_path):
     assert plan(load_profile(profile), results=tmp_path)

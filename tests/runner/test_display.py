@@ -42,3 +42,14 @@ def test_plain_lines_elsewhere(tmp_path):
     text, _ = show(io.StringIO(), tmp_path)
     step = "cell 3/7  scoring  2/8, 1:00 left in this step, 0:00 elapsed, about 1:00:00 left"
     assert text.splitlines() == ["[1/2] toy/alpha  converting", f"[1/2] toy/alpha  {step}"]
+
+
+def test_the_time_for_all_jobs_is_shown_where_that_of_each_is_known(tmp_path):
+    out = io.StringIO()
+    with Display(out) as display:
+        display.later = 600.0
+        display.submitted("[1/3] toy/alpha", "mine", tmp_path / "progress", expected=120)
+        display.submitted("[2/3] toy/beta", "queued", tmp_path / "other", expected=60)
+        (tmp_path / "progress.cell").write_text(json.dumps({"cell": 3, "cells": 7, "token": "mine"}))
+        time.sleep(0.8)
+    assert "about 2:00 left, about 13:00 for all jobs" in out.getvalue()

@@ -419,3 +419,9 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_profile_says_how_long_a_job_takes_that_has_not_run_yet(project):
+    profile = Profile("mine", "mine.yaml", "", {"toy": [{}]}, {"toy": 2})
+    (job,) = planning.plan(profile, notebooks_dir=project / "notebooks", studies_package="toystudies")
+    assert job.expected == 120

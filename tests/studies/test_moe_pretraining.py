@@ -238,6 +238,26 @@ def test_every_step_leaves_its_part_of_the_record(first, tmp_path, monkeypatch):
     assert torch.equal(named.lm_head.weight, stored.model.lm_head.weight)
 
 
+def test_without_steps_a_translator_that_is_trained_already_is_measured(first, tmp_path, monkeypatch):
+    trained, _ = first
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
+    run = study.start(TINY)
+    study.learning_curve(run, trained)
+    stored = study.store(run, trained)
+    monkeypatch.setenv("OVERPARAM_MOE_TRANSLATOR", str(run.recorder.directory))
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "again"))
+    again = study.start(Params(**TINY.model_dump() | {"steps": 0}))
+    shown = study.train(again)
+    assert list(again.params.key_inputs()) == ["moe-translator/model.safetensors"]
+    assert torch.equal(shown.model.lm_head.weight, stored.model.lm_head.weight)
+    assert (shown.log.tokens, shown.log.predicted) == (trained.log.tokens, trained.log.predicted)
+    assert shown.log.loss == pytest.approx(trained.log.loss)
+    np.testing.assert_allclose(shown.curve, trained.curve)
+    study.learning_curve(again, shown)
+    curves = [pd.read_csv(each.recorder.directory / "learning_curve.csv") for each in (run, again)]
+    np.testing.assert_allclose(curves[0]["learning_rate"], curves[1]["learning_rate"])
+
+
 def test_goals_are_judged_by_the_lesser_load_and_the_whole_interval(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
     run = study.start(TINY)

@@ -10,7 +10,7 @@ from pathlib import Path
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run to a parser."""
     add = parser.add_argument
-    add("--profile", default="laptop", metavar="NAME|FILE", help="what to run (default: laptop)")
+    add("--profile", default="quick", metavar="NAME|FILE", help="what to run (default: quick)")
     add("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="just these")
     add(
         "--set",

@@ -50,7 +50,7 @@ def explain(jobs: Sequence[Job], name: str) -> str:
         ("command", job.command),
         ("needs", ", ".join(job.needs) or "no other study"),
         ("resources", _pairs(job.resources) or "nothing special"),
-        ("last time", f"{job.expected:.0f} s" if job.expected is not None else "never"),
+        ("takes", f"about {job.expected:.0f} s" if job.expected is not None else "not known yet"),
         ("log", log if log.exists() else "none yet"),
         *([("failure", failed)] if failed.exists() else []),
     ]

@@ -38,7 +38,7 @@ class _Shown:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until the job is as old as it was last time."""
+        """Seconds until the job is as old as expected."""
         return self.expected - self.elapsed if self.expected and self.expected > self.elapsed else None
 
 
@@ -46,9 +46,13 @@ class Display:
     """Shows which job, cell and step is running, read from the progress files that kernels write.
 
     A thread looks at the files while the `with` block runs; they may be on another machine's side of a shared disk.
+
+    Attributes:
+        later: Seconds that jobs not handed out yet will take; None where that is not known.
     """
 
     def __init__(self, out: TextIO):
+        self.later: float | None = 0.0
         self._out = out
         self._jobs: dict[str, _Shown] = {}
         self._lock = threading.RLock()
@@ -80,7 +84,7 @@ class Display:
             title: What its lines begin with.
             token: Stands in the progress file once it is this attempt's.
             progress_file: Its step; beside it, with more endings, are its cell and its notes.
-            expected: Seconds that the job took last time.
+            expected: Seconds that the job takes; None where that is not known.
         """
         with self._lock:
             self._jobs[token] = _Shown(title, token, progress_file, expected)
@@ -130,7 +134,9 @@ class Display:
         last, when = shown.line
         if step != last or time.monotonic() - when >= _EVERY:
             shown.line = (step, time.monotonic())
-            self.line(f"{step}  {shown.left}{duration(shown.elapsed)} elapsed{_about(shown)}")
+            self.line(
+                f"{step}  {shown.left}{duration(shown.elapsed)} elapsed{_about(shown)}{self._for_all()}"
+            )
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -142,8 +148,18 @@ class Display:
                 table.add_row(shown.title, _where(shown), shown.step, rest)
         queued = sum(shown.started is None for shown in self._jobs.values())
         if queued:
-            table.add_row(f"{queued} more to start")
+            table.add_row(f"{queued} more to start{self._for_all()}")
         return table
+
+    def _for_all(self) -> str:
+        """How long the whole plan still takes, where it has more than one job and the time of each is known."""
+        jobs = self._jobs.values()
+        expected = [shown.expected for shown in jobs if shown.expected is not None]
+        if self.later is None or len(expected) < len(jobs) or (len(jobs) == 1 and not self.later):
+            return ""
+        left = [max(0.0, (shown.expected or 0.0) - shown.elapsed) for shown in jobs]
+        at_once = max(1, sum(shown.started is not None for shown in jobs))
+        return f", about {duration(max(*left, (sum(left) + self.later) / at_once))} for all jobs"
 
 
 def duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from overparam.runner.plan import columns
 from overparam.runner.pool import Answer, Local, Pool
 
 ALL_DONE, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_REDRAWN = 10.0  # seconds that a redraw takes, about
 _NOT_BEGUN = "interrupted before it began"
 
 
@@ -150,6 +151,10 @@ class _Run:
                     continue
             self._submit(job)
 
+        waiting = [_expected(job) for job in self._waiting]
+        known = [seconds for seconds in waiting if seconds is not None]
+        self._display.later = sum(known) if len(known) == len(waiting) else None
+
     def _known(self) -> list[Job]:
         running = [job for job, _ in self._running.values()]
         return [*self._waiting, *running, *(outcome.job for outcome in self._ended.values())]
@@ -157,7 +162,7 @@ class _Run:
     def _submit(self, job: Job) -> None:
         self._attempts[job.name] += 1
         token = f"{self._id}-{job.name}-{self._attempts[job.name]}"
-        expected = job.expected if job.state == "due" else None
+        expected = _expected(job)
         self._display.submitted(self._titles[job.name], token, job.beside("progress"), expected)
         self._running[self._pool.submit(job, token, self._timeout)] = (job, token)
 
@@ -187,6 +192,10 @@ class _Run:
 
     def _end(self, job: Job, answer: Answer) -> None:
         self._ended[job.name] = Outcome(job, answer.ending, answer.seconds, answer.message)
+
+
+def _expected(job: Job) -> float | None:
+    return job.expected if job.state == "due" else _REDRAWN
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

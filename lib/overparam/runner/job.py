@@ -33,7 +33,7 @@ class Job:
         changes: What differs from the last record: part of the key → names.
         resources: What it needs of a machine or a worker, such as {"GPU": 1}.
         needs: Studies whose jobs must be done before → what of theirs is missing now, or nothing.
-        expected: Seconds that it took last time, if known.
+        expected: Seconds that it took last time, or that its profile says; None where neither is known.
     """
 
     study: str

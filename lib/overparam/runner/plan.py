@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,27 @@ STUDIES = "overparam.studies"
 
 @dataclass(frozen=True)
 class Profile:
-    """What to run: for each study its parameter sets; `source` is what the user typed."""
+    """What to run.
+
+    Attributes:
+        name: Its file's, without ending.
+        source: What the user typed.
+        description: For whom it is, how long it takes, and what it leaves out.
+        jobs: Each study's parameter sets.
+        minutes: How long a job of a study takes on two cores, until it has run here once.
+    """
 
     name: str
     source: str
     description: str
     jobs: dict[str, list[dict[str, Any]]]
+    minutes: dict[str, float] = field(default_factory=dict)
 
 
 class _ProfileFile(BaseModel, extra="forbid"):
     description: str = ""
     jobs: dict[str, list[dict[str, Any]]]
+    minutes: dict[str, float] = {}
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
@@ -62,7 +72,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise BadInput(f"profile {given}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise BadInput(*problem_lines(f"profile {given}", error, _ProfileFile)) from error
-    return Profile(path.stem, given, content.description.strip(), content.jobs)
+    return Profile(path.stem, given, content.description.strip(), content.jobs, content.minutes)
 
 
 def plan(
@@ -199,6 +209,7 @@ def _jobs(
         measuring = {"notebook": reached.notebook_measuring, "modules": reached.measuring}
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
     found = state.find(root / study)
+    planned = 60 * profile.minutes[study] if study in profile.minutes else None
     jobs = []
     for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
         own: dict[str, str] = getattr(validated, "key_inputs", dict)()
@@ -222,7 +233,7 @@ def _jobs(
                 changes=now[2],
                 resources=dict(getattr(validated, "resources", dict)()),
                 needs=dict(getattr(validated, "needs", dict)()),
-                expected=max(took)[1] if took else None,
+                expected=max(took)[1] if took else planned,
             )
         )
     return jobs

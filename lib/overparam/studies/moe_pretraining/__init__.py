@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from overparam.assets import trained
 from overparam.experiment.params import Count, Percent, Positive, StudyParams
 
 Proportion = Annotated[float, Field(ge=0, le=1)]
@@ -40,7 +41,9 @@ class Params(StudyParams):
         None, description="use only the first texts of each corpus, for a trial; null: all"
     )
 
-    steps: Count = Field(900, description="optimizer steps")
+    steps: int = Field(
+        900, ge=0, description="optimizer steps; 0: none, the translator of the repository is measured"
+    )
     rows: Count = Field(24, description="rows per batch")
     row_length: int = Field(320, ge=128, description="tokens per row")
     accumulate: Count = Field(2, description="batches per optimizer step")
@@ -87,9 +90,13 @@ class Params(StudyParams):
                 "hidden must be a multiple of heads, and heads of key_value_heads, "
                 f"got {self.hidden}, {self.heads}, {self.key_value_heads}"
             )
-        if self.warmup + self.decay > self.steps:
+        if self.steps and self.warmup + self.decay > self.steps:
             raise ValueError(f"warmup and decay must fit into steps = {self.steps}")
         return self
+
+    def key_inputs(self) -> dict[str, str]:
+        """Return the hashes that belong to the key: without training, of the weights that are measured."""
+        return {} if self.steps else trained.hashes(self.slug())
 
     def slug(self) -> str:
         """Return the name of the model that is trained."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,8 @@ def start(params: Params) -> Study:
 
 @step
 def train(study: Study) -> training.Trained:
-    """Train the translator, or take it from the cache when it is trained already."""
-    trained = training.train(study.params)
+    """Train the translator, or take it from the cache, or from the repository, when it is trained already."""
+    trained = training.train(study.params) if study.params.steps else training.committed(study.params)
     counts = models.count_parameters(trained.model)
     for name in ("total", "embedding", "expert", "active"):
         study.recorder.metric(f"parameters_{name}", getattr(counts, name))
@@ -84,7 +84,7 @@ def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
     Columns: `loss` and `validation_loss` in nats per predicted token, `smoothed_loss` the mean over the last
     `SMOOTHED_OVER` steps, `balance` the load-balancing loss, `tokens` and `minutes` so far.
     """
-    log, recipe = trained.log, training.recipe(study.params)
+    log, recipe = trained.log, replace(training.recipe(study.params), steps=len(trained.log.loss))
     steps = range(1, len(log.loss) + 1)
     curve = pd.DataFrame(
         {

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from overparam import models
+from overparam.assets import trained
 from overparam.data.packing import IGNORED, Packed, pack
 from overparam.models import translator
 from overparam.studies.moe_pretraining import Params, corpus
@@ -147,6 +149,19 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
         )
     points = sorted((step, loss) for step, loss in curve.items() if step <= params.steps)
     return Trained(model.eval(), tokenizer, log, points)
+
+
+def committed(params: Params) -> Trained:
+    """Return the translator that comes with the repository, and the log of its training."""
+    folder = trained.folder(params.slug())
+    model, tokenizer = models.load(str(folder), causal=True)
+    log = pd.read_csv(folder / "learning_curve.csv")
+    seconds = (60 * log["minutes"]).tolist()
+    found = causal.Log(
+        **{name: log[name].tolist() for name in ("loss", "balance", "tokens", "predicted")}, seconds=seconds
+    )
+    points = log.loc[log["validation_loss"].notna(), ["step", "validation_loss"]]
+    return Trained(model.eval(), tokenizer, found, list(points.itertuples(index=False, name=None)))
 
 
 def replay(params: Params, steps: int) -> list[float]:
