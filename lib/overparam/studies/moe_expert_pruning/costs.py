@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from overparam import models
 from overparam.compress import experts
@@ -16,6 +15,10 @@ from overparam.experiment.study import step
 from overparam.measure import disk, memory
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.studies.moe_expert_pruning.sweep import PUBLISHED, Sweep
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOAD = "overparam.compress.experts:load_pruned"
 
@@ -148,6 +151,7 @@ def _writing(
 ) -> Callable[[], torch.Tensor]:
     """Writes exactly `new_tokens` tokens after each prompt."""
     import torch
+    from transformers import GenerationConfig
 
     inputs = _inputs(model, batch)
     config = GenerationConfig(
