@@ -597,5 +597,7 @@ def test_vectors_that_cannot_be_borrowed_are_refused(fields, options, message):
 
 
 def test_fewer_rows_than_dimensions_have_no_components():
-    with pytest.raises(ValueError, match=r"10 vectors of 32 dimensions have no 16 .* at most 10 dimensions"):
+    with pytest.raises(
+        ValueError, match=r"10 vectors of 32 dimensions have fewer than 16 .* at most 10 dimensions"
+    ):
         principal_rows(torch.randn(10, 32), 16, scale=0.02)

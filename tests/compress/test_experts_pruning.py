@@ -218,7 +218,7 @@ def test_deepseek_groups_stay_equal(options):
 
 def test_deepseek_groups_keep_what_the_router_looks_at():
     model = models.tiny_twin("deepseek_v3", causal=True)
-    with pytest.raises(ValueError, match="at least 2 experts a group, got 1"):
+    with pytest.raises(ValueError, match="at least 2 experts per group, got 1"):
         experts.prune(model, [[0, 4]] * 3)
     wide = models.tiny_twin("deepseek_v3", causal=True, num_experts_per_tok=4)
     keep = [[0, 1, 4, 5]] * 3

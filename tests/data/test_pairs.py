@@ -139,10 +139,10 @@ def test_impossible_wishes_are_refused():
     with pytest.raises(ValueError, match=r"'topic' gives \d+ triplets in the validation split.*at most \d+"):
         triplets(5000, sources=["topic"], split="validation")
     with pytest.raises(
-        ValueError, match="unknown source of triplets 'paraphrases'; did you mean 'paraphrase'"
+        ValueError, match="unknown source of triplets 'paraphrases': did you mean 'paraphrase'"
     ):
         triplets(4, sources=["paraphrases"])
-    with pytest.raises(ValueError, match="unknown split 'Train'; did you mean 'train'"):
+    with pytest.raises(ValueError, match="unknown split 'Train': did you mean 'train'"):
         triplets(4, split="Train")
     with pytest.raises(ValueError, match="got n=0"):
         triplets(0)
@@ -200,7 +200,7 @@ def test_published_triplets_that_are_wrong_are_named(tmp_path):
         hub_triplets(tmp_path / "echo")
     with pytest.raises(ValueError, match="holds 2 triplets in 1 sources, got n=3"):
         hub_triplets(tmp_path / "echo", 3)
-    with pytest.raises(ValueError, match="'na'; did you mean 'nq'"):
+    with pytest.raises(ValueError, match="'na': did you mean 'nq'"):
         hub_triplets(tmp_path / "echo", sources=["na"])
     with pytest.raises(ValueError, match="at least 1"):
         hub_triplets(tmp_path / "echo", 0)

@@ -140,7 +140,7 @@ def test_hub_sets_without_network_say_what_to_do(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(corpora, "load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(RuntimeError, match=r"flores_plus \(eng_Latn\).*no network"):
         parallel.flores("en", "fr")
     with pytest.raises(RuntimeError, match=r"wmt24pp \(en-ar_EG\).*no network"):
@@ -150,8 +150,8 @@ def test_hub_sets_without_network_say_what_to_do(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: parallel.verse_pairs("en", "frr", "test"), "unknown language 'frr'; did you mean 'fr'"),
-        (lambda: parallel.verse_pairs("en", "fr", "tets"), "unknown split 'tets'; did you mean 'test'"),
+        (lambda: parallel.verse_pairs("en", "frr", "test"), "unknown language 'frr': did you mean 'fr'"),
+        (lambda: parallel.verse_pairs("en", "fr", "tets"), "unknown split 'tets': did you mean 'test'"),
         (
             lambda: parallel.verse_pairs("en", "fr", "test", english="lsg"),
             "unknown English version 'lsg'",
@@ -162,7 +162,7 @@ def test_hub_sets_without_network_say_what_to_do(monkeypatch):
         (lambda: parallel.interface_pairs("en"), "unknown language of interface strings 'en'"),
         (lambda: parallel.flores("en", "fr", "test"), "unknown split of FLORES\\+ 'test'"),
         (lambda: parallel.flores("en", "xx"), "unknown language 'xx'"),
-        (lambda: parallel.wmt24pp("dee"), "unknown language 'dee'; did you mean 'de'"),
+        (lambda: parallel.wmt24pp("dee"), "unknown language 'dee': did you mean 'de'"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -68,7 +68,7 @@ def test_verses_in_a_split_keep_their_order():
 
 def test_kept_splits_equal_computed_ones_and_a_broken_file_is_made_again(monkeypatch, tmp_path):
     expected = splits.verse_splits()
-    monkeypatch.setattr(splits.packages, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("overparam.support.cache.directory", lambda: tmp_path)
     fresh = splits.verse_splits.__wrapped__
     assert fresh() == expected
     (file,) = (tmp_path / "splits").iterdir()

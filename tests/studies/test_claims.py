@@ -31,7 +31,7 @@ def summarise(folder, monkeypatch):
     list(plots.plot_forests(study, steps.forest(study)))
     plots.plot_pareto(study, pareto.points(study.found))
     steps.conditions(study)
-    return table, steps.finish(study)
+    return table, study.finish()
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path, monkeypatch):

@@ -241,7 +241,7 @@ def test_half_a_pair_of_decoders_is_refused():
 
 
 def test_students_are_saved_with_their_cards(started, students, taught, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.packages, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("overparam.support.cache.directory", lambda: tmp_path)
     suite = general.score(started, students)
     folders = export.export(started, students, suite, taught)
     assert [folder.name for folder in folders] == ["student-0.5", "student-0.25", "student-0.25-ReutersR8"]

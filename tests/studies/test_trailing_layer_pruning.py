@@ -210,7 +210,7 @@ def test_both_recipes_are_compared_on_the_same_triplets(name, tmp_path, monkeypa
 @pytest.mark.parametrize("recipe", ["plain", "published"])
 def test_an_exported_encoder_embeds_as_the_trained_one(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path / "job"))
-    monkeypatch.setattr("overparam.assets.packages.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("overparam.support.cache.directory", lambda: tmp_path)
     run = study.start(Params(model="tiny-llama", dtype="float32", recipe=recipe, **TINY))
     texts = study.text_recipe(run.params)
     encoder = contrastive.as_sentence_transformer(

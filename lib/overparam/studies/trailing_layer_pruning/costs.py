@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from overparam import models
 from overparam.compress import depth
@@ -17,8 +16,10 @@ from overparam.experiment import costs as measuring
 from overparam.experiment.study import step
 from overparam.measure import disk, memory
 from overparam.record import stats
-from overparam.studies.trailing_layer_pruning.encoding import encode
 from overparam.studies.trailing_layer_pruning.study import Study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RESAMPLES = 2000
 _STEP = "overparam.studies.trailing_layer_pruning.encoding:encode_saved"
@@ -112,5 +113,7 @@ def proportionality(seconds: dict[int, Sequence[float]]) -> stats.Estimate:
 
 
 def _encoding(study: Study, model: PreTrainedModel, texts: list[str]) -> Callable[[], None]:
+    from overparam.studies.trailing_layer_pruning.encoding import encode
+
     params = study.params
     return lambda: encode(model, study.tokenizer, texts, params.batch_tokens, study.max_length)
