@@ -1,11 +1,13 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from overparam.cli import commands
 from overparam.record import record
 from overparam.runner.plan import load_profile, plan
 
@@ -47,6 +49,18 @@ def test_progress_names_the_steps(smoke):
 def test_nothing_is_due_after_a_run(smoke):
     results, _ = smoke
     assert {job.state for job in plan(load_profile("smoke"), results=results)} == {"up to date"}
+
+
+def test_every_study_is_drawn_anew_from_its_recorded_steps_to_the_same_bytes(smoke, tmp_path):
+    results, _ = smoke
+    again = tmp_path / "again"
+    shutil.copytree(results, again)
+    assert commands.main(["redraw", str(again)], ROOT) == 0
+    before, after = record.find(results), record.find(again)
+    assert [(one.slug, one.figures, one.claims) for one in after] == [
+        (one.slug, one.figures, one.claims) for one in before
+    ]
+    assert record.missing_or_orphaned(again) == []
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "reference", "paper"])
