@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import os
@@ -26,7 +25,7 @@ from overparam.runner.job import Job
 from overparam.runner.plan import STUDIES, Profile, drawing_parts, plan
 from overparam.runner.pool import Local
 from overparam.studies import claims
-from overparam.support.files import digest
+from overparam.support.files import digest, sha256
 
 OK, FAILED = 0, 1
 
@@ -125,7 +124,8 @@ def redraw(path: Path, style: Path | None, root: Path) -> int:
             jobs.append(_drawing_job(one, style, root))
         except ValueError as error:
             left_out.append(f"{one.study}/{one.slug}  left out: {error}")
-    print("\n".join(left_out), file=sys.stderr)
+    for line in left_out:
+        print(line, file=sys.stderr)
     outcomes = execute.run(jobs, pool=partial(Local, 2))
     print(f"\n{execute.summary(outcomes)}")
     return FAILED if left_out else execute.exit_code(outcomes)
@@ -133,7 +133,7 @@ def redraw(path: Path, style: Path | None, root: Path) -> int:
 
 def _drawing_job(one: Record, style: Path | None, root: Path) -> Job:
     assert one.path is not None
-    notebook = next((root / "notebooks").glob(f"[0-9]*_{one.study}.ipynb"), None)
+    notebook = _notebook(one, root)
     if notebook is None:
         raise ValueError(f"there is no notebook of {one.study}")
     if not (one.path.parent / record.STEPS_NAME).is_file():
@@ -143,7 +143,7 @@ def _drawing_job(one: Record, style: Path | None, root: Path) -> Job:
     module = f"{STUDIES}.{one.study}"
     drawing = drawing_parts(code.reached(notebook, module), _params(one))
     if style is not None:
-        drawing["style"] = hashlib.sha256(style.read_bytes()).hexdigest()
+        drawing["style"] = sha256(style)
     return Job(
         study=one.study,
         slug=one.slug,
@@ -186,7 +186,7 @@ def cite(name: str, results: Path, root: Path) -> int:
 def changed_since(one: Record, root: Path) -> list[str]:
     """Which code, notebook or inputs a record was made with that are others today."""
     before = one.provenance.get("key", {})
-    path = next((root / "notebooks").glob(f"[0-9]*_{one.study}.ipynb"), None)
+    path = _notebook(one, root)
     if path is None:
         return [f"there is no notebook of {one.study}"]
     changed = []
@@ -204,6 +204,10 @@ def changed_since(one: Record, root: Path) -> list[str]:
         return [*changed, "parameters"]
     inputs: dict[str, str] = getattr(params, "key_inputs", dict)()
     return changed + [name for name, sha in inputs.items() if before.get("inputs", {}).get(name) != sha]
+
+
+def _notebook(one: Record, root: Path) -> Path | None:
+    return next((root / "notebooks").glob(f"[0-9]*_{one.study}.ipynb"), None)
 
 
 def _params(one: Record) -> BaseModel:
