@@ -147,6 +147,13 @@ def test_older_records_are_left_out_and_the_rest_is_drawn(coin, monkeypatch, cap
     assert "coin/penny" in captured.out
 
 
+def test_records_of_a_study_that_is_gone_are_left_out(coin, monkeypatch, capsys):
+    run(coin)
+    monkeypatch.setattr(commands, "STUDIES", "nowhere")
+    assert commands.main(["redraw", str(coin / "results" / "mine")], coin) == 1
+    assert "coin/penny  left out: No module named 'nowhere'" in capsys.readouterr().err
+
+
 def test_a_study_as_contributing_says_it_fits_in_sixty_lines():
     """Without its notebook and without what the tests alone need; blank lines do not count."""
     texts = (PARAMS, STUDY, PLOTS, VERDICTS)

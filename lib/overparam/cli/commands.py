@@ -122,7 +122,7 @@ def redraw(path: Path, style: Path | None, root: Path) -> int:
     for one in inside:
         try:
             jobs.append(_drawing_job(one, style, root))
-        except ValueError as error:
+        except (ImportError, ValueError) as error:
             left_out.append(f"{one.study}/{one.slug}  left out: {error}")
     for line in left_out:
         print(line, file=sys.stderr)
