@@ -75,6 +75,8 @@ def training_texts(study: Study) -> dict[str, Examples]:
     """
     found: dict[str, Examples] = {kind: {} for kind in TARGETS}
     params = study.params
+    if not params.recovery_shares:
+        return found
     every = {
         language: study.pairs("en", language, "training", params.recovery_items)
         for language in params.languages
