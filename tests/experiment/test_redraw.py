@@ -25,6 +25,21 @@ def run(root):
     return record.load(outcome.job.directory)
 
 
+@pytest.fixture
+def before(coin, tmp_path_factory):
+    """The record of the coin, which is measured once for all tests and then copied."""
+    kept = tmp_path_factory.getbasetemp() / "measured-coin"
+    if not kept.exists():
+        run(coin)
+        shutil.copytree(coin / "results", kept / "results")
+        shutil.copy(coin / "log", kept)
+    else:
+        shutil.copytree(kept, coin, dirs_exist_ok=True)
+    job = planned(coin)
+    assert job.state == "up to date"
+    return record.load(job.directory)
+
+
 def times_measured(root):
     return (root / "log").read_text().count("thrown")
 
@@ -35,8 +50,7 @@ def change(root, name, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-def test_a_changed_caption_and_verdict_are_made_anew_without_measuring(coin):
-    before = run(coin)
+def test_a_changed_caption_and_verdict_are_made_anew_without_measuring(coin, before):
     assert planned(coin).state == "up to date"
     change(coin, "plots.py", "Heads by bias.", "How often heads came.")
     change(coin, "verdicts.py", 'published="75 %"', 'published="three of four"')
@@ -69,14 +83,14 @@ def test_a_changed_caption_and_verdict_are_made_anew_without_measuring(coin):
         ("plots.py", "heads (%)", "heads, %", "to redraw"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("before")
 def test_what_a_change_makes_due(coin, name, old, new, state):
-    run(coin)
     change(coin, name, old, new)
     assert planned(coin).state == state
 
 
+@pytest.mark.usefixtures("before")
 def test_of_a_notebook_only_what_measures_is_in_the_measuring_key(coin):
-    run(coin)
     cells = list(CELLS)
     cells[4] = ("code", "table = steps.throw(study)\ntable.style.format(precision=3)", [])
     write_notebook(coin / "notebooks" / "01_coin.ipynb", cells)
@@ -86,8 +100,7 @@ def test_of_a_notebook_only_what_measures_is_in_the_measuring_key(coin):
     assert planned(coin).state == "due"
 
 
-def test_a_step_that_the_record_does_not_hold_is_a_clear_error_and_the_old_record_stays(coin):
-    before = run(coin)
+def test_a_step_that_the_record_does_not_hold_is_a_clear_error_and_the_old_record_stays(coin, before):
     change(coin, "verdicts.py", "    row = table.iloc[-1]", "    study.coin.weight\n    row = table.iloc[-1]")
     (outcome,) = execute.run([planned(coin)], out=io.StringIO())
     assert outcome.ending == "failed"
@@ -100,8 +113,7 @@ def redraw(root, monkeypatch, *arguments):
     return commands.main(["redraw", str(root / "results" / "mine"), *arguments], root)
 
 
-def test_a_style_changes_all_figures_and_no_number(coin, monkeypatch, tmp_path, capsys):
-    before = run(coin)
+def test_a_style_changes_all_figures_and_no_number(coin, before, monkeypatch, tmp_path, capsys):
     style = tmp_path / "paper.mplstyle"
     style.write_text("font.family: serif\naxes.grid: True\n")
     assert redraw(coin, monkeypatch, "--style", str(style)) == 0
@@ -132,8 +144,8 @@ def test_a_style_that_cannot_be_used_is_refused(coin, monkeypatch, tmp_path, tex
         redraw(coin, monkeypatch, "--style", str(style))
 
 
-def test_older_records_are_left_out_and_the_rest_is_drawn(coin, monkeypatch, capsys):
-    new = run(coin).path.parent
+def test_older_records_are_left_out_and_the_rest_is_drawn(coin, before, monkeypatch, capsys):
+    new = before.path.parent
     old = new.with_name("older-00000000")
     shutil.copytree(new, old)
     (old / record.STEPS_NAME).unlink()
@@ -147,8 +159,8 @@ def test_older_records_are_left_out_and_the_rest_is_drawn(coin, monkeypatch, cap
     assert "coin/penny" in captured.out
 
 
+@pytest.mark.usefixtures("before")
 def test_records_of_a_study_that_is_gone_are_left_out(coin, monkeypatch, capsys):
-    run(coin)
     monkeypatch.setattr(commands, "STUDIES", "nowhere")
     assert commands.main(["redraw", str(coin / "results" / "mine")], coin) == 1
     assert "coin/penny  left out: No module named 'nowhere'" in capsys.readouterr().err

@@ -299,5 +299,5 @@ def test_a_donor_brings_its_terms(tmp_path, monkeypatch):
 @pytest.mark.skipif(not RECORDS, reason="results/reference holds no pre-training")
 def test_the_committed_checkpoint_began_as_its_record_says():
     found = record.load(RECORDS[-1])
-    logged = pd.read_csv(RECORDS[-1].parent / "learning_curve.csv")["loss"][:2]
-    assert training.replay(Params(**found.params), 2) == pytest.approx(list(logged), abs=0.02)
+    logged = pd.read_csv(RECORDS[-1].parent / "learning_curve.csv")["loss"][:1]
+    assert training.replay(Params(**found.params), 1) == pytest.approx(list(logged), abs=0.02)
