@@ -91,7 +91,7 @@ def test_a_step_that_the_record_does_not_hold_is_a_clear_error_and_the_old_recor
     change(coin, "verdicts.py", "    row = table.iloc[-1]", "    study.coin.weight\n    row = table.iloc[-1]")
     (outcome,) = execute.run([planned(coin)], out=io.StringIO())
     assert outcome.ending == "failed"
-    assert "'weight' is asked of a object, which records do not keep" in outcome.message
+    assert "'weight' of a object is not available when redrawing" in outcome.message
     assert record.load(before.path.parent).sealed == before.sealed
 
 
@@ -120,8 +120,8 @@ def test_a_style_changes_all_figures_and_no_number(coin, monkeypatch, tmp_path, 
     ("text", "said"),
     [
         (None, "there is no style file"),
-        ("figure.figsize: 3, 3\n", "changes sizes, which the figures' layouts rely on: take out figure.figsize"),
-        ("no style at all", "is no matplotlib style file"),
+        ("figure.figsize: 3, 3\n", "changes sizes, which the figures' layouts rely on: remove figure.figsize"),
+        ("no style at all", "is not a matplotlib style file"),
     ],
 )  # fmt: skip
 def test_a_style_that_cannot_be_used_is_refused(coin, monkeypatch, tmp_path, text, said):

@@ -83,7 +83,7 @@ def test_broken_records_do_not_hide_the_others(results, make_record):
     make_record(results / "layers" / "small-1", slug="small")
     (results / "layers" / "small-1" / "record.json").write_text("{")
     found = wrong(results)
-    assert any("small-1/record.json is no record" in detail for _, _, detail in found)
+    assert any("small-1/record.json is not a record" in detail for _, _, detail in found)
     assert not any(state == "orphan" for _, state, _ in found)
 
 
