@@ -143,7 +143,7 @@ def test_older_records_are_left_out_and_the_rest_is_drawn(coin, monkeypatch, cap
     (old / "record.json").write_text(json.dumps(values))
     assert redraw(coin, monkeypatch) == 1
     captured = capsys.readouterr()
-    assert "coin/older  left out: it keeps nothing of what its steps returned" in captured.err
+    assert "coin/older  left out: it was made by an older version" in captured.err
     assert "coin/penny" in captured.out
 
 
