@@ -6,7 +6,7 @@ import pandas as pd
 
 from overparam.record import ledger, stats
 from overparam.record.claims import Claim
-from overparam.studies.moe_expert_pruning.learned import Learned
+from overparam.studies.moe_expert_pruning.comet import CometScores
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf
@@ -30,7 +30,7 @@ def verdicts(
     recovered: Recovered,
     agreement: Overlap,
     costs: tuple[pd.DataFrame, pd.DataFrame],
-    learned: Learned | None = None,
+    comet: CometScores | None = None,
 ) -> list[Claim]:
     """Judge each published claim by its rule, and put it into the record.
 
@@ -42,7 +42,7 @@ def verdicts(
         recovered: From `recovery.recover`.
         agreement: From `overlap.overlap`.
         costs: From `costs.measure`.
-        learned: From `learned.comet_scores`; the quality after a cut is then judged by COMET, as published.
+        comet: From `comet.comet_scores`; quality is then judged by COMET, as published.
     """
     params = study.params
     cuts = {
@@ -54,11 +54,11 @@ def verdicts(
         for kind, change in recovered.change.items()
         if kind == Kind(kind.share, PUBLISHED[0], "parent")
     }
-    if learned:
+    if comet:
         name = System(0.0, *PUBLISHED).name
-        cuts = {share: learned.change[name, share, "", ""] for share in params.shares}
+        cuts = {share: comet.change[name, share, "", ""] for share in params.shares}
         how = ("parent", "all parameters")
-        after = {share: learned.change[f"recovered, {name}", share, *how] for share in after}
+        after = {share: comet.change[f"recovered, {name}", share, *how] for share in after}
     rows = [
         ("experts-half", 0.5, False, params.negligible_margin),
         ("experts-70", 0.6875, False, params.minor_margin),
@@ -73,7 +73,7 @@ def verdicts(
             note=_idle(study, found, share)
             + _guarded(translated, recovered, share, recovered_too=tuned)
             + (_training(study) if tuned else ""),
-            words={"unit": "% of COMET" if learned else "% of chrF++"},
+            words={"unit": "% of COMET" if comet else "% of chrF++"},
         )
         for id, share, tuned, margin in rows
     ]

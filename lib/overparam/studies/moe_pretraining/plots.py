@@ -8,7 +8,7 @@ import pandas as pd
 
 from overparam.experiment import charts
 from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, Look
-from overparam.studies.moe_pretraining.load import MIX
+from overparam.studies.moe_pretraining.expert_load import MIX
 from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, arrow, best_search
 from overparam.studies.moe_pretraining.study import SMOOTHED_OVER, Study
 from overparam.studies.moe_pretraining.training import Trained

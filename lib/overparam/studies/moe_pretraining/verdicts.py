@@ -6,7 +6,7 @@ import pandas as pd
 
 from overparam.record import ledger, stats
 from overparam.record.claims import Claim
-from overparam.studies.moe_pretraining.load import least
+from overparam.studies.moe_pretraining.expert_load import least
 from overparam.studies.moe_pretraining.quality import best_search
 from overparam.studies.moe_pretraining.study import Study
 
