@@ -1,4 +1,4 @@
-# run · test · check · bench · lab: each sets up .venv first when it is missing or older than the dependency lists.
+# run · test · check · bench · lab: each sets up .venv first if it is missing or older than the dependency lists.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch where pip offers one; on a machine with an NVIDIA GPU the default build. Or choose: make TORCH=torch==2.13.0
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch==2.13.0 || echo torch==2.13.0+cpu)
 PROFILE ?= quick
-# threads that wait leave the cores to other processes; a value of your own wins
+# waiting threads leave the cores to other processes; a value set by the user has priority
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
 

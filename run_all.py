@@ -4,13 +4,13 @@
     python run_all.py --profile smoke --dry-run     what would run, and why
     python run_all.py --jobs 2 --timeout 7200       two notebooks at once, two hours each at most
     python run_all.py --cluster tcp://HOST:8786     on the workers of a dask cluster
-    python run_all.py report [PATH]                 README's front page, REPORT.md and the gallery from results
-    python run_all.py verify [PATH]                 is every file of a results folder what its record says?
-    python run_all.py redraw [PATH]                 every figure and verdict anew, without measuring; --style FILE
-    python run_all.py compare A B                   which quality metrics of two results folders agree
-    python run_all.py cite FIGURE                   BibTeX and a caption
+    python run_all.py report [PATH]                 write README's table, REPORT.md and the gallery from results
+    python run_all.py verify [PATH]                 check every file of a results folder against its record
+    python run_all.py redraw [PATH]                 redraw figures and verdicts without measuring; --style FILE
+    python run_all.py compare A B                   compare the quality metrics of two results folders
+    python run_all.py cite FIGURE                   print BibTeX and a caption
 
-Exit code: 0 all done, 1 some jobs failed or were left to another run, or a check failed, 2 bad input,
+Exit code: 0 all done; 1 some jobs failed or were left to another run, or a check failed; 2 bad input;
 130 interrupted.
 """
 
@@ -35,12 +35,12 @@ COMMANDS = ("report", "verify", "redraw", "compare", "cite")
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, studies_package: str = STUDIES) -> int:
-    """Do what the command line says and return the exit code."""
+    """Run the command line and return the exit code."""
     settings.take_defaults()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in COMMANDS:
-            from overparam.cli import commands  # loads pandas, which a run does without
+            from overparam.cli import commands  # imported here: it loads pandas, which a run does not need
 
             return commands.main(given, root)
         args = _parser().parse_args(given[1:] if given[:1] == ["run"] else given)
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace, root: Path, studies_package: str) -> int:
 
 
 def _cluster(address: str) -> Pool:
-    from overparam.runner.cluster import Cluster  # loads dask
+    from overparam.runner.cluster import Cluster  # imported here: it loads dask
 
     return Cluster(address)
 

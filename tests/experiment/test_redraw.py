@@ -104,7 +104,7 @@ def test_a_step_that_the_record_does_not_hold_is_a_clear_error_and_the_old_recor
     change(coin, "verdicts.py", "    row = table.iloc[-1]", "    study.coin.weight\n    row = table.iloc[-1]")
     (outcome,) = execute.run([planned(coin)], out=io.StringIO())
     assert outcome.ending == "failed"
-    assert "'weight' is asked of a object, which records do not keep" in outcome.message
+    assert "'weight' of a object is not available when redrawing" in outcome.message
     assert record.load(before.path.parent).sealed == before.sealed
 
 
@@ -132,8 +132,8 @@ def test_a_style_changes_all_figures_and_no_number(coin, before, monkeypatch, tm
     ("text", "said"),
     [
         (None, "there is no style file"),
-        ("figure.figsize: 3, 3\n", "changes sizes, which the figures' layouts rely on: take out figure.figsize"),
-        ("no style at all", "is no matplotlib style file"),
+        ("figure.figsize: 3, 3\n", "changes sizes, which the figures' layouts rely on: remove figure.figsize"),
+        ("no style at all", "is not a matplotlib style file"),
     ],
 )  # fmt: skip
 def test_a_style_that_cannot_be_used_is_refused(coin, monkeypatch, tmp_path, text, said):
@@ -155,7 +155,7 @@ def test_older_records_are_left_out_and_the_rest_is_drawn(coin, before, monkeypa
     (old / "record.json").write_text(json.dumps(values))
     assert redraw(coin, monkeypatch) == 1
     captured = capsys.readouterr()
-    assert "coin/older  left out: it keeps nothing of what its steps returned" in captured.err
+    assert "coin/older  left out: it was made by an older version" in captured.err
     assert "coin/penny" in captured.out
 
 

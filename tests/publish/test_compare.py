@@ -99,7 +99,7 @@ def test_costs_are_told_from_quality_by_their_words(name, unit, cost):
 def test_items_are_compared_in_pairs(write):
     near = paired_items.compare(scores(), scores(seed=2))
     assert near[0][0] == "agree"
-    assert "240 items, 240 with other scores; 0 of 4 groups differ" in near[0][1]
+    assert "240 items, 240 with different scores; 0 of 4 groups differ" in near[0][1]
     far = paired_items.compare(scores(), scores(shift=0.05, seed=2))
     assert [state for state, _ in far] == ["differ"] * 3
     assert far[1][1].startswith("cut a mean: B − A 0.0")
@@ -121,7 +121,7 @@ def test_items_that_do_not_match_are_said_to_be_without_partner():
     assert paired_items.compare(scores(), scores(systems=("x",)))[0][0] == "differ"
     assert paired_items.compare(scores(), scores().assign(extra=1))[0][1] == "the columns are not the same"
     twice = pd.concat([scores(), scores()])
-    assert "cannot be told apart" in paired_items.compare(twice, twice)[0][1]
+    assert "items cannot be identified" in paired_items.compare(twice, twice)[0][1]
 
 
 def test_a_folder_without_records_is_bad_input(write, tmp_path):

@@ -220,7 +220,7 @@ def test_a_missing_picture_and_a_missing_notebook_are_marked(tmp_path, make_reco
     assert 'class="missing"' in index.read_text()
     text = index.with_name("layers-tiny.html").read_text()
     assert "Missing: loss.png" in text
-    assert "run by hand: there is no executed notebook" in text
+    assert "not run by the batch runner: there is no executed notebook" in text
 
 
 def test_without_records_the_gallery_says_so(tmp_path):

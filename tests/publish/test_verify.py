@@ -50,7 +50,7 @@ def test_points_that_are_not_those_of_the_figure_are_found(results):
     csv.write_text(csv.read_text().replace("3.0", "2.5"))
     assert any(detail.startswith("loss.csv: its content") for _, _, detail in wrong(results))
     csv.write_text("depth,loss\n")
-    assert any(detail == "loss.csv: is no table of points" for _, _, detail in wrong(results))
+    assert any(detail == "loss.csv: is not a table of points" for _, _, detail in wrong(results))
 
 
 def test_a_figure_of_another_run_is_found_by_its_own_metadata(results):
@@ -59,8 +59,8 @@ def test_a_figure_of_another_run_is_found_by_its_own_metadata(results):
     values["key"] = "0" * 64
     path.write_text(json.dumps(values))
     details = [detail for _, _, detail in wrong(results)]
-    assert "loss.png: its metadata is not of fig:layers-loss and key 00000000" in details
-    assert "loss.pdf: its metadata is not of fig:layers-loss and key 00000000" in details
+    assert "loss.png: its metadata lacks fig:layers-loss or key 00000000" in details
+    assert "loss.pdf: its metadata lacks fig:layers-loss or key 00000000" in details
 
 
 def test_pages_made_from_other_records_are_stale(results, make_record):
@@ -83,13 +83,13 @@ def test_broken_records_do_not_hide_the_others(results, make_record):
     make_record(results / "layers" / "small-1", slug="small")
     (results / "layers" / "small-1" / "record.json").write_text("{")
     found = wrong(results)
-    assert any("small-1/record.json is no record" in detail for _, _, detail in found)
+    assert any("small-1/record.json is not a record" in detail for _, _, detail in found)
     assert not any(state == "orphan" for _, state, _ in found)
 
 
 def test_an_empty_folder_and_a_missing_one_fail_with_a_reason(tmp_path):
     assert wrong(tmp_path)[0][1:] == ("missing", "it holds no records")
-    assert wrong(tmp_path / "nowhere")[0][1:] == ("missing", "there is no such folder")
+    assert wrong(tmp_path / "nowhere")[0][1:] == ("missing", "the folder does not exist")
 
 
 def test_the_table_is_plain_and_aligned(results):

@@ -91,7 +91,7 @@ def test_saving_again_replaces_the_figure(recorder):
         ({"stem": "../loss"}, "stem must be"),
         ({"caption": " "}, "needs a caption"),
         ({"data": DATA.iloc[:0]}, "needs a caption and the data"),
-        ({"fig": draw(title="Loss")}, "title inside"),
+        ({"fig": draw(title="Loss")}, "has a title"),
     ],
 )
 def test_bad_figures_are_refused_before_anything_is_written(recorder, changed, message):

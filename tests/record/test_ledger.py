@@ -114,7 +114,7 @@ def test_words_of_the_front_page_make_no_study_due(monkeypatch):
         ),
         (
             lambda d: a_claim(d).update(type="check"),
-            "l3prune-negligible-30 is a check, so its source has to say",
+            "l3prune-negligible-30 is a check, so its source must say",
         ),
         (lambda d: a_claim(d)["front"].update(claim="x" * 91), "at most 90 characters"),
         (
@@ -127,13 +127,13 @@ def test_words_of_the_front_page_make_no_study_due(monkeypatch):
         ),
         (
             lambda d: [each.update(front=a_claim(d)["front"]) for each in d["claims"]],
-            "35 claims have `front`, at most 20",
+            "35 claims have `front`, the maximum is 20",
         ),
         (
             lambda d: [
                 each.pop("front", None) for each in d["claims"] if each["study"] == "trailing_layer_pruning"
             ],
-            "no claim of trailing_layer_pruning has `front`: each study needs one",
+            "no claim of trailing_layer_pruning has `front`: each study needs at least one",
         ),
     ],
 )

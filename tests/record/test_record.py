@@ -106,7 +106,7 @@ def test_a_newer_schema_and_broken_records_are_named(tmp_path, make_record):
     with pytest.raises(ValueError, match="colour"):
         record.load(path)
     path.write_text("{half")
-    with pytest.raises(ValueError, match=r"record\.json is no record"):
+    with pytest.raises(ValueError, match=r"record\.json is not a record"):
         record.load(path)
     with pytest.raises(FileNotFoundError):
         record.load(tmp_path / "none")
@@ -119,7 +119,7 @@ def test_a_record_edited_by_hand_is_noticed_and_older_ones_stay_valid(tmp_path, 
     content["seconds"] = 0.5
     path.write_text(json.dumps(content))
     assert record.missing_or_orphaned(tmp_path) == [
-        f"{path}: edited since it was written (its own SHA-256 does not fit)"
+        f"{path}: edited since it was written (its own SHA-256 differs)"
     ]
     del content["sealed"]  # as in records from before there was such a hash
     path.write_text(json.dumps(content))
@@ -230,7 +230,7 @@ def test_artifacts_take_no_name_of_another_file(tmp_path, make_record):
     with pytest.raises(ValueError, match="plain name"):
         recorder.artifact("record.json", b"")
     (folder / "inside").mkdir()
-    with pytest.raises(ValueError, match="'inside' is no file"):
+    with pytest.raises(ValueError, match="'inside' is not a file"):
         recorder.artifact_folder(folder)
 
 

@@ -100,7 +100,7 @@ def test_a_scheduler_that_cannot_be_reached_is_named(monkeypatch):
 
 def test_workers_on_this_machine_are_asked_for_by_jobs():
     with pytest.raises(
-        BadInput, match="--cluster local:2: several jobs at once on this machine are --jobs N"
+        BadInput, match="--cluster local:2: to run several jobs at once on this machine, use --jobs N"
     ):
         Cluster("local:2")
 

@@ -84,8 +84,8 @@ def test_failures_are_kept_beside_with_their_reason_and_do_not_stop_the_rest(ran
         "bad": "RuntimeError: no such luck",
         "mute": "the notebook ended without a record: it must call finish() on its recorder",
         "dead": "Kernel died: the kernel crashed or was killed (out of memory?)",
-        "astray": f"PermissionError: {root}/results/mine/toy/stray.txt is outside of the job's own folder",
-        "sly": f"the job wrote outside of its own folder: {root}/results/mine/toy/stray.txt",
+        "astray": f"PermissionError: {root}/results/mine/toy/stray.txt is outside the job's own folder",
+        "sly": f"the job wrote outside its own folder: {root}/results/mine/toy/stray.txt",
     }
     for slug, reason in reasons.items():
         assert outcomes[slug].ending == "failed"
@@ -196,9 +196,14 @@ def test_a_full_disk_keeps_the_old_result(copy, monkeypatch):
 @pytest.mark.parametrize(
     ("study", "params", "key", "message"),
     [
-        ("toy", {"keep_layers": 17}, "", "the record's parameters are not the job's: {'keep_layers': 17}"),
-        ("toy", {}, "0" * 64, "the record left is of another job: study 'toy', key 00000000"),
-        ("top", {}, "", "the record left is of another job: study 'top'"),
+        (
+            "toy",
+            {"keep_layers": 17},
+            "",
+            "the record's parameters differ from the job's: {'keep_layers': 17}",
+        ),
+        ("toy", {}, "0" * 64, "the record is of another job: study 'toy', key 00000000"),
+        ("top", {}, "", "the record is of another job: study 'top'"),
     ],
 )
 def test_a_record_that_is_not_the_jobs_is_refused(project, monkeypatch, study, params, key, message):
@@ -227,10 +232,10 @@ def test_a_job_past_its_limit_is_ended_with_all_its_children(project, monkeypatc
     (job,) = jobs_of(project, [{"mode": "sleep"}])
     out = io.StringIO()
     (outcome,) = execute.run([job], timeout=6, out=out)
-    assert (outcome.ending, outcome.message) == ("failed", "past its limit of 6 s, and ended")
+    assert (outcome.ending, outcome.message) == ("failed", "ended at its limit of 6 s")
     assert not family_of(job)
     (again,) = jobs_of(project, [{"mode": "sleep"}])
-    assert again.reason == "failed last time: past its limit of 6 s, and ended"
+    assert again.reason == "failed last time: ended at its limit of 6 s"
 
 
 def test_a_job_that_failed_is_tried_again(project, monkeypatch):
@@ -247,7 +252,7 @@ def test_code_edited_after_the_plan_is_not_run_under_the_old_key(project):
     (project / "lib" / "toystudies" / "shared.py").write_text("import os\n")
     ending, message = attempt.attempt(job)
     assert ending == "failed"
-    assert message.startswith("the code here is not what the plan was made with: code toystudies.shared;")
+    assert message.startswith("the code has changed since the plan was made: code toystudies.shared;")
 
 
 DRIVER = """

@@ -242,7 +242,7 @@ def test_a_record_edited_by_hand_is_due(project):
     assert job.state == "due"
     assert re.match(r"damaged: .*record.json: edited since it was written", job.reason)
     path.write_text("{")
-    assert re.match(r"damaged: .*record.json is no record", make(project)[0].reason)
+    assert re.match(r"damaged: .*record.json is not a record", make(project)[0].reason)
 
 
 def test_results_of_a_newer_version_are_refused(project):

@@ -10,7 +10,7 @@ from overparam.compress import experts
 from overparam.record import ledger, stats
 from overparam.studies.moe_expert_pruning import (
     Params,
-    learned,
+    comet,
     overlap,
     plots,
     recovery,
@@ -334,7 +334,7 @@ def test_every_claim_gets_a_verdict(started, base, swept, translated, calibratio
         (name, 0.5, "", ""): stats.Estimate(-1.0, -1.5, -0.5, 8),
         (f"recovered, {name}", 0.75, "parent", "all parameters"): stats.Estimate(-9.0, -9.8, -8.2, 8),
     }
-    scored = learned.Learned(pd.DataFrame(), change)
+    scored = comet.CometScores(pd.DataFrame(), change)
     claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost, scored)
     found = {claim.id: (claim.verdict, claim.unit) for claim in claims}
     assert found["experts-half"] == ("reproduced", "% of COMET")
@@ -448,7 +448,7 @@ def test_every_translation_is_scored_by_comet_once_more(tmp_path, monkeypatch):
                     }
                 )
             )  # fmt: skip
-    found = learned.comet_scores(asked)
+    found = comet.comet_scores(asked)
     values = {key[:2]: (change.value, change.low) for key, change in found.change.items()}
     assert values[name, 0.5] == pytest.approx((-25, -25))
     assert values["random, uniform budgets", 0.5] == pytest.approx((-50, -75), abs=1e-6)
@@ -460,7 +460,7 @@ def test_every_translation_is_scored_by_comet_once_more(tmp_path, monkeypatch):
 
 
 def test_without_a_model_there_are_no_comet_scores_and_without_the_command_no_start(started, monkeypatch):
-    assert learned.comet_scores(started) is None
+    assert comet.comet_scores(started) is None
     monkeypatch.setenv("OVERPARAM_COMET", "no-such-command")
     with pytest.raises(RuntimeError, match="pipx install"):
         study.start(Params(**{**TINY, "comet": "Unbabel/XCOMET-XL"}))

@@ -20,7 +20,7 @@ from overparam.studies.moe_pretraining import (
     Params,
     card,
     corpus,
-    load,
+    expert_load,
     plots,
     quality,
     study,
@@ -183,7 +183,7 @@ def test_load_is_that_of_the_routing_statistics():
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 250, size=(6, 20))
     trees = [Tree(row[:8].tolist(), [row[8:].tolist()]) for row in ids]
-    found = load._load(model, pack(trees, rows=2, length=50))
+    found = expert_load._load(model, pack(trees, rows=2, length=50))
     expected = experts.collect(model, [{"input_ids": torch.from_numpy(ids)}])
     shape = expected.routing_mass.shape
     mass = found["routing_mass"].to_numpy().reshape(shape)
@@ -203,7 +203,7 @@ def test_every_step_leaves_its_part_of_the_record(first, tmp_path, monkeypatch):
     assert stored.model.dtype == torch.float32
     for mine, theirs in zip(stored.model.parameters(), trained.model.parameters(), strict=True):
         assert torch.equal(mine, theirs.bfloat16().float())
-    by_expert = load.expert_load(run, stored)
+    by_expert = expert_load.expert_load(run, stored)
     assert by_expert["task"].nunique() == 10
     means = by_expert.groupby(["task", "layer"])[["routing_mass", "assignments"]].mean()
     np.testing.assert_allclose(means, 1.0)
@@ -262,7 +262,7 @@ def test_goals_are_judged_by_the_lesser_load_and_the_whole_interval(tmp_path, mo
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
     run = study.start(TINY)
     table = pd.DataFrame(
-        {"task": load.MIX, "routing_mass": [1.0] * 9 + [0.3], "assignments": [1.0] * 9 + [0.2]}
+        {"task": expert_load.MIX, "routing_mass": [1.0] * 9 + [0.3], "assignments": [1.0] * 9 + [0.2]}
     )
     rows = [
         {"search": "beam 2", "source": "en", "target": target, "verses": 200, "bleu": 20.0, "failed_any": 0.0}

@@ -1,4 +1,4 @@
-"""The commands of ``run_all.py`` that read results and run no model: report, verify, redraw, compare and cite."""
+"""The commands of ``run_all.py`` that read results without running models: report, verify, redraw, compare, cite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from overparam.publish import citing, compare, crate, inventory, pages, readme, verify
+from overparam.publish import citing, compare, crate, pages, readme, verify
+from overparam.publish.inventory import SUMMARY, Inventory, folder, take
 from overparam.record import figures, record
 from overparam.record.record import Record
 from overparam.runner import code, execute
@@ -31,14 +32,14 @@ OK, FAILED = 0, 1
 
 
 def main(arguments: Sequence[str], root: Path) -> int:
-    """Do what the command line says and return the exit code.
+    """Run a command and return the exit code.
 
     Args:
         arguments: The command and its arguments.
-        root: The repository.
+        root: Root of the repository.
 
     Raises:
-        ValueError: for bad input, in one readable line.
+        ValueError: for bad input, with one readable line.
     """
     args = _parser(root).parse_args(arguments)
     if args.command == "report":
@@ -53,45 +54,45 @@ def main(arguments: Sequence[str], root: Path) -> int:
 
 
 def report(results: Path, root: Path) -> int:
-    """Write everything that is made from records; return 1 when a record had to be left out.
+    """Write all pages that are made from records; return 1 if a record had to be left out.
 
     Raises:
-        ValueError: when a record of the reference results was made with uncommitted changes; nothing is written then.
+        ValueError: if a record of the reference results was made with uncommitted changes; nothing is written then.
     """
     started = time.monotonic()
-    found = inventory.take(results)
+    contents = take(results)
     is_reference = results.resolve() == _reference(root).resolve()
     if is_reference:
-        _refuse_uncommitted(found)
-    if found.studies and (root / "notebooks").is_dir():
+        _refuse_uncommitted(contents)
+    if contents.studies and (root / "notebooks").is_dir():
         _summarise(results, root)
-        found = inventory.take(results)
+        contents = take(results)
         if is_reference:
-            _refuse_uncommitted(found)
+            _refuse_uncommitted(contents)
     if results.is_dir():
         for name, write in (
             (pages.FILE, pages.write),
             (citing.FILE, citing.write),
             (crate.FILE, crate.write),
         ):
-            print(f"{results / name} {'written' if write(found) else 'is current'}")
-    if found.records:
-        from overparam.publish import gallery  # loads nbconvert
+            print(f"{results / name} {'written' if write(contents) else 'is current'}")
+    if contents.records:
+        from overparam.publish import gallery  # imported here: it loads nbconvert
 
-        print(f"{gallery.build(found)} written")
+        print(f"{gallery.build(contents)} written")
     else:
         print(f"no records in {results}: `python run_all.py --profile {results.name}` makes them")
     if is_reference:
         changed = readme.fill(root / "README.md", results)
         print(f"README.md {'filled from' if changed else 'is current with'} {results}")
-    for remark in found.remarks():
+    for remark in contents.remarks():
         print(f"note: {remark}")
-    print(f"{len(found.studies)} records, {time.monotonic() - started:.0f} s")
-    return FAILED if found.problems else OK
+    print(f"{len(contents.studies)} records, {time.monotonic() - started:.0f} s")
+    return FAILED if contents.problems else OK
 
 
 def check(results: Path, root: Path) -> int:
-    """Print the table of `verify.check`; return 1 when something is wrong."""
+    """Print the table of `verify.check`; return 1 if a check failed."""
     inputs = claims.record_hashes(results) if results.is_dir() else None
     findings = verify.check(results, age=lambda record: changed_since(record, root), summary_inputs=inputs)
     if results.resolve() == _reference(root).resolve():
@@ -99,7 +100,7 @@ def check(results: Path, root: Path) -> int:
             verify.Finding(
                 name, "uncommitted", "made with uncommitted changes: not fit for reference results"
             )
-            for name in inventory.take(results).uncommitted()
+            for name in take(results).uncommitted()
         ]
         if readme.stale(root / "README.md", results):
             changed = "records have changed since: run `run_all.py report`"
@@ -111,15 +112,15 @@ def check(results: Path, root: Path) -> int:
 
 
 def redraw(path: Path, style: Path | None, root: Path) -> int:
-    """Draw and judge anew what records hold, without measuring; return 1 when a record could not be drawn."""
+    """Redraw figures and verdicts of records without measuring; return 1 if a record could not be redrawn."""
     if style is not None:
         figures.read_style(style)
         os.environ["OVERPARAM_STYLE"] = str(style.resolve())
-    inside = [record.load(path)] if (path / record.FILE_NAME).is_file() else record.find(path)
-    if not inside:
+    records = [record.load(path)] if (path / record.FILE_NAME).is_file() else record.find(path)
+    if not records:
         raise ValueError(f"no records in {path}: there is nothing to draw")
     jobs, left_out = [], []
-    for one in inside:
+    for one in records:
         try:
             jobs.append(_drawing_job(one, style, root))
         except (ImportError, ValueError) as error:
@@ -138,7 +139,7 @@ def _drawing_job(one: Record, style: Path | None, root: Path) -> Job:
         raise ValueError(f"there is no notebook of {one.study}")
     if not (one.path.parent / record.STEPS_NAME).is_file():
         raise ValueError(
-            f"it keeps nothing of what its steps returned, as older records do; measure again: {one.command}"
+            f"it was made by an older version, without the values of its steps; measure again: {one.command}"
         )
     module = f"{STUDIES}.{one.study}"
     drawing = drawing_parts(code.reached(notebook, module), _params(one))
@@ -162,13 +163,13 @@ def _drawing_job(one: Record, style: Path | None, root: Path) -> Job:
 
 
 def compare_folders(a: Path, b: Path) -> int:
-    """Print the comparison of two results folders; return 1 when a quality metric differs."""
-    left, right = inventory.take(a), inventory.take(b)
-    for found in (left, right):
-        if not found.studies:
-            raise ValueError(f"no records in {found.root}: there is nothing to compare")
-        for problem in found.problems:
-            print(f"note: {found.root}: {problem}")
+    """Print the comparison of two results folders; return 1 if a quality metric differs."""
+    left, right = take(a), take(b)
+    for each in (left, right):
+        if not each.studies:
+            raise ValueError(f"no records in {each.root}: there is nothing to compare")
+        for problem in each.problems:
+            print(f"note: {each.root}: {problem}")
     rows = compare.compare(left, right)
     wrong = compare.differences(rows)
     print(f"A: {a}\nB: {b}\n\n{compare.table(rows)}\n\n{compare.summary(rows)}")
@@ -177,14 +178,14 @@ def compare_folders(a: Path, b: Path) -> int:
 
 
 def cite(name: str, results: Path, root: Path) -> int:
-    """Print BibTeX and a caption of a figure."""
-    cited = citing.find(inventory.take(results), name)
+    """Print a BibTeX entry and a caption for a figure."""
+    cited = citing.find(take(results), name)
     print(f"{citing.bibtex(cited, root / 'CITATION.cff')}\n\n{citing.caption(cited)}")
     return OK
 
 
 def changed_since(one: Record, root: Path) -> list[str]:
-    """Which code, notebook or inputs a record was made with that are others today."""
+    """List the code, notebook and inputs that changed since a record was made."""
     before = one.provenance.get("key", {})
     path = _notebook(one, root)
     if path is None:
@@ -192,7 +193,7 @@ def changed_since(one: Record, root: Path) -> list[str]:
     changed = []
     if "modules" in before and "drawing" not in one.provenance:
         return ["an older version, with one key for code that measures and code that draws"]
-    if "modules" in before:  # a study whose key holds no code has none
+    if "modules" in before:  # absent if the study's key covers no code
         reached = code.reached(path, f"{STUDIES}.{one.study}")
         if before.get("notebook") != reached.notebook_measuring:
             changed.append("notebook")
@@ -217,10 +218,10 @@ def _params(one: Record) -> BaseModel:
 
 
 def _summarise(results: Path, root: Path) -> None:
-    """Run the notebook of all claims where a record has changed since."""
+    """Run the notebook that summarises all claims, if a record has changed."""
     inside = results.resolve().is_relative_to(claims.RESULTS)
     given = results.resolve().relative_to(claims.RESULTS).as_posix() if inside else str(results.resolve())
-    profile = Profile(results.name, results.name, "", {inventory.SUMMARY: [{"results": given}]})
+    profile = Profile(results.name, results.name, "", {SUMMARY: [{"results": given}]})
     jobs = plan(profile, results=results, notebooks_dir=root / "notebooks")
     command = "python run_all.py report" + (
         "" if given == "reference" else f" {shlex.quote(f'results/{given}' if inside else given)}"
@@ -231,16 +232,16 @@ def _summarise(results: Path, root: Path) -> None:
             print(f"note: the figures of all claims could not be made: {outcome.message}")
 
 
-def _refuse_uncommitted(found: inventory.Inventory) -> None:
-    """Raise ValueError for records whose code nobody can look up; a summary of claims among them is removed."""
-    if names := found.uncommitted():
-        for record in found.records:
-            if record.study == inventory.SUMMARY and record.provenance["git"]["dirty"]:
-                shutil.rmtree(inventory.folder(record))
+def _refuse_uncommitted(inventory: Inventory) -> None:
+    """Raise ValueError for records made with uncommitted changes; a summary of claims among them is removed."""
+    if names := inventory.uncommitted():
+        for record in inventory.records:
+            if record.study == SUMMARY and record.provenance["git"]["dirty"]:
+                shutil.rmtree(folder(record))
         raise ValueError(
             f"made with uncommitted changes, so not fit for reference results: {', '.join(names)}. Commit the changes, "
-            "then make them again: a study by `run_all.py --profile reference --force --only STUDY`, the summary of "
-            "claims by `run_all.py report`"
+            "then run them again: a study with `run_all.py --profile reference --force --only STUDY`, the summary of "
+            "claims with `run_all.py report`"
         )
 
 
@@ -253,34 +254,32 @@ def _parser(root: Path) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     reference = _reference(root)
     made = commands.add_parser(
-        "report", help="README's picture and table, REPORT.md, figures.json, RO-Crate metadata, HTML gallery"
+        "report", help="write README's picture and table, REPORT.md, figures.json, RO-Crate metadata, gallery"
     )
     made.add_argument(
         "results", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"
     )
     checked = commands.add_parser(
-        "verify", help="every hash, every file, every generated page of a results folder"
+        "verify", help="check every hash, file and generated page of a results folder"
     )
     checked.add_argument(
         "path", nargs="?", type=Path, default=reference, metavar="PATH", help="default: results/reference"
     )
-    drawn = commands.add_parser("redraw", help="every figure, verdict and notebook anew, without measuring")
+    drawn = commands.add_parser("redraw", help="redraw figures, verdicts and notebooks without measuring")
     drawn.add_argument(
         "path",
         nargs="?",
         type=Path,
         default=reference,
         metavar="PATH",
-        help="a results folder or a record's; default: results/reference",
+        help="folder of results or of one record; default: results/reference",
     )
-    drawn.add_argument("--style", type=Path, metavar="FILE.mplstyle", help="of matplotlib, for all figures")
-    compared = commands.add_parser("compare", help="which quality metrics of two results folders agree")
+    drawn.add_argument("--style", type=Path, metavar="FILE.mplstyle", help="matplotlib style for all figures")
+    compared = commands.add_parser("compare", help="compare the quality metrics of two results folders")
     compared.add_argument("a", type=Path, metavar="RESULTS_A")
     compared.add_argument("b", type=Path, metavar="RESULTS_B")
-    cited = commands.add_parser("cite", help="BibTeX and caption of a figure")
-    cited.add_argument(
-        "figure", metavar="FIGURE", help="fig:id, or fig:id@slug where several records have it"
-    )
+    cited = commands.add_parser("cite", help="print BibTeX and a caption for a figure")
+    cited.add_argument("figure", metavar="FIGURE", help="fig:id, or fig:id@slug if several records have it")
     cited.add_argument(
         "--results", type=Path, default=reference, metavar="DIR", help="default: results/reference"
     )

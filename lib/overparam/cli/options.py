@@ -1,4 +1,4 @@
-"""What the command line of a run may say."""
+"""The command-line options of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run to a parser."""
     add = parser.add_argument
     add("--profile", default="quick", metavar="NAME|FILE", help="what to run (default: quick)")
-    add("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="just these")
+    add("--only", nargs="+", default=[], metavar="STUDY[/SLUG]", help="run only these")
     add(
         "--set",
         action="append",
@@ -33,19 +33,24 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run on the workers of a dask scheduler, such as tcp://HOST:8786",
     )
-    add("--timeout", type=_at_least(1), metavar="SECONDS", help="end a job that takes longer, as failed")
-    add("--retries", type=_at_least(0), default=0, metavar="N", help="try a job that failed N times more")
-    add("--force", action="store_true", help="run also what is up to date")
+    add(
+        "--timeout",
+        type=_at_least(1),
+        metavar="SECONDS",
+        help="end a job that takes longer; it counts as failed",
+    )
+    add("--retries", type=_at_least(0), default=0, metavar="N", help="try a failed job up to N more times")
+    add("--force", action="store_true", help="also run jobs that are up to date")
     add("--dry-run", action="store_true", help="show the plan and stop")
-    add("--explain", metavar="JOB", help="say in full what a job is and why it is due, and stop")
+    add("--explain", metavar="JOB", help="show everything about a job and why it is due, and stop")
     add("--json", action="store_true", help="show the plan as JSON and stop")
-    add("--clean", action="store_true", help="empty the cache of steps inside of jobs and stop")
+    add("--clean", action="store_true", help="empty the cache of steps within jobs and stop")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(minimum: int) -> Callable[[str], int]:
     def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text!r}")
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {minimum} or more, got {text!r}")
         return int(text)
 
     return count

@@ -1,7 +1,4 @@
-"""Write the comments of the notebooks' parameters cells from the studies' Params.
-
-``python -m overparam.cli.parameters``: what a parameter means is said once, in the description of its field.
-"""
+"""``python -m overparam.cli.parameters``: write the comments of parameters cells from the descriptions in Params."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from overparam.runner import notebook as notebooks
 from overparam.runner.plan import NOTEBOOKS, STUDIES
 from overparam.support.files import write_changed
 
-_LINE = 110  # as the formatter has it
+_LINE = 110  # line length of the formatter
 
 
 def commented(notebook: Path) -> str:
-    """Return the text of a notebook whose parameters cell has the descriptions of its study's Params as comments."""
+    """Return the text of a notebook, with the descriptions of its study's Params as comments of the parameters cell."""
     params = importlib.import_module(f"{STUDIES}.{notebook.stem.partition('_')[2]}").Params
     content = json.loads(notebook.read_text(encoding="utf-8"))
     (cell,) = (each for each in content["cells"] if "parameters" in each["metadata"].get("tags", []))
@@ -30,7 +27,7 @@ def commented(notebook: Path) -> str:
 
 
 def cell_source(params: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """Return the source of a parameters cell: each value below the description of its field."""
+    """Return the source of a parameters cell: for each field, its description as a comment, and its value."""
     lines = []
     for name, field in params.model_fields.items():
         lines += [f"# {field.description}", _assignment(name, values[name])]

@@ -1,4 +1,4 @@
-"""A plan for other programs, and one job of it in full."""
+"""Output of a plan as JSON, and of one job in full."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def as_json(profile: Profile, results: Path, jobs: Sequence[Job]) -> str:
 
 
 def explain(jobs: Sequence[Job], name: str) -> str:
-    """Say in full what a job is, in which state, and why.
+    """Return everything about a job: what it is, its state, and why.
 
     Args:
         jobs: The plan.
-        name: ``study/slug``, or the study where it has one job.
+        name: ``study/slug``, or only the study if it has one job.
 
     Raises:
-        BadInput: when no job, or more than one, has that name.
+        BadInput: if no job, or more than one, has that name.
     """
-    found = [job for job in jobs if name in (job.name, job.study)]
-    if len(found) != 1:
-        names = [job.name for job in found or jobs]
-        advice = hint(name, names) if not found else f"there are {', '.join(names)}"
-        raise BadInput(f"--explain {name}: {'no such job' if not found else 'which one'}? {advice}")
-    (job,) = found
+    matches = [job for job in jobs if name in (job.name, job.study)]
+    if len(matches) != 1:
+        names = [job.name for job in matches or jobs]
+        advice = hint(name, names) if not matches else f"there are {', '.join(names)}"
+        raise BadInput(f"--explain {name}: {'no such job' if not matches else 'which one'}? {advice}")
+    (job,) = matches
     failed = job.directory.with_name(f"{job.directory.name}.failed")
     log = job.beside("log")
     rows: list[tuple[str, Any]] = [
@@ -50,7 +50,7 @@ def explain(jobs: Sequence[Job], name: str) -> str:
         ("command", job.command),
         ("needs", ", ".join(job.needs) or "no other study"),
         ("resources", _pairs(job.resources) or "nothing special"),
-        ("takes", f"about {job.expected:.0f} s" if job.expected is not None else "not known yet"),
+        ("takes", f"about {job.expected:.0f} s" if job.expected is not None else "unknown"),
         ("log", log if log.exists() else "none yet"),
         *([("failure", failed)] if failed.exists() else []),
     ]
@@ -62,7 +62,7 @@ def explain(jobs: Sequence[Job], name: str) -> str:
         lines.append(f"    notebook   {job.parts['notebook'][:16]}")
         lines += [f"    code       {module} {sha[:16]}" for module, sha in job.parts["modules"].items()]
     else:
-        lines.append("    no code: its Params say so, and their version stands for it")
+        lines.append("    no code: a parameter with the recipe's version stands for it")
     lines += [f"    data       {each} {str(sha)[:16]}" for each, sha in job.parts["inputs"].items()]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Figures that papers can cite: the list of all figures of a results folder, and how to cite one."""
+"""Citing figures: the list of all figures of a results folder, and BibTeX and caption for one of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LICENSE = "Apache-2.0"
 
 @dataclass(frozen=True)
 class Cited:
-    """A figure with the record that it belongs to."""
+    """A figure with its record."""
 
     figure: Figure
     record: Record
 
     @property
     def name(self) -> str:
-        """Its full name, ``fig:id@slug``; the id alone may belong to several records."""
+        """Its full name, ``fig:id@slug``; several records may have the same id."""
         return f"{self.figure.id}@{self.record.slug}"
 
     @property
@@ -37,16 +37,16 @@ class Cited:
         return [claim.id for claim in self.record.claims if claim.figure == self.figure.id]
 
 
-def figures(found: Inventory) -> list[Cited]:
+def figures(inventory: Inventory) -> list[Cited]:
     """All figures, in the order of their records."""
-    return [Cited(figure, record) for record in found.records for figure in record.figures]
+    return [Cited(figure, record) for record in inventory.records for figure in record.figures]
 
 
-def rows(found: Inventory) -> list[dict[str, Any]]:
+def rows(inventory: Inventory) -> list[dict[str, Any]]:
     """The content of ``figures.json``: a row for each figure, with paths relative to the results folder."""
     result = []
-    for cited in figures(found):
-        record, place = cited.record, folder(cited.record).relative_to(found.root)
+    for cited in figures(inventory):
+        record, place = cited.record, folder(cited.record).relative_to(inventory.root)
         files = {(place / name).as_posix(): sha256 for name, sha256 in cited.figure.files.items()}
         notebook = (place / record.notebook.file).as_posix() if record.notebook else None
         result.append(
@@ -68,33 +68,33 @@ def rows(found: Inventory) -> list[dict[str, Any]]:
     return result
 
 
-def text(found: Inventory) -> str:
-    """``figures.json`` as it should be."""
-    return json.dumps(rows(found), indent=1, ensure_ascii=False) + "\n"
+def text(inventory: Inventory) -> str:
+    """Return the text of ``figures.json``."""
+    return json.dumps(rows(inventory), indent=1, ensure_ascii=False) + "\n"
 
 
-def write(found: Inventory) -> bool:
+def write(inventory: Inventory) -> bool:
     """Write ``figures.json``, and return whether it changed."""
-    return write_changed(found.root / FILE, text(found).encode())
+    return write_changed(inventory.root / FILE, text(inventory).encode())
 
 
-def find(found: Inventory, name: str) -> Cited:
-    """Find a figure by its id, or by ``id@slug`` where several records have it.
+def find(inventory: Inventory, name: str) -> Cited:
+    """Find a figure by its id, or by ``id@slug`` if several records have it.
 
     Raises:
         ValueError: when there is none, or more than one.
     """
     wanted = name if name.startswith("fig:") else f"fig:{name}"
-    every = figures(found)
-    fits = [cited for cited in every if wanted in (cited.figure.id, cited.name)]
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
+    every = figures(inventory)
+    matches = [cited for cited in every if wanted in (cited.figure.id, cited.name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise ValueError(
-            f"{len(fits)} records have the figure {wanted}: name one, {' or '.join(c.name for c in fits)}"
+            f"{len(matches)} records have the figure {wanted}: name one, {' or '.join(c.name for c in matches)}"
         )
     names = [cited.name for cited in every] + [cited.figure.id for cited in every]
-    raise ValueError(f"no figure {wanted} in {found.root}: {hint(wanted, names)}")
+    raise ValueError(f"no figure {wanted} in {inventory.root}: {hint(wanted, names)}")
 
 
 def bibtex(cited: Cited, citation_file: Path) -> str:
@@ -112,16 +112,16 @@ def bibtex(cited: Cited, citation_file: Path) -> str:
         "howpublished": "Software and data",
         "note": _escaped(f"Figure {cited.name}, commit {commit}, record key {record.key}; {LICENSE}"),
     }
-    if where := software.get("doi"):
-        fields["doi"] = where
-    if where := software.get("repository-code"):
-        fields["url"] = where
+    if doi := software.get("doi"):
+        fields["doi"] = doi
+    if url := software.get("repository-code"):
+        fields["url"] = url
     lines = [f"  {name:<12} = {{{value}}}" for name, value in fields.items()]
     return "\n".join([f"@misc{{{key},", ",\n".join(lines), "}"])
 
 
 def caption(cited: Cited) -> str:
-    """A caption for a paper: what the figure shows, where it comes from, and what it answers."""
+    """A caption for a paper: what the figure shows, which published claims it tests, and its record."""
     record, sources = cited.record, []
     for claim_id in cited.claims:
         entry = ledger.find(claim_id)

@@ -1,8 +1,8 @@
-"""Two results folders side by side: which quality metrics agree, which do not.
+"""Comparison of two results folders: which quality metrics agree and which differ.
 
-Metrics with an interval agree when the interval of their difference, as if the two were independent, holds zero;
-those without one when they are equal to six digits. Where both records kept scores of the same items, the scores
-are compared item by item. Times, memory, energy and speed differ between any two runs: they are listed, not judged.
+Metrics with an interval agree if the interval of their difference, assuming independence, contains zero; metrics
+without one agree if they are equal to six digits. If both records have scores of the same items, these are compared
+item by item. Times, memory, energy and speed differ between any two runs: they are listed, not judged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal
 
 import pandas as pd
 
-from overparam.publish.inventory import SUMMARY, Inventory, folder
+from overparam.publish.inventory import Inventory, folder
 from overparam.record import paired_items
 from overparam.record.record import Metric, Record
 
 State = Literal["identical", "agree", "differ", "only in A", "only in B", "not judged"]
-# words in the name or the unit of what a clock or a meter says; anything else is held to be quality
+# words in names or units of costs; all other metrics count as quality
 COST = re.compile(
     r"(^|[ _])(seconds?|hours?|h|s|ms|latency|latencies|times?|costs?|speed|energy|kwh|peak|resident|watts?)($|[ _])"
 )
@@ -39,17 +39,16 @@ class Row:
 
 
 def is_cost(name: str, unit: str = "") -> bool:
-    """Tell whether a metric is a time, memory in use, energy or speed, by the words in its name and unit.
+    """Return whether a metric is a time, memory in use, energy or speed, by words in its name and unit.
 
-    A metric whose name says nothing of the kind counts as quality, so that forgetting one shows as a difference and
-    hides none.
+    Any other metric counts as quality: a cost that is not recognised shows up as a difference, and none is hidden.
     """
     return bool(COST.search(name.lower()) or COST.search(unit.lower()))
 
 
 def compare(a: Inventory, b: Inventory) -> list[Row]:
-    """Compare every job that either folder has a record of."""
-    left, right = ({(r.study, r.slug): r for r in found.records if r.study != SUMMARY} for found in (a, b))
+    """Compare all jobs that have a record in either folder."""
+    left, right = ({(r.study, r.slug): r for r in each.studies} for each in (a, b))
     rows: list[Row] = []
     for key in sorted(left.keys() | right.keys()):
         job = "/".join(key)
@@ -68,7 +67,7 @@ def differences(rows: list[Row]) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> str:
-    """How many rows are in which state, in one line."""
+    """Numbers of rows by state, in one line."""
     counts = pd.Series([row.state for row in rows], dtype=str).value_counts(sort=False)
     return ", ".join(f"{number} {state}" for state, number in counts.items()) or "nothing to compare"
 
@@ -142,8 +141,8 @@ def _items(job: str, name: str, a: Record, b: Record) -> list[Row]:
     if a.items[name].sha256 == b.items[name].sha256:
         return [Row(job, label, "", "", "identical", "the same file")]
     paths = [folder(each) / each.items[name].file for each in (a, b)]
-    if gone := [path for path in paths if not path.is_file()]:
-        return [Row(job, label, "", "", "differ", f"missing: {', '.join(str(path) for path in gone)}")]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        return [Row(job, label, "", "", "differ", f"missing: {', '.join(missing)}")]
     left, right = (pd.read_parquet(path) for path in paths)
     return [
         Row(job, label, str(len(left)), str(len(right)), *each) for each in paired_items.compare(left, right)

@@ -1,6 +1,6 @@
-"""The results folder as a Process Run Crate (RO-Crate), so that it can be archived as it is.
+"""Metadata that make a results folder a Process Run Crate (RO-Crate), ready to be archived.
 
-Each record is a ``CreateAction``: the notebook was its instrument, its files are its results.
+Each record is a ``CreateAction``, with the notebook as instrument and its files as results.
 Source: the profile Process Run Crate 0.5, https://w3id.org/ro/wfrun/process/0.5.
 """
 
@@ -31,17 +31,17 @@ _TYPES = {
 }
 
 
-def text(found: Inventory) -> str:
-    """``ro-crate-metadata.json`` as it should be: the same for the same records, whenever it is written."""
+def text(inventory: Inventory) -> str:
+    """Return the text of ``ro-crate-metadata.json``; the same records always give the same text."""
     crate = ROCrate()
-    name = found.root.resolve().name
+    name = inventory.root.resolve().name
     root = crate.root_dataset
     root["name"] = f"overparam: results of the {name} profile"
     root["description"] = (
         "Records, figures, tables and per-item scores: how much of a language model can be taken away"
     )
     root["license"] = {"@id": f"https://spdx.org/licenses/{LICENSE}"}
-    root["datePublished"] = max((record.started[:10] for record in found.studies), default="1970-01-01")
+    root["datePublished"] = max((record.started[:10] for record in inventory.studies), default="1970-01-01")
     root["conformsTo"] = {"@id": PROFILE}
     crate.add(_entity(crate, PROFILE, "CreativeWork", name="Process Run Crate", version="0.5"))
     crate.add(
@@ -50,17 +50,17 @@ def text(found: Inventory) -> str:
     for file in REPORT_FILES:
         if file.endswith((".md", ".json")) and file != FILE:
             crate.add_file(dest_path=file, properties={"name": file, "encodingFormat": _format(file)})
-    root["mentions"] = [_action(crate, record, found) for record in found.records]
+    root["mentions"] = [_action(crate, record, inventory) for record in inventory.records]
     return json.dumps(crate.metadata.generate(), indent=1, ensure_ascii=False) + "\n"
 
 
-def write(found: Inventory) -> bool:
+def write(inventory: Inventory) -> bool:
     """Write ``ro-crate-metadata.json``, and return whether it changed."""
-    return write_changed(found.root / FILE, text(found).encode())
+    return write_changed(inventory.root / FILE, text(inventory).encode())
 
 
-def _action(crate: ROCrate, record: Record, found: Inventory) -> ContextEntity:
-    place = folder(record).relative_to(found.root)
+def _action(crate: ROCrate, record: Record, inventory: Inventory) -> ContextEntity:
+    place = folder(record).relative_to(inventory.root)
     results = []
     for name, sha256 in sorted({FILE_NAME: "", **record.files()}.items()):
         path = folder(record) / name

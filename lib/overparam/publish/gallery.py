@@ -1,6 +1,6 @@
-"""The gallery: a folder of static pages that shows a results folder, made by nbconvert and Jinja2.
+"""The gallery: a folder of static web pages about a results folder, made with nbconvert and Jinja2.
 
-It needs nothing beside itself: figures, records and notebooks are copied into it, and its pages ask no other host.
+It is self-contained: figures, records and notebooks are copied into it, and its pages load nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from overparam.record.record import FILE_NAME, NOTEBOOK_NAME, Record
 from overparam.support.files import replace_folder
 
 FOLDER = "gallery"
-FOREST = "fig:claims-forest-"  # and the study
+FOREST = "fig:claims-forest-"  # followed by the study
 TONES = {
     "reproduced": "good",
     "reproduced in direction": "half",
@@ -45,7 +45,7 @@ _HEADINGS = {"h1", "h2", "h3", "h4"}
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure with everything that a page shows of it; `png` is None when the picture is gone."""
+    """A figure with everything that a page shows about it; `png` is None if the picture is missing."""
 
     figure: Any
     record: Record
@@ -57,28 +57,32 @@ class Shown:
     missing: list[str]
 
 
-def build(found: Inventory, destination: Path | None = None) -> Path:
-    """Make the gallery and give it its place at once; a gallery that was there is replaced.
+def build(inventory: Inventory, destination: Path | None = None) -> Path:
+    """Make the gallery, replacing an older one in one step.
 
     Args:
-        found: What the results folder holds.
-        destination: Its folder, by default ``gallery`` in the results folder.
+        inventory: Contents of the results folder.
+        destination: Folder of the gallery; by default ``gallery`` in the results folder.
 
     Returns:
-        Its first page.
+        Path of its first page.
     """
-    final = destination or found.root / FOLDER
+    final = destination or inventory.root / FOLDER
     working = final.with_name(f".{final.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    for record in found.records:
+    for record in inventory.records:
         _copy(record, working)
-    shown = {id(record): [_shown(cited, working) for cited in _of(found, record)] for record in found.records}
-    environment = _environment(found)
-    pages = {
-        page_of(record): _notebook_page(environment, record, shown[id(record)]) for record in found.records
+    shown = {
+        id(record): [_shown(cited, working) for cited in _of(inventory, record)]
+        for record in inventory.records
     }
-    pages["index.html"] = environment.get_template("index.html").render(**_index(found, shown, pages))
+    environment = _environment(inventory)
+    pages = {
+        page_of(record): _notebook_page(environment, record, shown[id(record)])
+        for record in inventory.records
+    }
+    pages["index.html"] = environment.get_template("index.html").render(**_index(inventory, shown, pages))
     sections = [section for name, html in pages.items() for section in _sections(name, html)]
     for name, html in pages.items():
         (working / name).write_text(html, encoding="utf-8")
@@ -91,7 +95,7 @@ def build(found: Inventory, destination: Path | None = None) -> Path:
 
 
 def label(record: Record) -> str:
-    """What pages call a record."""
+    """Name of a record on pages."""
     return f"{tables.title(record.study)}: {record.slug}" if record.study != SUMMARY else "All claims"
 
 
@@ -101,27 +105,27 @@ def page_of(record: Record) -> str:
 
 
 def anchor_of(claim: Claim) -> str:
-    """Id of the place of a claim: of its row in the executed notebook, and of its rows on the first page."""
+    """HTML id of a claim's row in the executed notebook, and of its rows on the first page."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"claim-{claim.id}")
 
 
-def _studies(found: Inventory) -> list[str]:
-    return list(dict.fromkeys(record.study for record in found.studies))
+def _studies(inventory: Inventory) -> list[str]:
+    return list(dict.fromkeys(record.study for record in inventory.studies))
 
 
-def _environment(found: Inventory) -> jinja2.Environment:
+def _environment(inventory: Inventory) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    summary = [record for record in found.records if record.study == SUMMARY]
-    by_study = {study: [r for r in found.studies if r.study == study] for study in _studies(found)}
+    summary = [record for record in inventory.records if record.study == SUMMARY]
+    by_study = {study: [r for r in inventory.studies if r.study == study] for study in _studies(inventory)}
     environment.globals.update(
-        profile=found.root.resolve().name,
-        records=[*found.studies, *summary],
+        profile=inventory.root.resolve().name,
+        records=[*inventory.studies, *summary],
         menu=[*((tables.title(study), records) for study, records in by_study.items()), ("", summary)],
         short=lambda record: "All claims" if record.study == SUMMARY else ledger.model_name(record.slug),
-        origin=tables.origin(found.studies) if found.studies else "",
-        nothing=tables.nothing(found),
+        origin=tables.origin(inventory.studies) if inventory.studies else "",
+        nothing=tables.nothing(inventory),
         label=label,
         title=tables.title,
         page_of=page_of,
@@ -130,21 +134,21 @@ def _environment(found: Inventory) -> jinja2.Environment:
     return environment
 
 
-def _index(found: Inventory, shown: dict[int, list[Shown]], pages: dict[str, str]) -> dict[str, Any]:
-    counts = tables.counts(found)
-    summary = [each for record in found.records if record.study == SUMMARY for each in shown[id(record)]]
+def _index(inventory: Inventory, shown: dict[int, list[Shown]], pages: dict[str, str]) -> dict[str, Any]:
+    counts = tables.counts(inventory)
+    summary = [each for record in inventory.records if record.study == SUMMARY for each in shown[id(record)]]
     return {
         "verdicts": [(verdict, TONES[verdict]) for verdict in tables.VERDICTS],
         "counts": counts,
         "sums": [sum(column) for column in zip(*(numbers for _, numbers in counts), strict=True)],
         "studies": [
-            (study, list(_questions(found, "claim", pages, study)), _forest_of(study, summary))
+            (study, list(_questions(inventory, "claim", pages, study)), _forest_of(study, summary))
             for study, _ in counts
         ],
-        "checks": list(_questions(found, "check", pages)),
-        "remarks": found.remarks(),
-        "missing": found.missing,
-        "groups": [(record, shown[id(record)]) for record in found.studies],
+        "checks": list(_questions(inventory, "check", pages)),
+        "remarks": inventory.remarks(),
+        "missing": inventory.missing,
+        "groups": [(record, shown[id(record)]) for record in inventory.studies],
         "summary": [each for each in summary if not each.figure.id.startswith(FOREST)],
     }
 
@@ -155,10 +159,10 @@ def _forest_of(study: str, summary: Sequence[Shown]) -> Shown | None:
 
 
 def _questions(
-    found: Inventory, type: Literal["claim", "check"], pages: dict[str, str], study: str | None = None
+    inventory: Inventory, type: Literal["claim", "check"], pages: dict[str, str], study: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What the first page shows of claims, or of checks: one statement, and a row for each model."""
-    for question in found.questions(type):
+    """Claims or checks as the first page shows them: one statement, and a row for each model."""
+    for question in inventory.questions(type):
         if study in (None, question.study):
             paper = _paper(question)
             yield {
@@ -196,12 +200,12 @@ def _answer(type: str, claim: Claim, record: Record, pages: dict[str, str]) -> d
     }
 
 
-def _of(found: Inventory, record: Record) -> list[Cited]:
-    return [cited for cited in citing.figures(found) if cited.record is record]
+def _of(inventory: Inventory, record: Record) -> list[Cited]:
+    return [cited for cited in citing.figures(inventory) if cited.record is record]
 
 
 def _copy(record: Record, working: Path) -> None:
-    """Copy what the pages link to; files that are gone are left out."""
+    """Copy the files that pages link to, except missing ones."""
     target = working / "files" / record.study / folder(record).name
     target.mkdir(parents=True, exist_ok=True)
     names = [FILE_NAME, *(name for figure in record.figures for name in figure.files)]
@@ -253,7 +257,7 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
     body, used = "<h1>" + label(record) + "</h1>", 0
     links = [("record", _file(record, FILE_NAME))]
     if record.notebook is None:
-        body += "<p>It was run by hand: there is no executed notebook.</p>"
+        body += "<p>This study was not run by the batch runner: there is no executed notebook.</p>"
     elif not path.is_file():
         body += f'<p class="missing">Missing: {record.notebook.file}.</p>'
     else:
@@ -268,12 +272,12 @@ def _notebook_page(environment: jinja2.Environment, record: Record, figures: Seq
 
 
 def _rendered(path: Path, figures: Sequence[str], claims: Sequence[Claim]) -> tuple[str, int]:
-    """Render an executed notebook; its pictures, in their order, become the record's figures.
+    """Render an executed notebook, with its pictures replaced, in order, by the record's figures.
 
-    The first row of a table that begins with the statement of a claim gets the claim's anchor.
+    The first table row that begins with a claim's statement gets the claim's anchor.
 
     Returns:
-        The HTML, and how many of the figures are in it: none if there are not as many pictures as figures.
+        The HTML, and how many figures it contains: none unless there are as many pictures as figures.
     """
     notebook: Any = nbformat.read(path, as_version=4)
     pictures = [
@@ -301,7 +305,7 @@ def _rendered(path: Path, figures: Sequence[str], claims: Sequence[Claim]) -> tu
 
 
 def _with_anchors(html: str, waiting: dict[str, str]) -> str:
-    """Give ids to the rows of a verdict table; `waiting` maps statements to ids, and loses those that are given."""
+    """Set ids of rows in a verdict table; `waiting` maps statements to ids, and used ones are removed from it."""
     if not waiting or ">verdict</th>" not in html:
         return html
     soup = BeautifulSoup(html, "html.parser")
@@ -313,19 +317,19 @@ def _with_anchors(html: str, waiting: dict[str, str]) -> str:
 
 
 def _without_empty_headers(html: str) -> str:
-    """Make plain cells of the corners that pandas writes as headers of nothing."""
+    """Replace the empty header cells that pandas writes by plain cells."""
     return re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
 
 
 def _linked(html: str) -> str:
-    """Turn links to other notebooks of the suite into text: their pages have other names here."""
+    """Replace links to other notebooks by their text: their pages have other names here."""
     return re.sub(r'<a href="[^":#]+\.ipynb">(.*?)</a>', r"\1", html)
 
 
 def _sections(page: str, html: str) -> list[dict[str, str]]:
-    """Cut the main part of a page at headings, figures and claims, for the search."""
+    """Split the main part of a page at headings, figures and claims, for the search."""
     main = BeautifulSoup(html, "html.parser").main
-    assert main is not None  # by the templates
+    assert main is not None  # every template has it
     assert main.h1 is not None
     for each in main(["script", "style"]):
         each.decompose()
@@ -340,16 +344,19 @@ def _sections(page: str, html: str) -> list[dict[str, str]]:
             "text": text,
         }
 
-    found = []
+    sections = []
     for part in main.select("figure[id], tbody[id]"):
         title = part.select_one(".statement, .id")
         text = " ".join(part.extract().get_text(" ").split())
-        found.append(section(title, part["id"], text))
+        sections.append(section(title, part["id"], text))
     for node in main.descendants:
         if isinstance(node, Tag) and node.name in _HEADINGS:
-            found.append(section(node, node.get("id")))
+            sections.append(section(node, node.get("id")))
         elif (
-            found and isinstance(node, NavigableString) and node.parent and node.parent.name not in _HEADINGS
+            sections
+            and isinstance(node, NavigableString)
+            and node.parent
+            and node.parent.name not in _HEADINGS
         ):
-            found[-1]["text"] += "".join(f"{word} " for word in node.split())
-    return found
+            sections[-1]["text"] += "".join(f"{word} " for word in node.split())
+    return sections

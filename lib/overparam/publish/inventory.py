@@ -1,4 +1,4 @@
-"""What a results folder holds, read so that one broken record does not hide the others."""
+"""The contents of a results folder; a broken record does not hide the others."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from overparam.record.ledger import Entry
 from overparam.record.provenance import is_committed
 from overparam.record.record import UNFINISHED, Record, load, record_files
 
-SUMMARY = "claims"  # the study that reads the records of all others
+SUMMARY = "claims"  # the study that summarises the records of all others
 
 
 @dataclass(frozen=True)
 class Question:
-    """A claim or a check, and what each record has to say on it.
+    """A claim or a check, with the verdict of each record.
 
     Attributes:
-        study: The study that asks it.
-        entry: Its place in the ledger, or None where the ledger has none.
-        answers: The claim with its verdict and its record, a model each.
+        study: The study that answers it.
+        entry: Its entry in the ledger, or None if it has none.
+        answers: (claim with its verdict, record), one per model.
     """
 
     study: str
@@ -32,21 +32,21 @@ class Question:
 
     @property
     def claim(self) -> Claim:
-        """The first answer: its statement, source and published value are those of all."""
+        """The first answer; statement, source and published value are the same in all."""
         return self.answers[0][0]
 
 
 @dataclass
 class Inventory:
-    """The records of a results folder, and what is wrong with it or missing from it.
+    """The records of a results folder, and what is wrong or missing.
 
     Attributes:
         root: The results folder.
-        records: One for each study and slug, the newest, in the order of the ledger's studies, then by slug.
+        records: The newest record of each study and slug, in the order of the ledger's studies, then by slug.
         superseded: Older records of the same study and slug.
-        problems: What could not be read or is contradictory, a line each.
+        problems: Unreadable and contradictory records, a line each.
         failed: Jobs that ended in an error and have no newer record, as study/slug.
-        missing: Claims of the ledger that no record answers though the profile's results should.
+        missing: Entries of the ledger that the profile's results should answer, but no record does.
         unknown: Claims of records that are not in the ledger, as study/slug: id.
     """
 
@@ -60,14 +60,14 @@ class Inventory:
 
     @property
     def studies(self) -> list[Record]:
-        """The records that measured something: all but the summary of claims."""
+        """The records of studies: all except the summary of claims."""
         return [record for record in self.records if record.study != SUMMARY]
 
     def questions(self, type: Literal["claim", "check"] | None = None) -> list[Question]:
-        """Claims and checks that records answer, by study, in the order of the ledger.
+        """Claims and checks with an answer, by study, in the order of the ledger.
 
         Args:
-            type: Only claims, or only checks; both by default. What the ledger does not know counts as a claim.
+            type: Only claims, or only checks; both by default. Without an entry in the ledger, it counts as a claim.
         """
         answers: dict[tuple[str, str], list[tuple[Claim, Record]]] = {}
         for record in self.studies:
@@ -78,12 +78,12 @@ class Inventory:
         return [each for each in every if type in (None, each.entry.type if each.entry else "claim")]
 
     def verdicts(self, type: Literal["claim", "check"] | None = None) -> Iterator[tuple[Claim, Record]]:
-        """The answers to `questions`, one after the other."""
+        """All answers of `questions`."""
         for question in self.questions(type):
             yield from question.answers
 
     def uncommitted(self) -> list[str]:
-        """Records that were made with uncommitted changes, as study/slug; those already in git's history stay."""
+        """Records that were made with uncommitted changes, as study/slug, unless they are committed themselves."""
         return [
             _name(record)
             for record in self.records
@@ -91,7 +91,7 @@ class Inventory:
         ]
 
     def remarks(self) -> list[str]:
-        """Problems, failures and what is superseded, missing or unknown: a line each, for readers."""
+        """Lines for readers about problems, failures, and superseded, missing or unknown entries."""
         lines = list(self.problems)
         lines += [f"{name}: failed the last time it ran; there is no record of it" for name in self.failed]
         lines += [
@@ -100,56 +100,62 @@ class Inventory:
         ]
         for study in dict.fromkeys(entry.study for entry in self.missing):
             number = sum(entry.study == study for entry in self.missing)
-            lines.append(f"missing: {study}, of which no record answers {number} claims or checks")
+            lines.append(f"missing: {study}, where no record answers {number} claims or checks")
         lines += [f"{name} is not in the ledger" for name in self.unknown]
         return lines
 
 
 def folder(record: Record) -> Path:
     """The folder that a record was read from."""
-    assert record.path is not None  # records of an inventory were read from files
+    assert record.path is not None  # set by `record.load`
     return record.path.parent
 
 
 def take(results_dir: str | Path) -> Inventory:
-    """Read a results folder; a folder that is not there is one without records."""
+    """Read a results folder; a missing folder has no records."""
     root = Path(results_dir)
-    found = Inventory(root)
+    inventory = Inventory(root)
     for path in record_files(root):
         try:
             record = load(path)
         except (ValueError, OSError) as error:
-            found.problems.append(f"{str(error).replace(f'{root}/', '')} (left out of the report)")
+            inventory.problems.append(f"{str(error).replace(f'{root}/', '')} (left out of the report)")
             continue
         if record.status != "complete":
             name = path.parent.relative_to(root)
-            found.problems.append(f"{name}: its record says {record.status!r}, not 'complete' (left out)")
+            inventory.problems.append(f"{name}: its record says {record.status!r}, not 'complete' (left out)")
             continue
-        found.records.append(record)
-    found.records.sort(key=lambda record: (*_place(record.study), record.slug, record.started, record.key))
-    newest = {(record.study, record.slug): record for record in found.records}
-    found.superseded = [record for record in found.records if newest[record.study, record.slug] is not record]
-    found.records = list(newest.values())
-    for record in found.records:
+        inventory.records.append(record)
+    inventory.records.sort(
+        key=lambda record: (*_place(record.study), record.slug, record.started, record.key)
+    )
+    newest = {(record.study, record.slug): record for record in inventory.records}
+    inventory.superseded = [
+        record for record in inventory.records if newest[record.study, record.slug] is not record
+    ]
+    inventory.records = list(newest.values())
+    for record in inventory.records:
         ids = [claim.id for claim in record.claims]
         for claim_id in sorted({each for each in ids if ids.count(each) > 1}):
-            found.problems.append(
+            inventory.problems.append(
                 f"{_name(record)}: two verdicts on one claim, {claim_id}; the first is shown"
             )
             first = next(claim for claim in record.claims if claim.id == claim_id)
             record.claims = [claim for claim in record.claims if claim.id != claim_id or claim is first]
-    found.failed = sorted(_failed(root, found.records))
-    answered = {claim.id for claim, _ in found.verdicts()}
+    inventory.failed = sorted(_failed(root, inventory.records))
+    answered = {claim.id for claim, _ in inventory.verdicts()}
     expected = ledger.entries(root.resolve().name)
-    found.missing = [e for e in expected if not any(ledger.find(claim_id) == e for claim_id in answered)]
-    found.unknown = [
-        f"{_name(record)}: {claim.id}" for claim, record in found.verdicts() if ledger.find(claim.id) is None
+    inventory.missing = [e for e in expected if not any(ledger.find(claim_id) == e for claim_id in answered)]
+    inventory.unknown = [
+        f"{_name(record)}: {claim.id}"
+        for claim, record in inventory.verdicts()
+        if ledger.find(claim.id) is None
     ]
-    return found
+    return inventory
 
 
 def _place(study: str) -> tuple[int, str]:
-    """The order of studies: the ledger's, then any others by name."""
+    """Sort key of studies: the ledger's order, then others by name."""
     order = ledger.studies()
     return (order.index(study) if study in order else len(order), study)
 

@@ -1,4 +1,4 @@
-"""The part of the README that is made from records: one picture, and a short table of chosen claims."""
+"""The generated part of the README: one picture, and a short table of selected claims."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BETWEEN = " · "
 
 
 def fill(readme_path: str | Path, results_dir: str | Path) -> bool:
-    """Replace what the README has between its two marks by what the records say; return whether anything changed.
+    """Write the generated part of the README between its two marks; return whether anything changed.
 
     Raises:
-        ValueError: when the README lacks the two marks.
+        ValueError: if the README lacks the two marks.
     """
     path = Path(readme_path)
     before = path.read_text()
@@ -31,26 +31,26 @@ def fill(readme_path: str | Path, results_dir: str | Path) -> bool:
 
 
 def stale(readme_path: str | Path, results_dir: str | Path) -> bool:
-    """Tell whether the README differs from what the records say now."""
+    """Return whether the README's generated part is out of date."""
     path = Path(readme_path)
     text = path.read_text()
     return _filled(path, text, Path(results_dir)) != text
 
 
-def front(found: Inventory, relative_to: str | Path) -> str:
-    """The picture and the table of the front page, with links relative to a folder."""
-    if not found.studies:
-        return tables.nothing(found)
+def front(inventory: Inventory, relative_to: str | Path) -> str:
+    """The generated part of the README: picture, table and text, with links relative to a folder."""
+    if not inventory.studies:
+        return tables.nothing(inventory)
     base = Path(relative_to)
-    parts = [_picture(found, base), table(found), _below(found, base)]
-    parts += [f"{_models(found)} {tables.origin(found.studies)}".strip()]
-    parts += [f"{remark[0].upper()}{remark[1:]}." for remark in found.remarks()]
+    parts = [_picture(inventory, base), table(inventory), _below(inventory, base)]
+    parts += [f"{_models(inventory)} {tables.origin(inventory.studies)}".strip()]
+    parts += [f"{remark[0].upper()}{remark[1:]}." for remark in inventory.remarks()]
     return "\n\n".join(part for part in parts if part)
 
 
-def table(found: Inventory) -> str:
-    """The chosen claims in the order of the ledger, a row each."""
-    answered = {question.claim.id: question for question in found.questions("claim")}
+def table(inventory: Inventory) -> str:
+    """One row per selected claim, in the order of the ledger."""
+    answered = {question.claim.id: question for question in inventory.questions("claim")}
     rows = [
         _row(entry, entry.front, answered.get(entry.front_id())) for entry in ledger.entries() if entry.front
     ]
@@ -65,8 +65,8 @@ def _filled(path: Path, text: str, results_dir: Path) -> str:
     return f"{before}{START}\n{front(take(results_dir), path.parent)}\n{END}{after}"
 
 
-def _picture(found: Inventory, base: Path) -> str:
-    for record in found.records:
+def _picture(inventory: Inventory, base: Path) -> str:
+    for record in inventory.records:
         for figure in record.figures:
             if (record.study, figure.id) == (SUMMARY, PICTURE):
                 png = next(name for name in figure.files if name.endswith(".png"))
@@ -88,29 +88,31 @@ def _row(entry: Entry, words: Front, question: Question | None) -> list[str]:
 
 
 def _side_by_side(parts: list[str], unit: str = "") -> str:
-    """As many parts as a cell of the front page holds, and how many are left out."""
-    parts = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]  # a line breaks between two models
+    """Join as many parts as fit into a cell, and add the number of those left out."""
+    parts = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]  # break lines only between models
     for number in range(len(parts), 0, -1):
         more = [f"{len(parts) - number} more"] if number < len(parts) else []
         text = _BETWEEN.join([f"{_BETWEEN.join(parts[:number])} {unit}".strip(), *more])
         if len(text) <= CELL:
             return text
-    raise ValueError(f"a cell of the front page has {CELL} characters at most, {text!r} has {len(text)}")
+    raise ValueError(f"a cell of the front page has at most {CELL} characters, {text!r} has {len(text)}")
 
 
-def _models(found: Inventory) -> str:
-    """What the short names of models stand for."""
-    slugs = sorted({record.slug for record in found.studies if ledger.model_name(record.slug) != record.slug})
+def _models(inventory: Inventory) -> str:
+    """The full names behind the models' short names."""
+    slugs = sorted(
+        {record.slug for record in inventory.studies if ledger.model_name(record.slug) != record.slug}
+    )
     names = [f"{ledger.model_name(slug)} is {slug}" for slug in slugs]
     return f"{', '.join(names)}." if names else ""
 
 
-def _below(found: Inventory, base: Path) -> str:
-    """Where the rest is, and how the checks went."""
-    claims, checks = list(found.verdicts("claim")), [claim for claim, _ in found.verdicts("check")]
-    report = tables.relative(found.root / pages.FILE, base)
+def _below(inventory: Inventory, base: Path) -> str:
+    """Links to the report, and how many checks are met."""
+    claims, checks = list(inventory.verdicts("claim")), [claim for claim, _ in inventory.verdicts("check")]
+    report = tables.relative(inventory.root / pages.FILE, base)
     text = f"All {len(claims)} verdicts with conditions, figures and records: [{pages.FILE}]({report})."
     if checks:
         met = sum(claim.verdict == "reproduced" for claim in checks)
-        text += f" Of {len(checks)} [checks]({report}#checks), conditions of this suite's own, {met} are met."
+        text += f" Of {len(checks)} [checks]({report}#checks), conditions that this suite sets itself, {met} are met."
     return text

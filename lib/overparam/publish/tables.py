@@ -1,4 +1,4 @@
-"""What pages say of claims, checks and records, and the tables of REPORT.md: made from records, never by hand."""
+"""Texts about claims, checks and records, and the tables of REPORT.md, all made from records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from overparam.record.claims import Claim, Verdict
 from overparam.record.record import FILE_NAME, Record
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-OUTCOMES = {  # of a check
+OUTCOMES = {  # verdict -> outcome of a check
     "reproduced": "met",
     "reproduced in direction": "met in direction",
     "not reproduced": "not met",
@@ -32,35 +32,35 @@ def title(study: str) -> str:
     return study.replace("_", " ").capitalize().replace("Moe", "MoE")
 
 
-def counts(found: Inventory) -> list[tuple[str, list[int]]]:
-    """How many verdicts of each kind the claims of each study have, in the order of `VERDICTS`."""
+def counts(inventory: Inventory) -> list[tuple[str, list[int]]]:
+    """Number of verdicts of each kind on the claims of each study, in the order of `VERDICTS`."""
     numbers: dict[str, Counter[str]] = {}
-    for claim, record in found.verdicts("claim"):
+    for claim, record in inventory.verdicts("claim"):
         numbers.setdefault(record.study, Counter())[claim.verdict] += 1
     return [(study, [number[verdict] for verdict in VERDICTS]) for study, number in numbers.items()]
 
 
-def counts_table(found: Inventory) -> str:
-    """The counts as a table in Markdown, with their sums."""
-    rows = counts(found)
+def counts_table(inventory: Inventory) -> str:
+    """The counts as a Markdown table, with sums."""
+    rows = counts(inventory)
     sums = [sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True)]
     cells = [[title(study), *(str(number or "") for number in numbers)] for study, numbers in rows]
     return markdown(["study", *VERDICTS], [*cells, ["all", *map(str, sums)]])
 
 
-def questions_table(found: Inventory, study: str, relative_to: Path) -> str:
+def questions_table(inventory: Inventory, study: str, relative_to: Path) -> str:
     """The claims of a study with every verdict, its conditions, and links to figure and record."""
     rows = []
-    for question in found.questions("claim"):
+    for question in inventory.questions("claim"):
         if question.study == study:
             rows += [_row(claim, record, relative_to) for claim, record in question.answers]
     return markdown(["claim", "published", "model", "measured [95 % CI]", "verdict"], rows)
 
 
-def checks_table(found: Inventory, relative_to: Path) -> str:
-    """The checks of all studies: the conditions that this suite sets itself."""
+def checks_table(inventory: Inventory, relative_to: Path) -> str:
+    """The checks of all studies, with outcomes."""
     rows = []
-    for claim, record in found.verdicts("check"):
+    for claim, record in inventory.verdicts("check"):
         statement, goal, model, measured, _ = _row(claim, record, relative_to)
         rows.append([statement, title(record.study), goal, model, measured, outcome(claim)])
     return markdown(["check", "study", "condition", "model", "measured [95 % CI]", "outcome"], rows)
@@ -74,7 +74,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """A text that stays in its cell of a table in Markdown."""
+    """Escape a text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -87,13 +87,13 @@ def _row(claim: Claim, record: Record, base: Path) -> list[str]:
 
 
 def png_of(claim: Claim, record: Record) -> str | None:
-    """Name of the picture that shows a claim, or None where its record has none."""
+    """File name of the figure that shows a claim, or None if its record has none."""
     files = [name for figure in record.figures if figure.id == claim.figure for name in figure.files]
     return next((name for name in files if name.endswith(".png")), None)
 
 
 def shown_of(note: str) -> str:
-    """Return what tables show of a note: its first sentence, and others with a measured interval."""
+    """Shorten a note for tables: its first sentence, and sentences with a measured interval."""
     first, *others = note.split(". ")
     return ". ".join([first, *(sentence for sentence in others if "[" in sentence)]).rstrip(". ")
 
@@ -104,7 +104,7 @@ def measured_text(claim: Claim) -> str:
 
 
 def interval(claim: Claim, plus: float = 0.0) -> str:
-    """The measured number, `plus` added, with its interval; a dash where nothing was measured."""
+    """The measured number with its interval, `plus` added to all; a dash if nothing was measured."""
     if claim.measured is None:
         return "—"
     numbers = [number + plus for number in (claim.measured.value, claim.measured.low, claim.measured.high)]
@@ -123,7 +123,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def origin(records: list[Record]) -> str:
-    """Say by which code and on which machines records were made."""
+    """A sentence about the code and the machines that made the records."""
     machines = {
         f"{hw['cpu']} ({hw['logical_cores']} logical cores, {hw['ram_gib']:g} GiB)"
         for hw in (record.provenance["hardware"] for record in records)
@@ -138,9 +138,9 @@ def origin(records: list[Record]) -> str:
     )
 
 
-def nothing(found: Inventory) -> str:
-    """What pages say of a folder without results."""
-    return f"No results yet: `python run_all.py --profile {found.root.name}` makes them."
+def nothing(inventory: Inventory) -> str:
+    """The text of pages for a folder without results."""
+    return f"No results yet: `python run_all.py --profile {inventory.root.name}` makes them."
 
 
 def relative(path: Path, base: Path) -> str:

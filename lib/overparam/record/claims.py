@@ -1,4 +1,4 @@
-"""Published claims and the verdict on each, computed from the measured estimate and never typed."""
+"""Published claims and the verdict on each, always computed from the measured estimate."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Kind = Literal["no_worse", "better", "unchanged", "difference", "proportional"]
 
 @dataclass(frozen=True)
 class Claim:
-    """One published claim, and what this run has to say on it.
+    """One published claim with the verdict of this run.
 
     Attributes:
         id: Stable name, such as ``l3prune-large``.
-        statement: The claim in one's own words.
+        statement: The claim in our own words.
         source: Paper and section or table.
-        published: The published value, as it is shown to readers.
-        measured: The measured estimate; None when it is not testable at this scale.
-        unit: Of measured and margin, such as ``points``.
-        margin: The margin that the rule used.
+        published: The published value, as shown to readers.
+        measured: The measured estimate; None if the claim is not testable at this scale.
+        unit: Unit of measured and margin, such as ``points``.
+        margin: The margin used by the rule.
         verdict: Computed by `judge`.
         rule: The rule in words, with its numbers.
         figure: Id of the figure that shows it, or empty.
-        note: What differs from the published conditions.
+        note: Differences from the published conditions.
     """
 
     id: str
@@ -80,25 +80,23 @@ def judge(
 ) -> tuple[Verdict, str]:
     """Judge an estimate by the rule of its kind; `measured` None is "not testable at this scale".
 
-    ``no_worse`` (a loss is negligible; `measured` is compressed − baseline, higher is better): reproduced
-    when the whole CI is at or above −margin; not reproduced when it is entirely below −margin; else
-    inconclusive.
+    ``no_worse`` (`measured` is compressed − baseline, higher is better): reproduced if the whole CI is at or above
+    −margin; not reproduced if it is entirely below −margin; else inconclusive.
 
-    ``better`` (`measured` is a gain): reproduced when the whole CI is above `margin`; not reproduced when it is
-    entirely at or below it; else inconclusive.
+    ``better`` (`measured` is a gain): reproduced if the whole CI is above `margin`; not reproduced if it is entirely
+    at or below it; else inconclusive.
 
-    ``unchanged`` (`measured` is a change of either sign): reproduced when the whole CI lies within ±margin; not
-    reproduced when it lies entirely outside; else inconclusive.
+    ``unchanged`` (`measured` is a change of either sign): reproduced if the whole CI is within ±margin; not reproduced
+    if it is entirely outside; else inconclusive.
 
-    ``difference`` (`measured` against a `published` number, higher is better): reproduced when the CI meets
-    published ± margin or is better than it. A CI whose half-width is above both the margin and the published
-    size meets almost anything: inconclusive. In direction when the CI lies on the published side of zero
-    (and, if `direction_within` is given, the estimate is no further from zero than that). Else not
-    reproduced.
+    ``difference`` (`measured` against a `published` number, higher is better): reproduced if the CI overlaps
+    published ± margin or is better. If its half-width is above both the margin and the published size, it would
+    overlap almost anything: inconclusive. In direction if the CI is on the same side of zero as the published number
+    (and, if `direction_within` is given, the estimate is no further from zero than that). Else not reproduced.
 
-    ``proportional`` (`measured` is the slope of relative cost over relative depth; 1 is proportional):
-    reproduced when the CI meets 1 ± margin and excludes 0; inconclusive when it meets 1 ± margin and holds 0;
-    in direction when it is above 0; else not reproduced.
+    ``proportional`` (`measured` is the slope of relative cost over relative depth; 1 is proportional): reproduced if
+    the CI overlaps 1 ± margin and excludes 0; inconclusive if it overlaps 1 ± margin and includes 0; in direction if
+    it is above 0; else not reproduced.
 
     Returns:
         The verdict, and the rule in words with its numbers.
@@ -142,10 +140,10 @@ def judged(
     figure: str = "",
     note: str = "",
 ) -> Claim:
-    """Build a claim with its verdict: the fields of `Claim` and the arguments of `judge`.
+    """Build a claim with its verdict, from the fields of `Claim` and the arguments of `judge`.
 
     Raises:
-        ValueError: as `judge`, and when nothing was measured and no note says why.
+        ValueError: as `judge`, and if nothing was measured and no note says why.
     """
     if measured is None and not note:
         raise ValueError(f"claim {id!r} was not measured: say why in note=")

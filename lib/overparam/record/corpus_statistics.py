@@ -1,4 +1,4 @@
-"""Scores of a corpus from the counts of its sentences: what `stats` resamples for texts and translations."""
+"""Corpus scores of texts and translations, computed from counts per sentence so that `stats` can resample them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BETA_SQUARED = 4.0  # of chrF2++: recall counts twice as much as precision
 
 
 def chrf(items: Array) -> Array:
-    """ChrF++ as sacrebleu computes it: counts ``[..., n, 3 · orders]`` (hypothesis, reference, match) to 0..100."""
+    """ChrF++ (0 to 100) as in sacrebleu, from counts ``[..., n, 3 · orders]``: hypothesis, reference, match."""
     total = items.sum(axis=-2)
     counts = total.reshape(*total.shape[:-1], -1, 3)  # [..., orders, 3]
     hypothesis, reference, match = np.moveaxis(counts, -1, 0)
@@ -22,7 +22,7 @@ def chrf(items: Array) -> Array:
 
 
 def bleu(items: Array) -> Array:
-    """BLEU with sacrebleu's default ("exp") smoothing, to 0..100.
+    """BLEU (0 to 100) with sacrebleu's default smoothing ("exp").
 
     The counts are ``[..., n, 10]``: hypothesis and reference tokens, matches of order 1 to 4, n-grams of order 1
     to 4.
@@ -51,7 +51,7 @@ def perplexity(items: Array) -> Array:
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:
-    """A quotient that is zero where the denominator is."""
+    """Divide; the result is 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 

@@ -1,4 +1,4 @@
-"""The only way to save a figure: PDF, PNG and the CSV of its points under one stem, traceable to its run."""
+"""Saving figures, always this way: PDF, PNG and a CSV of the points under one file stem, traceable to the run."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ _SAVE_RC: dict[Any, Any] = {"pdf.fonttype": 42, "savefig.dpi": 300, "savefig.bbo
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw for print: 85 mm wide, 8-pt type, Okabe–Ito colours with markers that differ too."""
+    """Style for print: 85 mm wide, 8-pt type, Okabe–Ito colours, each with its own marker."""
     with _known(_RC):
         yield
 
 
 @contextmanager
 def _known(settings: dict[Any, Any]) -> Iterator[None]:
-    """Matplotlib's defaults and `settings`, whatever a personal matplotlibrc says; afterwards all is as before."""
+    """Use matplotlib's defaults with `settings` within the block, ignoring a personal matplotlibrc."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(settings)
@@ -74,11 +74,11 @@ def read_style(path: Path) -> dict[Any, Any]:
     """Return the settings of a matplotlib style file.
 
     Raises:
-        ValueError: for a file that is missing or no style, or one that changes sizes, on which layouts rely.
+        ValueError: for a file that is missing or not a style file, or that changes sizes, on which layouts rely.
     """
     if not path.is_file():
         raise ValueError(f"there is no style file {path}")
-    with warnings.catch_warnings(record=True) as said, mpl.rc_context():
+    with warnings.catch_warnings(record=True) as caught, mpl.rc_context():
         warnings.simplefilter("always")
         messages = io.StringIO()
         handler = logging.StreamHandler(messages)
@@ -87,22 +87,22 @@ def read_style(path: Path) -> dict[Any, Any]:
             settings: dict[Any, Any] = dict(mpl.rc_params_from_file(path, use_default_template=False))
         finally:
             logging.getLogger("matplotlib").removeHandler(handler)
-    problems = [*messages.getvalue().splitlines(), *(str(each.message) for each in said)]
+    problems = [*messages.getvalue().splitlines(), *(str(each.message) for each in caught)]
     if problems or not settings:
         raise ValueError(
-            f"{path} is no matplotlib style file: {problems[0] if problems else 'it sets nothing'}"
+            f"{path} is not a matplotlib style file: {problems[0] if problems else 'it sets nothing'}"
         )
     if sizes := [name for name in settings if name in _SIZES]:
         raise ValueError(
-            f"{path} changes sizes, which the figures' layouts rely on: take out {', '.join(sizes)}"
+            f"{path} changes sizes, which the figures' layouts rely on: remove {', '.join(sizes)}"
         )
     return settings
 
 
 def publish(fig: MplFigure, id: str, *, data: pd.DataFrame, caption: str, recorder: Recorder) -> MplFigure:
-    """Save a figure of pyplot under the stem of its id (``fig:layers-cost``: ``figure_cost``), close and return it.
+    """Save a pyplot figure under a stem made from its id (``fig:layers-cost`` → ``figure_cost``), close and return it.
 
-    Arguments and errors are those of `save`.
+    Arguments and errors as in `save`.
     """
     stem = "_".join(["figure", *id.removeprefix("fig:").split("-")[1:]])
     save(fig, stem, data=data, caption=caption, id=id, recorder=recorder)
@@ -115,16 +115,15 @@ def save(
 ) -> dict[str, str]:
     """Save a figure as ``<stem>.pdf``, ``.png`` and ``.csv``, and register it in the record.
 
-    The same figure from the same code and key gives the same bytes. Id, git sha and key are in the metadata
-    of PDF and PNG.
+    The same figure, code and key give the same bytes. Metadata of PDF and PNG hold id, git sha and key.
 
     Args:
-        fig: The figure; without a title, since that is what the caption is for.
+        fig: The figure, without a title (the caption replaces it).
         stem: File name without ending.
         data: Exactly the points that are drawn.
         caption: What a reader needs to know to read it.
         id: Stable id such as ``fig:layers-initial-loss``.
-        recorder: Of the running job.
+        recorder: Recorder of the running job.
 
     Returns:
         {file name: SHA-256}.
@@ -139,7 +138,7 @@ def save(
     if not caption.strip() or data.empty:
         raise ValueError(f"{id} needs a caption and the data that it draws")
     if fig.get_suptitle() or (len(fig.axes) == 1 and fig.axes[0].get_title()):
-        raise ValueError(f"{id} has a title inside: put it into caption=")
+        raise ValueError(f"{id} has a title: move it into caption=")
     run = recorder.record
     described = f"git {run.provenance['git']['sha']}, key {run.key}, study {run.study}"
     software = f"overparam with matplotlib {mpl.__version__}"

@@ -1,6 +1,6 @@
-"""The ledger of claims, ``claims.yaml``: the one place that says what was published and how it is measured here.
+"""The ledger of claims, ``claims.yaml``: what was published, and how it is measured here.
 
-A study measures, and calls `judged` with the claim's id; statement, source, published value, rule and unit come
+A study calls `judged` with a claim's id and its measurement; statement, source, published value, rule and unit come
 from the ledger, and the verdict from `claims.judge`.
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEDGER = Path(__file__).with_name("claims.yaml")
-FRONT_ROWS = 20  # at most, on the front page
-CELL = 90  # characters of a cell there, at most
-_OWN = "this suite"  # the source of a check names it, the source of a claim does not
+FRONT_ROWS = 20  # maximum rows of the table on the front page
+CELL = 90  # maximum characters per cell there
+_OWN = "this suite"  # appears in the source of every check, and of no claim
 _WORD = r"\{\w+[^}]*\}"
 
 
@@ -55,7 +55,7 @@ class Paper(_Strict):
 
 
 class Common(_Strict):
-    """How a measured number becomes points or percent: factor · (number − origin)."""
+    """Conversion of a measured number to points or percent: factor · (number − origin)."""
 
     origin: float
     factor: float
@@ -63,14 +63,14 @@ class Common(_Strict):
 
 
 class Front(_Strict):
-    """A row of the table on the front page, in few words.
+    """A short row of the table on the front page.
 
     Attributes:
         claim: The statement.
         published: The published value.
-        of: The claim's id, where the entry stands for several of one form.
-        plus: Added to the measured number: what is measured as a loss of 7 % is shown as 93 % kept.
-        unit: Of the number that is shown.
+        of: Id of the claim to show, if the entry stands for several.
+        plus: Added to the measured number: with 100, a change of −7 % is shown as 93 % kept.
+        unit: Unit of the number shown.
     """
 
     claim: str = Field(max_length=CELL)
@@ -84,21 +84,21 @@ class Entry(_Strict):
     """One claim of the ledger, or one check.
 
     Attributes:
-        id: Of the claim in records; with {words}, any id of that form.
-        type: A claim is somebody's published statement; a check is a condition of this suite's own.
-        front: Its row on the front page, for the chosen few; only claims have one.
+        id: Id of the claim in records; with {words}, a pattern for several ids.
+        type: "claim" for a published statement, "check" for a condition that this suite sets itself.
+        front: Its row on the front page, for some claims.
         study: The study that answers it.
-        paper: Name of the paper that states it, or that a check is set against.
-        statement: The claim in one's own words; {words} are filled in by the study.
+        paper: Name of the paper that states it, or that a check refers to.
+        statement: The claim in our own words; {words} are filled in by the study.
         source: Paper and section or table; {paper} is the paper's `cite`.
-        published: The published value, as it is shown to readers.
-        published_value: The same as a number in `unit`, where there is one.
+        published: The published value, as shown to readers.
+        published_value: The same as a number in `unit`, if it is one.
         kind: The rule of `claims.judge`.
-        measures: What the number is of; times are never the same twice.
+        measures: What the number describes; times differ between any two runs.
         metric: What is measured here.
         margin: The margin of the rule, and where it is set.
-        unit: Of the measured number.
-        common: How it becomes points or percent; None when it is that already.
+        unit: Unit of the measured number.
+        common: Conversion to points or percent; None if the unit is one of these.
         figure: Id of the figure that shows it.
         profiles: Profiles whose results should answer it.
     """
@@ -122,11 +122,11 @@ class Entry(_Strict):
     profiles: tuple[str, ...]
 
     def answers(self, claim_id: str) -> bool:
-        """Tell whether a record's claim is this one."""
+        """Return whether a claim id of a record belongs to this entry."""
         return bool(re.fullmatch(pattern(self.id), claim_id))
 
     def front_id(self) -> str:
-        """Id of the claim that the front page shows of it."""
+        """Id of the claim shown on the front page."""
         return (self.front and self.front.of) or self.id
 
     def cited(self) -> str:
@@ -134,11 +134,11 @@ class Entry(_Strict):
         return self.source.replace("{paper}", papers()[self.paper].cite if self.paper else "")
 
     def shown(self) -> str:
-        """The statement for a reader who has no record: open words are dots."""
+        """The statement with "…" in place of its {words}."""
         return without_words(self.statement)
 
     def in_common(self, value: float) -> float:
-        """A number in `unit` as points or percent."""
+        """Convert a number in `unit` to points or percent."""
         return self.common.factor * (value - self.common.origin) if self.common else value
 
 
@@ -157,16 +157,16 @@ def read(path: Path) -> _File:
     """Read a ledger.
 
     Raises:
-        ValueError: for unknown or missing fields, ids that repeat, a paper that is not listed, a claim without
-            somebody else as its source, a check with one, or a front page with too many or too few rows.
+        ValueError: for unknown or missing fields, repeated ids, a paper that is not listed, a claim that is a goal of
+            this suite or a check that is not, or a front page with too many or too few rows.
     """
     try:
-        found = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        ledger = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name} is not a valid ledger: {error}") from error
-    if problems := [*_wrong_entries(found), *_wrong_front(found.claims)]:
+    if problems := [*_wrong_entries(ledger), *_wrong_front(ledger.claims)]:
         raise ValueError(f"{path.name}: {'; '.join(problems)}")
-    return found
+    return ledger
 
 
 def _wrong_entries(file: _File) -> Iterator[str]:
@@ -180,13 +180,13 @@ def _wrong_entries(file: _File) -> Iterator[str]:
         if entry.type == "claim" and own:
             yield f"{entry.id} is a goal of {_OWN}, so it needs `type: check`"
         if entry.type == "check" and not own:
-            yield f"{entry.id} is a check, so its source has to say that it is a goal of {_OWN}"
+            yield f"{entry.id} is a check, so its source must say that it is a goal of {_OWN}"
 
 
 def _wrong_front(entries: tuple[Entry, ...]) -> Iterator[str]:
     chosen = [entry for entry in entries if entry.front]
     if len(chosen) > FRONT_ROWS:
-        yield f"{len(chosen)} claims have `front`, at most {FRONT_ROWS} can"
+        yield f"{len(chosen)} claims have `front`, the maximum is {FRONT_ROWS}"
     for entry in chosen:
         if entry.type == "check":
             yield f"{entry.id} is a check: only claims can have `front`"
@@ -195,11 +195,11 @@ def _wrong_front(entries: tuple[Entry, ...]) -> Iterator[str]:
             yield f"{entry.id} stands for several claims: name one of them in `front: {{of: …}}`, got {shown!r}"
     without = {e.study for e in entries if e.type == "claim"} - {e.study for e in chosen}
     if without:
-        yield f"no claim of {', '.join(sorted(without))} has `front`: each study needs one at least"
+        yield f"no claim of {', '.join(sorted(without))} has `front`: each study needs at least one"
 
 
 def entries(profile: str | None = None) -> tuple[Entry, ...]:
-    """All claims, or those that the results of a profile should answer (all of them for a profile of one's own)."""
+    """All entries, or those that a profile's results should answer (all for a user's own profile)."""
     known = {name for entry in _file().claims for name in entry.profiles}
     return tuple(e for e in _file().claims if profile not in known or profile in e.profiles)
 
@@ -215,18 +215,18 @@ def studies() -> list[str]:
 
 
 def position(claim_id: str) -> int:
-    """Where a claim stands in the ledger; those that are not in it come last."""
+    """Position of a claim in the ledger, for sorting; unknown claims come last."""
     entry = find(claim_id)
     return _file().claims.index(entry) if entry else len(_file().claims)
 
 
 def model_name(slug: str) -> str:
-    """A model's short name for tables and figures, or the slug itself where the ledger has none."""
+    """A model's short name for tables and figures; the slug itself if the ledger has none."""
     return _file().models.get(slug, slug)
 
 
 def find(claim_id: str) -> Entry | None:
-    """The claim of a record's claim id: the one of that id, or else the first of that form."""
+    """The entry for a claim id: the one with exactly that id, or the first whose pattern matches."""
     exact = [entry for entry in _file().claims if entry.id == claim_id]
     return next(iter(exact or [entry for entry in _file().claims if entry.answers(claim_id)]), None)
 
@@ -247,16 +247,16 @@ def points(paper: str) -> pd.DataFrame:
     """The published numbers of a paper as a table."""
     import pandas as pd
 
-    found = papers()[paper].points
-    if found is None:
+    table = papers()[paper].points
+    if table is None:
         raise ValueError(f"the ledger has no published points of {paper!r}")
-    return pd.DataFrame(found.rows, columns=list(found.columns))
+    return pd.DataFrame(table.rows, columns=list(table.columns))
 
 
 def hashes(study: str | None = None) -> dict[str, str]:
-    """Hash of what the verdicts of a study rest on, for keys of jobs: {"claims.yaml": SHA-256}.
+    """Hash of the ledger's entries that decide a study's verdicts, for drawing keys: {"claims.yaml": SHA-256}.
 
-    Without a study it is the hash of the whole ledger, with the words of the front page, which decide no verdict.
+    Without a study, the hash of the whole ledger, including the rows of the front page.
     """
     if study is None:
         return {"claims.yaml": digest(_file().model_dump())}
@@ -266,12 +266,12 @@ def hashes(study: str | None = None) -> dict[str, str]:
 
 
 def without_words(template: str) -> str:
-    """A text of the ledger for a reader who has no record: its open {words} are dots."""
+    """A text of the ledger with "…" in place of its {words}."""
     return re.sub(_WORD, "…", template)
 
 
 def pattern(template: str) -> str:
-    """A regular expression of all texts that a template with {words} can become."""
+    """A regular expression that matches every text that a template with {words} can become."""
     parts = re.split(_WORD, template)
     return ".+".join(re.escape(part) for part in parts)
 
@@ -288,15 +288,15 @@ def judged(
     """Build a claim of the ledger with its verdict.
 
     Args:
-        claim_id: Its id in the ledger, or an id of that form.
-        measured: The estimate, in the ledger's unit; None when it was not measured.
-        margin: Of the rule, as the parameters of the run set it.
+        claim_id: An id that the ledger has, or that matches one of its patterns.
+        measured: The estimate, in the ledger's unit; None if it was not measured.
+        margin: Margin of the rule, from the parameters of the run.
         direction_within: See `claims.judge`.
-        note: What differs from the published conditions.
-        words: Fills the {words} of the ledger's texts.
+        note: Differences from the published conditions.
+        words: Values for the {words} of the ledger's texts.
 
     Raises:
-        ValueError: as `claims.judged`, and for an id or a word that is missing.
+        ValueError: as `claims.judged`, and for an unknown id or a missing word.
     """
     entry = find(claim_id)
     if entry is None:

@@ -1,4 +1,4 @@
-"""Per-item scores of two runs, compared item by item where the items match."""
+"""Comparison of two runs' per-item scores, paired where the items match."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pandas as pd
 
 from overparam.record import stats
 
-ITEM = ("item", "verse")  # columns that say which item it is
+ITEM = ("item", "verse")  # columns that identify an item
 OUTCOMES = (
     "nll",
     "tokens",
     "text",
     "translation",
     "failure",
-)  # what a run makes of an item, beside its scores
+)  # columns with results of a run, besides scores
 _SCORE = re.compile(r"(.+)_\d+$")  # columns such as value_0, or chrf_0 … chrf_23 of one item's statistics
-_GROUP_SIZE = 64  # a column of more different values than that tells items apart, not systems or tasks
+_GROUP_SIZE = 64  # a column with more distinct values identifies items, not systems or tasks
 _LEVEL = 0.05
 _RESAMPLES = 500
 
@@ -27,13 +27,13 @@ State = Literal["identical", "agree", "differ"]
 
 
 def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
-    """Match items by every column that is no score, and compare the scores.
+    """Match items by all columns that are not scores, and compare the scores.
 
-    Where scores differ, each group of items (system, task, …) is compared by a paired bootstrap of its score; a group
-    differs when its p-value, from the bootstrap's spread, is below 5 % after Holm's correction for all groups.
+    If scores differ, each group of items (system, task, …) is compared by a paired bootstrap of its score. A group
+    differs if its p-value, from the bootstrap's standard error, is below 5 % after Holm's correction over all groups.
 
     Returns:
-        Rows of state and detail: the first for the table as a whole, then one for each group that differs.
+        (state, detail): first for the whole table, then for each group that differs.
     """
     from scipy.special import ndtr
 
@@ -41,10 +41,10 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
         return [("differ", "the columns are not the same")]
     scores = [c for c in left.columns if _SCORE.fullmatch(c) or c in OUTCOMES]
     keys = [c for c in left.columns if c not in scores]
-    # a name that is missing is a name like any other: groups are not to lose the rows that have none
+    # a missing name is a name too: otherwise groupby would drop these rows
     one, other = (frame.assign(**frame[keys].astype("str").fillna("")) for frame in (left, right))
     if one.duplicated(keys).any() or other.duplicated(keys).any():
-        return [("differ", "items cannot be told apart: several rows have the same names")]
+        return [("differ", "items cannot be identified: several rows have the same names")]
     both = one.merge(other, on=keys, suffixes=("·a", "·b"))
     alone = len(one) + len(other) - 2 * len(both)
     others = f"; {alone} without a partner" if alone else ""
@@ -60,9 +60,9 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
         return [("identical", f"{len(both)} items, every score the same{others}")]
     groups = [key for key in keys if key not in ITEM and both[key].nunique() <= _GROUP_SIZE]
     gaps = _gaps(both, changed, groups, scores)
-    shown = f"{len(both)} items, {changed.sum()} with other scores{others}"
+    shown = f"{len(both)} items, {changed.sum()} with different scores{others}"
     if not gaps:
-        return [("agree", f"{shown}; none of them numbers that can be compared")]
+        return [("agree", f"{shown}; none of these scores is a number that can be compared")]
     p_values = [
         2 * ndtr(-abs(gap.value) / se) if (se := (gap.high - gap.low) / 3.92) > 0 else float(gap.value == 0)
         for _, gap in gaps
@@ -84,7 +84,7 @@ def compare(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[State, str]]:
 def _gaps(
     both: pd.DataFrame, changed: np.ndarray, groups: list[str], scores: list[str]
 ) -> list[tuple[str, stats.Estimate]]:
-    """Paired differences B − A of the groups in which some score differs."""
+    """Paired differences B − A of all groups in which a score differs."""
     numbered = both.groupby(groups, sort=False).ngroup() if groups else pd.Series(0, index=both.index)
     gaps = []
     for _, part in both[numbered.isin(numbered[changed].unique())].groupby(numbered, sort=False):
@@ -99,18 +99,18 @@ def _gaps(
 
 
 def _statistics(part: pd.DataFrame, scores: list[str]) -> list[tuple[str, list[str]]]:
-    """Which statistics the score columns of a group are made for, as `overparam.evaluate` and `stats` keep them."""
+    """The statistic for the score columns of a group, as `overparam.evaluate` and `stats` store them."""
     families: dict[str, list[str]] = {}
     for name in scores:
-        if (found := _SCORE.fullmatch(name)) and part[f"{name}·a"].notna().any():
-            families.setdefault(found[1], []).append(name)
+        if (match := _SCORE.fullmatch(name)) and part[f"{name}·a"].notna().any():
+            families.setdefault(match[1], []).append(name)
     statistics = []
     for family, columns in families.items():
         if family in ("chrf", "bleu"):
             statistics.append(("chrf++" if family == "chrf" else "bleu", columns))
         elif len(columns) == 1:
             statistics.append(("mean", columns))
-        else:  # scores against labels: two classes, or a human's judgement on a scale
+        else:  # scores with labels: two classes, or human ratings
             classes = part[f"{columns[1]}·a"].nunique()
             statistics.append(("average_precision" if classes <= 2 else "spearman", columns[:2]))
     if {"nll", "tokens"} <= set(scores) and part["nll·a"].notna().any():

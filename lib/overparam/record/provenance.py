@@ -1,4 +1,4 @@
-"""Where a number comes from: code version, packages, machine and thread settings, collected lightly."""
+"""Where a number comes from: code version, packages, machine and thread settings, without loading torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
     *("matplotlib", "codecarbon", "papermill", "pydantic"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
-# They choose instructions, and so the last bits of numbers.
+# These choose CPU instructions, which can change the last bits of numbers.
 _INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
                  "OPENBLAS_CORETYPE", "OMP_WAIT_POLICY")  # fmt: skip
 _CHANNELS = tuple(
@@ -37,7 +37,7 @@ _CHANNELS = tuple(
 
 
 def provenance() -> dict[str, Any]:
-    """Return what is known of the code, the packages and the machine; no host name and no path is in it."""
+    """Return versions of the code and packages, and facts about the machine; without host name or paths."""
     return {
         "git": git_state(Path(__file__).parent),
         "python": platform.python_version(),
@@ -55,7 +55,7 @@ def provenance() -> dict[str, Any]:
 def git_state(package: Path) -> dict[str, Any]:
     """Return {"sha", "dirty", "reason"} of the repository that holds the package's own source.
 
-    Sha and dirty are None, with a reason, when there is none. Files in ``results/`` do not count as changes.
+    Without a repository, sha and dirty are None and "reason" says why. Files in ``results/`` do not count as changes.
     """
 
     def git(*args: str, cwd: Path = package) -> str:
@@ -77,12 +77,12 @@ def git_state(package: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return "hardware" and "threads"; GPUs and torch's threads only once torch is loaded."""
+    """Return "hardware" and "threads"; GPUs and torch's threads only if torch is loaded."""
     return {"hardware": hardware(), "threads": _threads()}
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU, cores, memory and, if torch is loaded already, GPUs."""
+    """Return CPU, cores, memory and, if torch is loaded, GPUs."""
     torch = sys.modules.get("torch")
     gpus = []
     if torch is not None and torch.cuda.is_available():
@@ -120,7 +120,7 @@ def _cpu_model() -> str:
 
 
 def is_committed(path: Path) -> bool:
-    """Return whether a file is in git's history as it stands."""
+    """Return whether a file is committed to git in its current state."""
     for command in (["ls-files", "--error-unmatch"], ["diff", "--quiet", "HEAD", "--"]):
         try:
             done = subprocess.run(

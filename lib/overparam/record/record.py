@@ -1,8 +1,8 @@
-"""The record of one job: what was run, on what, what came out, and which files belong to it.
+"""The record of one job: what was run, on which data and machine, what came out, and which files belong to it.
 
-`start` gives a `Recorder`; what it is told becomes files in the job's folder, and `Recorder.finish` writes
-``record.json`` last, so a folder without one is unfinished. The batch runner then adds the executed notebook
-with `seal` and gives the folder its final name with `files.replace_folder`; a run by hand publishes by itself.
+`start` returns a `Recorder`. It writes tables, scores and figures into the job's folder, and `Recorder.finish` writes
+``record.json`` last, so a folder without one is unfinished. The batch runner then adds the executed notebook with
+`seal` and gives the folder its final name with `files.replace_folder`; without the runner, `finish` does the latter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from overparam.record.claims import Claim
 from overparam.record.provenance import git_state, machine, provenance
 from overparam.record.stats import Estimate
-from overparam.support.files import digest, replace_folder, write_atomic
+from overparam.support.files import digest, replace_folder, sha256, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ SCHEMA = 1
 STEPS_NAME = "steps.json.gz"  # what the steps returned
 FILE_NAME = "record.json"
 NOTEBOOK_NAME = "executed.ipynb"
-SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # wherever a notebook is opened from
+SCRATCH = Path(__file__).resolve().parents[3] / "results" / "scratch"  # for runs without the batch runner
 UNFINISHED = (".partial", ".failed")  # endings of folders that hold no result
 RUNNER = ".runner"  # folder of the batch runner's locks and logs in a results folder
 # what the report writes into a results folder, beside the records
@@ -44,7 +44,7 @@ REPORT_FILES = ("REPORT.md", "figures.json", "ro-crate-metadata.json", "gallery"
 
 
 class SchemaError(ValueError):
-    """A record of another schema version than the one that is read here."""
+    """A record with a schema version that this version of overparam cannot read."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FileRef:
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number with its unit; with a confidence interval if `estimate` is there."""
+    """One measured number with its unit, and its confidence interval if `estimate` is given."""
 
     value: float
     unit: str = ""
@@ -84,7 +84,7 @@ class Record:
         profile: Profile that it belongs to, or "interactive".
         params: The validated parameters.
         key: Identity of what was measured: hash over the code that measures, parameters and inputs.
-        status: "complete"; nothing else is ever stored.
+        status: Always "complete" in a stored record.
         command: One shell line that runs this job again.
         started: UTC time, ISO 8601.
         seconds: Wall time from `start` to `finish`.
@@ -97,7 +97,7 @@ class Record:
         figures: In the order in which they were saved.
         claims: With verdicts.
         notebook: The executed notebook; None for a run by hand.
-        sealed: SHA-256 of all the rest, by which an edit by hand is noticed; older records have none.
+        sealed: SHA-256 of all other fields, to detect manual edits; older records have none.
         path: Where the record was read from; not stored.
     """
 
@@ -124,7 +124,7 @@ class Record:
     path: Path | None = field(default=None, compare=False)
 
     def files(self) -> dict[str, str]:
-        """Return every file of this record but record.json itself, as {name: SHA-256}."""
+        """Return every file of this record except record.json itself, as {name: SHA-256}."""
         refs = [*self.tables.values(), *self.items.values(), *self.artifacts.values()]
         refs += [self.notebook] if self.notebook else []
         files = {ref.file: ref.sha256 for ref in refs}
@@ -144,65 +144,65 @@ class Recorder:
         self._clock = time.monotonic()
         self._returned: dict[str, Any] = {}  # what each step returned, as `steps` encodes it
         self._replayed: dict[str, Any] | None = None
-        self._called: Counter[str] = Counter()
-        self._inside = False
+        self._calls: Counter[str] = Counter()
+        self._in_step = False
 
     @property
     def replays(self) -> bool:
-        """Whether steps return what they returned when the job was measured, and nothing is measured."""
+        """Whether this is a redraw: steps return their recorded values, and nothing is measured."""
         return self._replayed is not None
 
     def step(self, name: str, make: Callable[[], T]) -> T:
-        """Return what `make` returns, and keep it with the record; when figures are drawn anew, what was kept.
+        """Run a step and record its value; in a redraw, return the recorded value without running it.
 
         Args:
-            name: Of the step; one that is called again gets a number.
-            make: Measures. A step inside of another is part of that one.
+            name: Name of the step; a repeated name gets a number.
+            make: The step. A step called inside another is recorded as part of the outer one.
 
         Raises:
-            ValueError: when figures are drawn anew and the record has no such step.
+            ValueError: when redrawing, if the record has no such step.
         """
-        if self._inside:
+        if self._in_step:
             return make()
-        self._called[name] += 1
-        name = name if self._called[name] == 1 else f"{name} {self._called[name]}"
+        self._calls[name] += 1
+        name = name if self._calls[name] == 1 else f"{name} {self._calls[name]}"
         if self._replayed is not None:
             if name not in self._replayed:
                 raise ValueError(
-                    f"the record holds no step {name!r}, which the notebook now asks for: measure it again with "
+                    f"the record has no step {name!r}, which the notebook now needs: measure again with "
                     f"`{self.record.command} --force`"
                 )
-            found: T = self._replayed[name]
-            return found
-        self._inside = True
+            recorded: T = self._replayed[name]
+            return recorded
+        self._in_step = True
         try:
-            made = make()
+            value = make()
         finally:
-            self._inside = False
-        from overparam.record import steps  # loads pandas, which the runner does without
+            self._in_step = False
+        from overparam.record import steps  # imported here: it loads pandas, which the runner does not need
 
-        self._returned[name] = steps.encode(made, self)
-        return made
+        self._returned[name] = steps.encode(value, self)
+        return value
 
     def replay(self) -> None:
-        """Let steps return what the record's folder says that they returned; figures and claims are made anew.
+        """Begin a redraw: steps return their recorded values, and figures and claims start empty.
 
         Raises:
-            ValueError: when the record keeps nothing of its steps, as older ones do, or it cannot be read.
+            ValueError: when the record has no values of steps (as older ones), or they cannot be read.
         """
         from overparam.record import steps
 
         path = self.directory / STEPS_NAME
         if not path.is_file():
             raise ValueError(
-                "the record keeps nothing of what its steps returned, as those of older versions do: its figures can "
-                f"be drawn anew once it was measured again: `{self.record.command}`"
+                "the record was made by an older version, without the values of its steps: to redraw its figures, "
+                f"measure again first: `{self.record.command}`"
             )
         self._replayed = steps.load(path.read_bytes(), self)
         self.record.figures, self.record.claims = [], []
 
     def metric(self, name: str, value: Estimate | float, unit: str = "") -> None:
-        """Record a number or an estimate under a name; the same name again replaces it."""
+        """Record a number or an estimate under a name, replacing an earlier one of that name."""
         if isinstance(value, Estimate):
             self.record.metrics[name] = Metric(value.value, unit, value)
         else:
@@ -219,11 +219,11 @@ class Recorder:
         self.record.items[name] = self.write_file(f"{name}.parquet", data)
 
     def keep(self, values: NDArray[np.float64], **columns: object) -> None:
-        """Keep per-item scores, an array [items, k]; all that are kept become items.parquet at the end.
+        """Add per-item scores to items.parquet, which `finish` writes.
 
         Args:
-            values: Scores, or what a statistic of them is made of.
-            columns: What the scores are of, such as a system and a task.
+            values: Scores, or the values that a statistic is computed from. [items, k]
+            columns: What was scored, such as ``system="int8", task="sts"``.
         """
         import pandas as pd
 
@@ -233,7 +233,7 @@ class Recorder:
         self._kept.append(pd.DataFrame({**columns, "item": range(len(values))} | scores))
 
     def artifact(self, name: str, data: bytes) -> None:
-        """Record a file of any other kind; the same name again replaces it.
+        """Record a file of any other kind, replacing an earlier artifact of that name.
 
         Raises:
             ValueError: when a table, an item file or a figure has that name.
@@ -244,49 +244,51 @@ class Recorder:
         self.record.artifacts[name] = self.write_file(name, data)
 
     def artifact_folder(self, folder: Path) -> None:
-        """Record every file of a folder, so that the record's own folder can be loaded as `folder` can.
+        """Record every file of a folder (such as a saved model), so that the record's folder can be loaded like it.
 
         Raises:
-            ValueError: for a folder inside, or when one of the names is taken; nothing is recorded then.
+            ValueError: if it has a subfolder or a name that is taken; nothing is recorded then.
         """
         paths = sorted(folder.iterdir())
         taken = {*self.record.files(), FILE_NAME, NOTEBOOK_NAME} - self.record.artifacts.keys()
         for path in paths:
             if not path.is_file() or path.name in taken:
-                reason = "is the name of another file of this record" if path.is_file() else "is no file"
+                reason = "is the name of another file of this record" if path.is_file() else "is not a file"
                 raise ValueError(f"cannot record the files of a folder: {path.name!r} {reason}")
         for path in paths:
             self.artifact(path.name, path.read_bytes())
 
     def claim(self, claim: Claim) -> None:
-        """Record the verdict on a claim; the same id again replaces it."""
+        """Record the verdict on a claim, replacing an earlier one with the same id."""
         self.record.claims = [*(c for c in self.record.claims if c.id != claim.id), claim]
 
     def figure(self, figure: Figure) -> None:
-        """Register a saved figure (called by `figures.save`); the same id again replaces it."""
+        """Register a saved figure (called by `figures.save`), replacing an earlier one with the same id."""
         self.record.figures = [*(f for f in self.record.figures if f.id != figure.id), figure]
 
     def input(self, name: str, sha256: str) -> None:
-        """Record the SHA-256 of weights or data that the job found out while it ran."""
+        """Record the SHA-256 of weights or data, where it becomes known only during the run."""
         self.record.provenance["inputs"][name] = sha256
 
     def write_file(self, name: str, data: bytes) -> FileRef:
-        """Write one file of the record's folder, at once or not at all."""
+        """Write one file of the record's folder atomically."""
         if Path(name).name != name or name in (FILE_NAME, NOTEBOOK_NAME):
-            raise ValueError(f"a file of a record needs a plain name of its own, got {name!r}")
+            raise ValueError(
+                f"a file of a record needs a plain name, not a path or a reserved name, got {name!r}"
+            )
         if name in self.record.artifacts:
             raise ValueError(f"{name!r} is the name of an artifact of this record")
         write_atomic(self.directory / name, data)
         return FileRef(name, hashlib.sha256(data).hexdigest())
 
     def finish(self) -> Path:
-        """Write the scores that were kept, and ``record.json`` as the last file; return its path."""
+        """Write items.parquet and, as the last file, ``record.json``; return its path."""
         if self._kept:
             import pandas as pd
 
-            kept = pd.concat(self._kept, ignore_index=True)
-            names = [name for name, column in kept.items() if pd.api.types.is_string_dtype(column)]
-            self.items("items", kept.astype(dict.fromkeys(names, "category")))
+            scores = pd.concat(self._kept, ignore_index=True)
+            names = [name for name, column in scores.items() if pd.api.types.is_string_dtype(column)]
+            self.items("items", scores.astype(dict.fromkeys(names, "category")))
         if self.replays:
             write(self.record, self.directory)
             self.record.path = self.directory / FILE_NAME
@@ -324,12 +326,11 @@ def start(
         study: Name of the study.
         params: The validated parameters (plain JSON values; ``Params.model_dump(mode="json")``).
         slug: Short name of the parameter set.
-        key: Identity of the run; the batch runner's, or else a hash over study, parameters and inputs.
+        key: Identity of the run; by default the batch runner's, or a hash over study, parameters and inputs.
         inputs: Name → SHA-256 of weights and data.
         seeds: Seeds used; by default the parameters ``seed`` and ``seeds``.
-        directory: Final folder; by default what the batch runner says, or else
-            ``results/scratch/<study>/<slug>-<key8>``. A folder that is there is replaced at the end, not
-            before.
+        directory: Final folder; by default the batch runner's, or ``results/scratch/<study>/<slug>-<key8>``. An
+            existing folder is replaced only when the record is finished.
     """
     if recorder := resumed():
         return recorder
@@ -365,7 +366,7 @@ def start(
 
 
 def resumed() -> Recorder | None:
-    """Return the recorder of a job of which only figures, claims and notebook are made anew, or None."""
+    """Return the recorder of a job that is being redrawn, or None."""
     if not os.environ.get("OVERPARAM_REPLAY"):
         return None
     directory = Path(os.environ["OVERPARAM_JOB_DIR"])
@@ -382,18 +383,18 @@ def seal(
     key_parts: Mapping[str, Any] | None = None,
     drawing: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Add the executed notebook to a finished record, and write ``record.json`` again as the last file.
+    """Add the executed notebook to a finished record, and write ``record.json`` again, last.
 
     Args:
         directory: The job's folder.
         notebook: The executed notebook, written as ``executed.ipynb``.
         slug: The batch runner's name of the parameter set.
         key_parts: What the key was made from; kept in the provenance under "key".
-        drawing: The drawing key, as "key", and what it was made from; kept under "drawing" with the code's version.
+        drawing: The drawing key ("key") and what it was made from; kept under "drawing" with the git version.
 
     Raises:
-        FileNotFoundError: when the job left no record.
-        ValueError: when the record is not valid, or its files are not those that it names.
+        FileNotFoundError: when there is no record.
+        ValueError: when the record is invalid, or a file is missing or differs from its hash.
     """
     record = load(directory)
     write_atomic(directory / NOTEBOOK_NAME, notebook)
@@ -404,8 +405,8 @@ def seal(
     if drawing is not None:
         record.provenance["drawing"] = {**drawing, "git": git_state(Path(__file__).parent)}
     write(record, directory)
-    if found := problems(record):
-        raise ValueError("; ".join(found))
+    if wrong := problems(record):
+        raise ValueError("; ".join(wrong))
     return record
 
 
@@ -427,7 +428,7 @@ def load(path: str | Path) -> Record:
     Raises:
         FileNotFoundError: when there is none.
         SchemaError: for a record of another schema version.
-        ValueError: for one that is no record.
+        ValueError: for a file that is not a valid record.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -435,7 +436,7 @@ def load(path: str | Path) -> Record:
         values = json.loads(path.read_text())
         schema = values["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record: {error!r}") from error
+        raise ValueError(f"{path} is not a record: {error!r}") from error
     if schema != SCHEMA:
         raise SchemaError(
             f"{path} has schema version {schema!r}, this version of overparam reads {SCHEMA}: "
@@ -467,13 +468,13 @@ def find(results_dir: str | Path) -> list[Record]:
 
 
 def record_files(results_dir: str | Path) -> list[Path]:
-    """Return every ``record.json`` below a folder, in order; not those of unfinished jobs, nor copies for reading."""
+    """Return every ``record.json`` below a folder, in order, except those of unfinished jobs and of the gallery."""
     root = Path(results_dir)
     return [path for path in sorted(root.rglob(FILE_NAME)) if not _no_result(path.relative_to(root))]
 
 
 def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
-    """Return the files of a results folder that neither a record names nor a report writes, in order."""
+    """Return the files of a results folder that belong neither to a record nor to the report, in order."""
     root = Path(results_dir)
     named = {path for record in records if (path := record.path)}
     named |= {path.parent / name for record in records if (path := record.path) for name in record.files()}
@@ -487,38 +488,33 @@ def orphans(results_dir: str | Path, records: Sequence[Record]) -> list[Path]:
 def missing_or_orphaned(results_dir: str | Path) -> list[str]:
     """List what is wrong with a results folder: files missing or changed, and files that no record names."""
     records = find(results_dir)
-    found = [problem for record in records for problem in problems(record)]
-    found += [f"{path}: no record names this file" for path in orphans(results_dir, records)]
-    return found
+    wrong = [problem for record in records for problem in problems(record)]
+    return wrong + [f"{path}: no record names this file" for path in orphans(results_dir, records)]
 
 
 def problems(record: Record) -> list[str]:
-    """List what was changed by hand since a record was written: itself, or files that it names."""
-    assert record.path is not None  # only a record that was read has files
-    found = []
+    """List what changed since a record was written: the record itself, or files that it names."""
+    assert record.path is not None  # set by `load`
+    wrong = []
     if record.sealed is not None:
         content = json.loads(record.path.read_text())
         del content["sealed"]
         if digest(content) != record.sealed:
-            found.append(f"{record.path}: edited since it was written (its own SHA-256 does not fit)")
+            wrong.append(f"{record.path}: edited since it was written (its own SHA-256 differs)")
     for name, expected in record.files().items():
         path = record.path.parent / name
         if not path.is_file():
-            found.append(f"{path}: named by the record, but missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            found.append(f"{path}: its content is not what the record was made with (SHA-256 differs)")
-    return found
+            wrong.append(f"{path}: named by the record, but missing")
+        elif sha256(path) != expected:
+            wrong.append(f"{path}: changed since the record was made (SHA-256 differs)")
+    return wrong
 
 
 def _no_result(relative: Path) -> bool:
-    return _unfinished(relative) or not set(relative.parts).isdisjoint(REPORT_FILES)
-
-
-def _unfinished(relative: Path) -> bool:
-    return any(part.endswith(UNFINISHED) or part == RUNNER for part in relative.parts)
+    return any(part.endswith(UNFINISHED) or part in (RUNNER, *REPORT_FILES) for part in relative.parts)
 
 
 def _seeds(params: Mapping[str, Any]) -> list[int]:
     several = params.get("seeds")
-    found = [params.get("seed"), *(several if isinstance(several, list | tuple) else [])]
-    return [seed for seed in found if isinstance(seed, int)]
+    seeds = [params.get("seed"), *(several if isinstance(several, list | tuple) else [])]
+    return [seed for seed in seeds if isinstance(seed, int)]

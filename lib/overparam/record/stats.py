@@ -1,9 +1,9 @@
 """Uncertainty of scores: one bootstrap for means, ratios and differences, over items and over seeds.
 
-Every interval here is a *percentile* bootstrap interval (Efron & Tibshirani 1993, ch. 13). Two systems that
-were scored on the same items are compared *paired*: one draw of item indices serves both sides. When several
-seeds were run, seeds are drawn as well, crossed with the items; with few seeds (three, say) that is a rough
-guide only, since three values can say little about the spread of all seeds.
+Every interval is a *percentile* bootstrap interval (Efron & Tibshirani 1993, ch. 13). Two systems scored on the same
+items are compared *paired*: each resample uses the same item indices on both sides. With several seeds, seeds are
+resampled too, crossed with the items; with few seeds (such as three) that is only a rough guide, since they say little
+about the spread over all seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from overparam.record import corpus_statistics
 
 Array = NDArray[np.float64]
-Items = Array | Sequence[Array]  # [n] or [n, k]; or a list of those, one a seed, items in the same order
+Items = Array | Sequence[Array]  # [n] or [n, k]; or a list of these, one per seed, items in the same order
 Equivalence = Literal["equivalent", "worse", "better", "inconclusive"]
 
 _CHUNK = 2_000_000  # numbers drawn at a time, so that memory stays small
@@ -31,9 +31,9 @@ class Estimate:
 
     Attributes:
         value: The point estimate.
-        low: Lower end of the interval; ``-inf`` where the data do not bound it.
-        high: Upper end of the interval; ``inf`` where the data do not bound it.
-        n: Number of items that it rests on.
+        low: Lower end of the interval; ``-inf`` if the data do not bound it.
+        high: Upper end of the interval; ``inf`` if the data do not bound it.
+        n: Number of items.
     """
 
     value: float
@@ -42,11 +42,11 @@ class Estimate:
     n: int
 
     def scaled(self, factor: float) -> Estimate:
-        """Multiply value and ends, such as by 100 for points."""
+        """Multiply value and ends, such as by 100 for percent."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
 
     def shifted(self, by: float) -> Estimate:
-        """Add to value and ends, such as -1 to make a change of a retention."""
+        """Add to value and ends, such as -1 to turn a retention into a relative change."""
         return Estimate(self.value + by, self.low + by, self.high + by, self.n)
 
     def columns(self, name: str) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Estimate:
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; an end that is not bounded becomes None."""
+        """Return plain JSON values; an unbounded end becomes None."""
         low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
         return {"value": self.value, "low": low, "high": high, "n": self.n}
 
@@ -86,7 +86,7 @@ def _spearman(items: Array) -> Array:
     ranks -= (items.shape[-2] - 1) / 2  # centred; ties share their mean rank
     covariance = (ranks[0] * ranks[1]).sum(axis=-1)
     spread = np.sqrt((ranks**2).sum(axis=-1).prod(axis=0))
-    # a constant column has no rank correlation: counted as none at all
+    # the rank correlation of a constant column is undefined: counted as 0
     return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0))
 
 
@@ -94,7 +94,7 @@ def _average_precision(items: Array) -> Array:
     order = np.argsort(-items[..., 0], axis=-1)
     scores = np.take_along_axis(items[..., 0], order, axis=-1)
     labels = np.take_along_axis(items[..., 1], order, axis=-1) > 0
-    # tied scores are one threshold: each item counts with the precision at the end of its group of ties
+    # tied scores share one threshold: each item gets the precision at the end of its group of ties
     ends = _group_ends(scores)
     hits = np.take_along_axis(labels.cumsum(axis=-1), ends, axis=-1)
     positives = labels.sum(axis=-1)
@@ -103,7 +103,7 @@ def _average_precision(items: Array) -> Array:
 
 
 def _group_ends(ordered: Array) -> NDArray[np.int64]:
-    """Return for each place of sorted values ``[..., n]`` the last place that holds the same value."""
+    """For each position of sorted values ``[..., n]``, return the last position with the same value."""
     n = ordered.shape[-1]
     last = np.ones(ordered.shape, dtype=bool)
     last[..., :-1] = ordered[..., :-1] != ordered[..., 1:]
@@ -122,9 +122,9 @@ STATISTICS: dict[str, Callable[[Array], Array]] = {
 }
 """From per-item scores ``[..., n, k]`` to the score ``[...]``.
 
-``mean`` and ``v_measure_mean`` read column 0 (one value an item, one value a clustering); ``spearman`` reads
-the predicted and the human similarity; ``average_precision`` reads the predicted similarity and the label (0
-or 1). The last four are scores of a corpus, which rest on the sums of all columns over the items.
+``mean`` and ``v_measure_mean`` use column 0 (one value per item, or per clustering); ``spearman`` uses the predicted
+and the human similarity; ``average_precision`` uses the predicted similarity and the label (0 or 1). The last four are
+corpus scores, computed from sums of the columns over all items.
 """
 
 _CHEAP = ("mean", "v_measure_mean")
@@ -165,7 +165,7 @@ def difference(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Estimate compressed − baseline, paired by item (and by seed, where both sides have several).
+    """Estimate compressed − baseline, paired by item (and by seed, if both sides have several).
 
     Arguments and errors are those of `bootstrap`; one side may have one seed and the other several.
     """
@@ -182,10 +182,10 @@ def retention(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Estimate compressed ÷ baseline, paired by item (and by seed, where both sides have several).
+    """Estimate compressed ÷ baseline, paired by item (and by seed, if both sides have several).
 
-    The interval is unbounded, (−inf, inf), when the baseline's own interval holds zero: such a ratio can be
-    anything (Fieller 1954). Use `difference` then.
+    If the baseline's own interval contains zero, the ratio is not bounded (Fieller 1954): the interval is (−inf, inf).
+    Use `difference` then.
 
     Raises:
         ValueError: as `bootstrap`, and when the baseline's score is zero.
@@ -222,11 +222,11 @@ def suite_difference(
 
     Args:
         pairs: For each task: baseline items, compressed items, statistic.
-        n_resamples: By default 10,000 when every statistic is a mean, else 2,000.
+        n_resamples: By default 10,000 if every statistic is a mean, else 2,000.
         seed: Seed of the draws.
         confidence: Of the interval.
-        shared_items: The tasks have the same items in the same order (one sentence in several languages), so that
-            one draw of items serves all tasks; drawn apart, they would make the interval too narrow.
+        shared_items: Whether all tasks have the same items in the same order (one sentence in several languages).
+            They are then resampled together; separate draws would make the interval too narrow.
     """
     points, draws, n = _sample(pairs, n_resamples, seed, shared_items)
     return _interval(points[1] - points[0], draws[1] - draws[0], n, confidence)
@@ -242,8 +242,8 @@ def suite_retention(
 ) -> Estimate:
     """Estimate the compressed model's mean score over tasks ÷ the baseline's mean score over tasks.
 
-    A ratio of means, as published averages are, rather than a mean of ratios, which one task with a baseline
-    near zero would rule. Arguments as in `suite_difference`, edge cases as in `retention`.
+    A ratio of means, as in published averages; a mean of ratios could be dominated by one task with a baseline near
+    zero. Arguments as in `suite_difference`, edge cases as in `retention`.
     """
     points, draws, n = _sample(pairs, n_resamples, seed, shared_items)
     if points[0] == 0:
@@ -256,7 +256,7 @@ def suite_retention(
 
 
 def equivalent(estimate: Estimate, margin: float) -> Equivalence:
-    """Compare a difference with a margin that was stated beforehand.
+    """Compare a difference with a margin that was fixed in advance.
 
     Returns:
         "equivalent" when the whole interval lies within ±margin (ends included), "worse" when it lies
@@ -340,7 +340,7 @@ def _resample(
     seed_draws: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """Score the sides ``[seeds, n, k]`` as they are, and on draws of items (the same for all) and seeds."""
+    """Score each side ``[seeds, n, k]`` as it is, and on resamples of items (the same for all sides) and seeds."""
     n_resamples, n = len(seed_draws), sides[0].shape[1]
     if score is _mean:
         sides = tuple(side[..., :1] for side in sides)

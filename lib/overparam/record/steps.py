@@ -1,7 +1,7 @@
-"""What the steps of a study returned, kept with its record, so that figures can be drawn anew without measuring.
+"""The values that a study's steps returned, stored with its record, so that figures can be redrawn without measuring.
 
-Plain values, tables, arrays and dataclasses of the suite come back equal to the last bit. What cannot be kept, such as
-a model, comes back as `NotKept`, which says so when it is used.
+Plain values, tables, arrays and the suite's dataclasses are restored bit for bit. Other objects, such as models, are
+restored as `NotKept`, which raises an error when used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class NotKept:
-    """Stands for what a record does not hold; any use of it is an error that names it."""
+    """Stands for an object that records do not store; using it is an error that names it."""
 
     def __init__(self, kind: str):
         self._kind = kind
@@ -32,35 +32,35 @@ class NotKept:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ValueError(
-            f"{name!r} is asked of a {self._kind}, which records do not keep: figures and verdicts that are drawn anew "
-            "have only what steps return as numbers, tables, arrays and dataclasses of them"
+            f"{name!r} of a {self._kind} is not available when redrawing: records store only numbers, tables, arrays "
+            "and dataclasses that steps return"
         )
 
 
 def dump(encoded: Mapping[str, Any]) -> bytes:
-    """Return what `load` reads, of steps' values that `encode` gave: the same bytes for the same values."""
+    """Return encoded values of steps as bytes for `load`; equal values give equal bytes."""
     return gzip.compress(json.dumps({"dict": list(encoded.items())}).encode(), mtime=0)
 
 
 def load(data: bytes, owner: object) -> dict[str, Any]:
-    """Return the steps' values by name, with `owner` in place of what was the owner then.
+    """Return the steps' values by name; references to the owner (see `encode`) become `owner`.
 
     Raises:
-        ValueError: for other bytes, or values of a class that is not there any more.
+        ValueError: for invalid bytes, or values of a class that no longer exists.
     """
     try:
         values: dict[str, Any] = _decode(json.loads(gzip.decompress(data)), owner)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"what the steps returned cannot be read again: {error!r}") from error
+        raise ValueError(f"the recorded values of the steps cannot be read: {error!r}") from error
     return values
 
 
 def encode(value: Any, owner: object) -> Any:
-    """Return a value as JSON has it.
+    """Return a value as plain JSON values.
 
     Args:
-        value: What a step returned.
-        owner: An object that is known when it is read again, such as the recorder: kept by reference.
+        value: Return value of a step.
+        owner: An object stored as a reference only, such as the recorder; `load` puts its own in that place.
     """
     if value is owner:
         return {"owner": 1}
@@ -93,7 +93,7 @@ def encode(value: Any, owner: object) -> Any:
         index = None if isinstance(value, pd.Index) else encode(value.index, owner)
         return {"series": [encode(value.name, owner), str(value.dtype), index, _column(value, owner)]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # not only its fields: a cached property that was asked for is kept, too
+        # vars() instead of fields(), to include computed cached properties
         fields = {name: encode(each, owner) for name, each in vars(value).items()}
         return {"class": [type(value).__module__, type(value).__qualname__, fields]}
     if hasattr(value, "model_dump_json") and hasattr(type(value), "model_validate_json"):  # a study's Params
@@ -164,10 +164,10 @@ def _decode(value: Any, owner: object) -> Any:
 def _class(module: str, name: str) -> Any:
     if module.partition(".")[0] == _PACKAGE:
         importlib.import_module(module)
-    found = getattr(sys.modules[module], name)  # of others, only what the notebook has imported itself
-    if not (dataclasses.is_dataclass(found) or hasattr(found, "model_validate_json")):
-        raise ValueError(f"{module}.{name} is no dataclass")
-    return found
+    cls = getattr(sys.modules[module], name)  # other packages: only modules that the notebook imported itself
+    if not (dataclasses.is_dataclass(cls) or hasattr(cls, "model_validate_json")):
+        raise ValueError(f"{module}.{name} is not a dataclass")
+    return cls
 
 
 def _text(data: bytes) -> str:

@@ -1,7 +1,8 @@
-"""One attempt of one job: its lock, papermill, the check of its record, and its place among the results.
+"""One attempt at a job: take its lock, run papermill, check the record, and move it to the results.
 
-It runs in a process of its own, started by `pool.in_child` here or on a worker of a cluster: that process gets one
-line of JSON, ends its kernel when its input ends (its parent is gone) or its time is over, and answers with one line.
+Each attempt is a separate process, started by `pool.in_child` on this machine or on a cluster's worker. It reads one
+line of JSON, and answers with one line. It ends its kernel at the time limit, or when its input closes (its parent has
+died).
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from overparam.runner.job import Job
 from overparam.support import files, progress
 
 if TYPE_CHECKING:
-    from overparam.runner.kernel import Family
+    from overparam.runner.kernel import ProcessTree
 
 Ending = Literal["done", "up to date", "failed", "interrupted", "running elsewhere", "not run"]
-Answer = tuple[Ending, str]  # and the record's path, or the first line of the error
-LOCK_WAIT = 10.0  # seconds in which the processes of a run that was killed are gone
-_OWN_WAIT = 120.0  # the same for this very attempt, begun on a worker that was killed
+Result = tuple[Ending, str]  # with the record's path, or the first line of the error
+LOCK_WAIT = 10.0  # seconds after which the processes of a killed run are gone
+_OWN_WAIT = 120.0  # the same for this attempt itself, if its first worker was killed
 
 
 class JobError(Exception):
-    """A failure that is told in one line."""
+    """A failure with a message of one line."""
 
 
 def attempt(
@@ -51,32 +52,32 @@ def attempt(
     *,
     token: str = "",
     late: Callable[[], str] = lambda: "",
-) -> Answer:
+) -> Result:
     """Run a job to its end, in this process and one kernel.
 
     Args:
         job: From `plan.plan`.
-        environment: For the kernel, beside what every job gets.
+        environment: Extra environment variables of the kernel.
         token: Identifies this attempt in its progress file.
-        late: Asked when the job was stopped; what it returns makes that a failure.
+        late: Called if the job was stopped; a reason that it returns (the time limit) makes the job a failure.
     """
-    from overparam.runner.kernel import Family
+    from overparam.runner.kernel import ProcessTree
 
     folder = job.beside("lock").parent
     folder.mkdir(parents=True, exist_ok=True)
     ignore = folder.with_name(".gitignore")
     if not ignore.exists():
         ignore.write_text("*\n")
-    family = Family(job.partial)
+    processes = ProcessTree(job.partial)
 
     def stop() -> None:
-        if not family.hurry:  # once: the end must not be disturbed
-            family.hurry = True
+        if not processes.kill_now:  # only once: a second signal must not interrupt the cleanup
+            processes.kill_now = True
             raise KeyboardInterrupt
 
     try:
         with stopped_by(stop), _lock(job, token):
-            return _locked(job, dict(environment or {}), token, family, late)
+            return _locked(job, dict(environment or {}), token, processes, late)
     except Timeout:
         return "running elsewhere", "another process is running it"
     except KeyboardInterrupt:
@@ -100,10 +101,10 @@ def _lock(job: Job, token: str) -> Iterator[None]:
 
 
 def _locked(
-    job: Job, environment: dict[str, str], token: str, family: Family, late: Callable[[], str]
-) -> Answer:
+    job: Job, environment: dict[str, str], token: str, processes: ProcessTree, late: Callable[[], str]
+) -> Result:
     path = str(job.directory / record.FILE_NAME)
-    if job.reason != "forced" and _finished_meanwhile(job):
+    if job.reason != "forced" and _is_done(job):
         return "up to date", path
     try:
         for stale in job.beside("lock").parent.glob(f"{job.beside('progress').name}*"):
@@ -111,16 +112,16 @@ def _locked(
         with job.beside("log").open("a", encoding="utf-8") as log:
             print(f"\n{datetime.now(UTC).isoformat(timespec='seconds')} {job.command}", file=log)
         if job.partial.exists():
-            family.end()  # a kernel whose runner was killed may still write there
+            processes.kill()  # a kernel whose runner was killed may still write there
             shutil.rmtree(job.partial)
         job.partial.mkdir(parents=True)
-        _same_code(job)
+        _check_code(job)
         if job.state == "to redraw":
-            _take_measured(job)
+            _copy_measurements(job)
             environment |= {"OVERPARAM_REPLAY": "1"}
-        _execute(job, environment, token, family)
+        _execute(job, environment, token, processes)
         _seal(job)
-        family.hurry = True  # from here on the job is done: a signal comes too late
+        processes.kill_now = True  # the job is done: ignore signals from here on
         files.replace_folder(job.partial, job.directory)
         for old in state.replaced(job.directory, job.slug):
             shutil.rmtree(old)
@@ -137,17 +138,18 @@ def _locked(
     return "done", path
 
 
-def _finished_meanwhile(job: Job) -> bool:
+def _is_done(job: Job) -> bool:
+    """Whether another process has finished the job since the plan was made."""
     try:
-        found = record.load(job.directory)
+        existing = record.load(job.directory)
     except (FileNotFoundError, ValueError):
         return False
-    drawn = found.provenance.get("drawing", {}).get("key") == job.drawing.get("key")
-    return found.key == job.key and drawn and not record.problems(found)
+    drawn = existing.provenance.get("drawing", {}).get("key") == job.drawing.get("key")
+    return existing.key == job.key and drawn and not record.problems(existing)
 
 
-def _take_measured(job: Job) -> None:
-    """Copy what was measured; figures, claims and the notebook are made from it anew."""
+def _copy_measurements(job: Job) -> None:
+    """Copy the measurements of the existing record, without its figures, claims and notebook."""
     measured = record.load(job.directory)
     drawn = {name for figure in measured.figures for name in figure.files} | {record.NOTEBOOK_NAME}
     measured.figures, measured.claims, measured.notebook = [], [], None
@@ -156,8 +158,8 @@ def _take_measured(job: Job) -> None:
     record.write(measured, job.partial)
 
 
-def _same_code(job: Job) -> None:
-    """Refuse to run other code than that which the key stands for: edited since, or a worker's own."""
+def _check_code(job: Job) -> None:
+    """Refuse to run if the code differs from the plan's: edited since, or another version on a worker."""
     code.forget()
     reached = code.reached(job.notebook, job.module)
     drawing = {"notebook": reached.notebook_drawing, "modules": reached.drawing}
@@ -167,18 +169,18 @@ def _same_code(job: Job) -> None:
         changed |= state.changes(job.parts, {**job.parts, **now})
     if changed:
         what = "; ".join(f"{part} {', '.join(names)}".strip() for part, names in changed.items())
-        raise JobError(f"the code here is not what the plan was made with: {what}; run again to plan anew")
+        raise JobError(f"the code has changed since the plan was made: {what}; start the run again")
 
 
-def _execute(job: Job, environment: dict[str, str], token: str, family: Family) -> None:
-    """Run the notebook with papermill; its record and the executed notebook end up in the partial folder."""
-    import papermill  # the plan alone needs neither this nor a kernel
+def _execute(job: Job, environment: dict[str, str], token: str, processes: ProcessTree) -> None:
+    """Run the notebook with papermill; record and executed notebook are written to the partial folder."""
+    import papermill  # imported here: a plan alone does not need it
 
     from overparam.runner.kernel import MARK, kernel_class
 
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that an interrupt leaves behind
     progress_file, log = job.beside("progress"), job.beside("log")
-    quiet = log.stat().st_size
+    seen = log.stat().st_size  # bytes of the log from before the current cell
     cells = sum(kind == "code" for kind, _, _ in notebooks.sources(job.notebook)) + 1  # the injected one
     environment |= {
         MARK: str(job.partial.resolve()),
@@ -187,7 +189,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
         "OVERPARAM_COMMAND": job.command,
         "OVERPARAM_PROGRESS": str(progress_file),
         "PYTHONFAULTHANDLER": "1",
-        # bars of libraries, and warnings that are for their developers, make executed notebooks unreadable
+        # progress bars of libraries, and warnings for developers, make executed notebooks unreadable
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning",
     }
@@ -198,7 +200,7 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
         files.write_atomic(job.beside("progress.cell"), json.dumps(where).encode())
 
     def on_cell_start(**_: object) -> None:
-        nonlocal count, quiet
+        nonlocal count
         count += 1
         show(count)
         with log.open("a", encoding="utf-8") as file:
@@ -214,25 +216,25 @@ def _execute(job: Job, environment: dict[str, str], token: str, family: Family) 
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
-                kernel_manager_class=kernel_class(folder, log, environment, family),
+                kernel_manager_class=kernel_class(folder, log, environment, processes),
                 on_cell_execute=on_cell_start,
             )
         except papermill.PapermillExecutionError:
             raise
         except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that did not start
-            said = log.read_bytes()[quiet:].decode(errors="replace")[-2000:]
-            raise JobError(f"{error}: the kernel crashed or was killed (out of memory?)\n{said}") from error
+            output = log.read_bytes()[seen:].decode(errors="replace")[-2000:]
+            raise JobError(f"{error}: the kernel crashed or was killed (out of memory?)\n{output}") from error
         finally:
-            family.end()
+            processes.kill()
     outside = job.beside("progress.outside")
     if outside.exists():
         paths = ", ".join(dict.fromkeys(outside.read_text(encoding="utf-8").splitlines()))
-        raise JobError(f"the job wrote outside of its own folder: {paths}")
+        raise JobError(f"the job wrote outside its own folder: {paths}")
 
 
 @contextmanager
 def stopped_by(action: Callable[[], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM do something else; outside of the main thread, leave them alone."""
+    """Call `action` on SIGINT and SIGTERM within the block; outside the main thread, change nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,15 +251,17 @@ def stopped_by(action: Callable[[], None]) -> Iterator[None]:
 
 
 def _seal(job: Job) -> None:
-    """Check that the record is this job's, and complete it with the executed notebook."""
+    """Check that the record belongs to this job, and add the executed notebook to it."""
     try:
-        left = record.load(job.partial)
+        made = record.load(job.partial)
     except FileNotFoundError:
         raise JobError("the notebook ended without a record: it must call finish() on its recorder") from None
-    if (left.study, left.key) != (job.study, job.key):
-        raise JobError(f"the record left is of another job: study {left.study!r}, key {left.key[:8]}")
-    if left.params != job.params:
-        raise JobError(f"the record's parameters are not the job's: {left.params} instead of {job.params}")
+    if (made.study, made.key) != (job.study, job.key):
+        raise JobError(f"the record is of another job: study {made.study!r}, key {made.key[:8]}")
+    if made.params != job.params:
+        raise JobError(
+            f"the record's parameters differ from the job's: {made.params} instead of {job.params}"
+        )
     text = (job.partial / record.NOTEBOOK_NAME).read_text(encoding="utf-8")
     record.seal(
         job.partial, scrub(text, job).encode(), slug=job.slug, key_parts=job.parts, drawing=job.drawing
@@ -265,11 +269,11 @@ def _seal(job: Job) -> None:
 
 
 def scrub(text: str, job: Job) -> str:
-    """Take this machine's paths out of an executed notebook (JSON text)."""
+    """Remove this machine's paths from an executed notebook (JSON text)."""
     content = json.loads(text)
-    about = content["metadata"].setdefault("papermill", {})
-    about["input_path"] = f"{job.notebook.parent.name}/{job.notebook.name}"
-    about["output_path"] = record.NOTEBOOK_NAME
+    metadata = content["metadata"].setdefault("papermill", {})
+    metadata["input_path"] = f"{job.notebook.parent.name}/{job.notebook.name}"
+    metadata["output_path"] = record.NOTEBOOK_NAME
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     text = re.sub(r"/[^\s\"'\\]*/ipykernel_\d+/\d+\.py", "<cell>", text)
     project = job.notebook.resolve().parent.parent
@@ -287,7 +291,7 @@ def scrub(text: str, job: Job) -> str:
 
 
 def keep_failure(job: Job, error: Exception) -> None:
-    """Keep the notebook so far, the log and the error beside where the record would be, if the disk allows."""
+    """Keep the unfinished notebook and the error in ``<slug>-<key8>.failed``, if the disk allows."""
     failed = job.directory.with_name(f"{job.directory.name}.failed")
     try:
         job.partial.mkdir(parents=True, exist_ok=True)
@@ -302,7 +306,7 @@ def keep_failure(job: Job, error: Exception) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says in one line, with its type unless it is ours."""
+    """Return the first line of an error's message, with its type unless it is a `JobError`."""
     name, value = getattr(error, "ename", ""), getattr(error, "evalue", "")
     if not name:
         name = "" if isinstance(error, JobError) else type(error).__name__
@@ -312,7 +316,7 @@ def first_line(error: Exception) -> str:
 
 
 class _Watch(threading.Thread):
-    """Stops this process as a signal would when its time is over, or when its parent is gone."""
+    """Ends this process with SIGTERM at its time limit, or when its parent has died."""
 
     def __init__(self, seconds: float | None) -> None:
         super().__init__(daemon=True)
@@ -325,33 +329,33 @@ class _Watch(threading.Thread):
         os.kill(os.getpid(), signal.SIGTERM)
 
     def reason(self) -> str:
-        return f"past its limit of {self._seconds:g} s, and ended" if self._late else ""
+        return f"ended at its limit of {self._seconds:g} s" if self._late else ""
 
 
 def main() -> None:
     """Read a job from standard input, run it, and write how it ended to standard output."""
-    order: dict[str, Any] = json.loads(_line(0))
-    answer_to = os.fdopen(os.dup(1), "w")
-    job = Job.from_dict(order["job"])
-    os.dup2(2, 1)  # whatever libraries print goes to the log, as errors do
+    request: dict[str, Any] = json.loads(_line(0))
+    answer = os.fdopen(os.dup(1), "w")
+    job = Job.from_dict(request["job"])
+    os.dup2(2, 1)  # what libraries print goes to the log, like errors
     os.environ["OVERPARAM_PROGRESS"] = str(job.beside("progress"))
-    watch = _Watch(order["timeout"])
+    watch = _Watch(request["timeout"])
     watch.start()
-    ending, message = attempt(job, order["environment"], token=order["token"], late=watch.reason)
-    answer_to.write(json.dumps({"ending": ending, "message": message[:4000]}))
-    answer_to.close()
-    os._exit(0)  # nothing that papermill leaves behind may hold this process
+    ending, message = attempt(job, request["environment"], token=request["token"], late=watch.reason)
+    answer.write(json.dumps({"ending": ending, "message": message[:4000]}))
+    answer.close()
+    os._exit(0)  # threads that papermill leaves behind must not keep this process alive
 
 
 def _line(descriptor: int) -> bytes:
-    """Read up to a newline without taking more, so that `select` sees what comes after."""
-    got = b""
-    while not got.endswith(b"\n"):
-        part = os.read(descriptor, 1)
-        if not part:
+    """Read up to a newline and no further, so that `select` sees what comes after."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
             sys.exit("no job was given")
-        got += part
-    return got
+        line += byte
+    return line
 
 
 if __name__ == "__main__":

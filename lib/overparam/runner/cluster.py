@@ -14,34 +14,29 @@ from distributed import Client, get_worker
 
 from overparam.runner.errors import BadInput
 from overparam.runner.job import Job
-from overparam.runner.pool import Answer, Order, cores, in_child
+from overparam.runner.pool import Answer, Request, cores, in_child
 
 _CONNECT = 10.0  # seconds to reach the scheduler
-_SAME: tuple[str, ...] = (
-    "python",
-    "distributed",
-    "overparam",
-)  # versions that must not differ between client and workers
+# packages whose versions must be the same on client and workers
+_SAME: tuple[str, ...] = ("python", "distributed", "overparam")
 
 
 class Cluster:
-    """A dask cluster that is running.
+    """A running dask cluster.
 
     Args:
-        address: Of its scheduler, such as ``tcp://host:8786``.
+        address: Address of its scheduler, such as ``tcp://host:8786``.
 
     Raises:
-        BadInput: when there is no scheduler, or its workers have other versions of Python, dask or this package.
+        BadInput: if there is no scheduler, or its workers have other versions of Python, dask or this package.
     """
 
     def __init__(self, address: str) -> None:
-        logging.getLogger("distributed").setLevel(
-            logging.CRITICAL
-        )  # what concerns the user is said in our words
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors for users are raised here
         self._futures: list[Future[Answer]] = []
         if address.startswith("local"):
             raise BadInput(
-                f"--cluster {address}: several jobs at once on this machine are --jobs N, such as --jobs 2"
+                f"--cluster {address}: to run several jobs at once on this machine, use --jobs N, such as --jobs 2"
             )
         try:
             self._client = Client(address, timeout=_CONNECT)
@@ -49,80 +44,80 @@ class Cluster:
             raise BadInput(
                 f"--cluster {address}: no dask scheduler answers there ({error}); start one with `dask scheduler`"
             ) from error
-        found = mismatches(self._client.get_versions(packages=["overparam"]))
-        if found:
+        problems = mismatches(self._client.get_versions(packages=["overparam"]))
+        if problems:
             self.stop()
-            raise BadInput(*(f"--cluster {address}: {problem}" for problem in found))
+            raise BadInput(*(f"--cluster {address}: {problem}" for problem in problems))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Wait for a first worker, and raise BadInput for jobs that no worker has the resources for."""
-        said = False
+        noted = False
         while not (workers := list(self._client.scheduler_info()["workers"].values())):
-            if not said:
-                print("the cluster has no worker yet: waiting for one (Ctrl-C ends this)", flush=True)
-                said = True
+            if not noted:
+                print("the cluster has no worker yet: waiting for one (Ctrl-C to stop)", flush=True)
+                noted = True
             time.sleep(1)
-        found = mismatches(self._client.get_versions(packages=["overparam"])) + [
+        problems = mismatches(self._client.get_versions(packages=["overparam"])) + [
             f"{job.name} needs a worker with {_needed(job.resources)}, and there is none: start one with "
             f'`dask worker … --resources "{_needed(job.resources)}"`'
             for job in jobs
             if not any(_enough(worker["resources"], job.resources) for worker in workers)
         ]
-        if found:
-            raise BadInput(*found)
+        if problems:
+            raise BadInput(*problems)
 
     def submit(self, job: Job, token: str, timeout: float | None) -> Future[Answer]:
-        """Attempt a job on the first worker that is free; on another one if that worker dies."""
+        """Attempt a job on the first free worker, and on another one if that worker dies."""
         if self._client.status != "running":
             gone: Future[Answer] = Future()
             gone.set_exception(ConnectionError("the scheduler is gone"))
             return gone
-        order = Order(job, token, timeout, None, os.getcwd())  # noqa: PTH109
+        request = Request(job, token, timeout, None, os.getcwd())  # noqa: PTH109
         executor = self._client.get_executor(pure=False, resources=job.resources)
-        future: Future[Answer] = executor.submit(on_worker, order)
+        future: Future[Answer] = executor.submit(on_worker, request)
         self._futures.append(future)
         return future
 
     def stop(self) -> None:
-        """End what runs, and run nothing more: workers end jobs that nobody waits for."""
+        """End what runs, and run nothing more: workers end cancelled jobs."""
         for future in self._futures:
             future.cancel()
         self._client.close()
 
 
-def on_worker(order: Order) -> Answer:
-    """Attempt a job in a process of the worker's machine, until nobody wants its outcome any more."""
+def on_worker(request: Request) -> Answer:
+    """Attempt a job in a process on the worker's machine; end it if the job is cancelled."""
     worker = get_worker()
     key = worker.get_current_task()
-    # one worker a machine, with as many threads as it may run jobs at once
-    order = replace(order, threads=max(1, cores() // worker.state.nthreads))
-    return in_child(order, {}, _unwanted(worker, key))
+    # one worker per machine, with as many threads as jobs it may run at once
+    request = replace(request, threads=max(1, cores() // worker.state.nthreads))
+    return in_child(request, {}, _cancelled(worker, key))
 
 
-def _unwanted(worker: Any, key: str) -> Callable[[], bool]:
-    def unwanted() -> bool:
+def _cancelled(worker: Any, key: str) -> Callable[[], bool]:
+    def cancelled() -> bool:
         task = worker.state.tasks.get(key)
-        ending = worker.status.name in ("closing", "closed", "failed")  # as when its scheduler is gone
+        ending = worker.status.name in ("closing", "closed", "failed")  # also if its scheduler is gone
         return ending or task is None or task.state == "cancelled"
 
-    return unwanted
+    return cancelled
 
 
 def mismatches(versions: Mapping[str, Any]) -> list[str]:
-    """Return a line for each version in which scheduler or workers differ from this process.
+    """Return a line for each version that differs between this process and the scheduler or a worker.
 
     Args:
         versions: From ``Client.get_versions``.
     """
     mine = versions["client"]["packages"]
     parties = {"the scheduler": (versions["scheduler"], _SAME[:2])}
-    parties |= {f"worker {address}": (found, _SAME) for address, found in versions["workers"].items()}
+    parties |= {f"worker {address}": (theirs, _SAME) for address, theirs in versions["workers"].items()}
     return [
-        f"{who} has {name} {_version(found['packages'].get(name))}, here is {_version(mine[name])}: "
+        f"{who} has {name} {_version(theirs['packages'].get(name))}, here is {_version(mine[name])}: "
         "start it in the same environment"
-        for who, (found, names) in parties.items()
+        for who, (theirs, names) in parties.items()
         for name in names
-        if found["packages"].get(name) != mine[name]
+        if theirs["packages"].get(name) != mine[name]
     ]
 
 

@@ -1,7 +1,7 @@
-"""What code a notebook reaches: what can change a number that it measures, and what only draws and judges it.
+"""The code that a notebook reaches by import: what can change a measured number, and what only draws and judges.
 
-A reworded comment, docstring or description of a parameter changes neither: modules are hashed without these. An import
-from a package's ``__init__.py`` that only passes names on reaches the modules that have those names, not all others.
+Modules are hashed without comments, docstrings and descriptions of parameters. An import from an ``__init__.py`` that
+only re-exports names reaches the modules that define these names, not the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from overparam.runner import notebook as notebooks
 
-# what records, draws and judges; no number depends on it. A study's own modules of these names, too
+# modules that only record, draw or judge: no measured number depends on them
 DRAWING = frozenset(
     f"overparam.{name}"
     for name in (
@@ -36,13 +36,13 @@ DRAWING = frozenset(
         "support.suggest",
     )
 )
-Span = tuple[tuple[int, int], tuple[int, int]]  # from and to: line from 1, byte from 0
-_DRAWING_NAMES = ("plots", "verdicts", "card")
+Span = tuple[tuple[int, int], tuple[int, int]]  # start and end, each (line from 1, byte from 0)
+_DRAWING_NAMES = ("plots", "verdicts", "card")  # names of such modules in a study's package
 
 
 @dataclass(frozen=True)
 class Reached:
-    """{module: hash of its code} of what measures, and of what only draws; and the notebook's hashes of both kinds."""
+    """{module: hash of its code} of modules that measure, and that only draw; and both hashes of the notebook."""
 
     measuring: dict[str, str]
     drawing: dict[str, str]
@@ -52,24 +52,24 @@ class Reached:
 
 @dataclass(frozen=True)
 class _Module:
-    """A source file: its text and syntax, the package that its relative imports start from, and what it passes on.
+    """A source file: text, syntax tree, and the package that its relative imports start from.
 
-    `passes_on` is {name: module} of an ``__init__.py`` that holds imports alone, and None of any other.
+    `reexports` is {name: module} for an ``__init__.py`` with nothing but imports, otherwise None.
     """
 
     text: str
     tree: ast.Module
     package: str
-    passes_on: dict[str, str] | None
+    reexports: dict[str, str] | None
 
 
 def reached(notebook: Path, study: str) -> Reached:
-    """Return what a study's notebook reaches by import, those imports inside of functions too.
+    """Return the modules that a study's notebook reaches by import, including imports inside functions.
 
     Args:
         notebook: The study's notebook.
-        study: Full name of the study's module or package, such as ``overparam.studies.x``. All of its own modules
-            belong to it, and packages beside it and this one are followed.
+        study: Full name of the study's module or package, such as ``overparam.studies.x``. All modules of the package
+            count as reached. Imports are followed within its top-level package and this one.
     """
     roots = frozenset({study.partition(".")[0], __name__.partition(".")[0]})
     trees = [
@@ -91,13 +91,13 @@ def reached(notebook: Path, study: str) -> Reached:
 
 
 def forget() -> None:
-    """Read files anew: what a long process has read may have been edited."""
-    for known in (_code, _module, _locate):
-        known.cache_clear()
+    """Clear the caches: files may have been edited since they were read."""
+    for cached in (_code, _module, _locate):
+        cached.cache_clear()
 
 
 def draws(module: str, study: str) -> bool:
-    """Return whether a module only records, draws or judges: one of `DRAWING`, or a study's plots and verdicts."""
+    """Return whether a module only records, draws or judges: one of `DRAWING`, or a study's plots, verdicts or card."""
     own = module.removeprefix(f"{study}.") if module.startswith(f"{study}.") else ""
     return module in DRAWING or own in _DRAWING_NAMES
 
@@ -113,23 +113,23 @@ def _own_modules(study: str) -> Iterator[str]:
 def _closure(
     start: Iterable[str], roots: frozenset[str], *, study: str = "", follow_drawing: bool = False
 ) -> dict[str, str]:
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     waiting = deque(start)
     while waiting:
         name = waiting.popleft()
         if (
-            name in found
+            name in hashes
             or name.partition(".")[0] not in roots
             or (not follow_drawing and draws(name, study))
         ):
             continue
         module = _module(name)
-        if module is not None and module.passes_on is None:
-            found[name], imports = _code(name, roots)
+        if module is not None and module.reexports is None:
+            hashes[name], imports = _code(name, roots)
             parents = name.split(".")
             waiting += [".".join(parents[:i]) for i in range(1, len(parents))]
             waiting += imports
-    return dict(sorted(found.items()))
+    return dict(sorted(hashes.items()))
 
 
 @cache
@@ -141,7 +141,7 @@ def _module(name: str) -> _Module | None:
     tree = ast.parse(text, str(file))
     if file.name != "__init__.py":
         return _Module(text, tree, name.rpartition(".")[0], None)
-    return _Module(text, tree, name, _passed_on(tree, name))
+    return _Module(text, tree, name, _reexports(tree, name))
 
 
 @cache
@@ -156,7 +156,7 @@ def _code(name: str, roots: frozenset[str]) -> tuple[str, frozenset[str]]:
 def _bare(module: _Module) -> str:
     """A module's source without comments, docstrings, blank lines and descriptions of parameters.
 
-    It is text, not a dump of the syntax, so that it is the same for every version of Python.
+    Text rather than a dump of the syntax tree, so that it is the same in every version of Python.
     """
     lines = [line.encode() for line in module.text.splitlines()]
     strings: dict[int, list[Span]] = {}
@@ -187,7 +187,7 @@ def _span(node: ast.expr) -> Span:
 
 
 def _imports(tree: ast.AST, package: str, roots: frozenset[str]) -> set[str]:
-    """The modules that a tree imports; of packages that only pass names on, where those that it uses come from."""
+    """The modules that a tree imports; re-exported names are followed to the modules that define them."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -205,9 +205,9 @@ def _imports(tree: ast.AST, package: str, roots: frozenset[str]) -> set[str]:
 
 
 def _used(tree: ast.AST, module: str, alias: str, roots: frozenset[str]) -> set[str]:
-    """What a module that is known by `alias` in a tree gives it: itself, or the origins of the names used."""
+    """The modules behind an import named `alias`: the module itself, or those that define the names used from it."""
     here = _module(module)
-    if here is None or here.passes_on is None:
+    if here is None or here.reexports is None:
         return {module}
     attributes = {
         node.attr
@@ -218,19 +218,19 @@ def _used(tree: ast.AST, module: str, alias: str, roots: frozenset[str]) -> set[
 
 
 def _origin(package: str, name: str, roots: frozenset[str]) -> set[str]:
-    """The module that has a name which a package passes on, or the package itself."""
+    """The module that defines a name re-exported by a package, or the package itself."""
     here = _module(package) if package.partition(".")[0] in roots else None
-    if here is None or here.passes_on is None:
+    if here is None or here.reexports is None:
         return {package}
-    if name == "*" or name not in here.passes_on:
+    if name == "*" or name not in here.reexports:
         inside = f"{package}.{name}"
-        return {inside} if _locate(inside) else set(here.passes_on.values())
-    return _origin(here.passes_on[name], name, roots)
+        return {inside} if _locate(inside) else set(here.reexports.values())
+    return _origin(here.reexports[name], name, roots)
 
 
-def _passed_on(tree: ast.Module, package: str) -> dict[str, str] | None:
-    """{name: module} of an ``__init__.py`` that holds imports and ``__all__`` alone; None of any other."""
-    found: dict[str, str] = {}
+def _reexports(tree: ast.Module, package: str) -> dict[str, str] | None:
+    """{name: module} for an ``__init__.py`` with nothing but imports and ``__all__``, otherwise None."""
+    origins: dict[str, str] = {}
     body = list(tree.body)
     for node in body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":  # see `support.lazy`
@@ -241,13 +241,13 @@ def _passed_on(tree: ast.Module, package: str) -> dict[str, str] | None:
             base = _base(node, package)
             for alias in node.names:
                 inside = f"{base}.{alias.name}"
-                found[alias.asname or alias.name] = inside if _locate(inside) else base
+                origins[alias.asname or alias.name] = inside if _locate(inside) else base
         elif isinstance(node, ast.Assign):
             if [ast.unparse(target) for target in node.targets] != ["__all__"]:
                 return None
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             return None
-    return found
+    return origins
 
 
 def _base(node: ast.ImportFrom, package: str) -> str:
@@ -258,9 +258,9 @@ def _base(node: ast.ImportFrom, package: str) -> str:
 
 
 def _measuring_part(trees: Iterable[ast.Module], study: str, roots: frozenset[str]) -> str:
-    """The calls of a notebook that measure or record, in order, and the statements that their arguments come from.
+    """The calls of a notebook that measure or record, in order, and the statements that define their arguments.
 
-    Tables, figures and verdicts that cells only show are left out.
+    Calls that only show tables, figures and verdicts are left out.
     """
     statements = [statement for tree in trees for statement in tree.body]
     drawing: set[str] = set()

@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live table for all jobs on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live table of all jobs on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-_EVERY = 15.0  # seconds between plain lines of one step
+_EVERY = 15.0  # seconds between plain lines about the same step
 _LOOK = 0.25  # seconds between looks at the progress files
 
 
 @dataclass
 class _Shown:
-    """One attempt that was handed out, and what is known of it."""
+    """What is shown of one submitted attempt."""
 
     title: str
     token: str
     file: Path
     expected: float | None
-    started: float | None = None  # when its process was first seen at work
+    started: float | None = None  # time at which its process was first seen working
     notes_read: int = 0
     cell: dict[str, Any] = field(default_factory=dict)
     step: str = ""
-    left: str = ""  # in this step
-    line: tuple[str, float] = ("", 0.0)  # last step printed, and when
+    left: str = ""  # remaining time of this step
+    line: tuple[str, float] = ("", 0.0)  # last step printed, and its time
 
     @property
     def elapsed(self) -> float:
@@ -38,17 +38,17 @@ class _Shown:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until the job is as old as expected."""
+        """Expected remaining seconds; None if unknown or exceeded."""
         return self.expected - self.elapsed if self.expected and self.expected > self.elapsed else None
 
 
 class Display:
-    """Shows which job, cell and step is running, read from the progress files that kernels write.
+    """Shows which jobs, cells and steps are running, read from the progress files that kernels write.
 
-    A thread looks at the files while the `with` block runs; they may be on another machine's side of a shared disk.
+    A thread reads the files during the `with` block; they may be written by other machines on a shared disk.
 
     Attributes:
-        later: Seconds that jobs not handed out yet will take; None where that is not known.
+        later: Seconds that jobs not submitted yet will take; None if unknown.
     """
 
     def __init__(self, out: TextIO):
@@ -78,19 +78,19 @@ class Display:
             self._live.stop()
 
     def submitted(self, title: str, token: str, progress_file: Path, expected: float | None = None) -> None:
-        """Show an attempt from when its process starts to work.
+        """Show an attempt once its process starts to work.
 
         Args:
-            title: What its lines begin with.
-            token: Stands in the progress file once it is this attempt's.
-            progress_file: Its step; beside it, with more endings, are its cell and its notes.
-            expected: Seconds that the job takes; None where that is not known.
+            title: Beginning of its lines.
+            token: Identifies the attempt in its progress files.
+            progress_file: File with its step; ``.cell`` and ``.notes`` beside it hold its cell and its notes.
+            expected: Seconds that the job will take; None if unknown.
         """
         with self._lock:
             self._jobs[token] = _Shown(title, token, progress_file, expected)
 
     def ended(self, token: str) -> bool:
-        """Show what an attempt still had to say, and then no more of it; return whether it had begun."""
+        """Show the last notes of an attempt and remove it; return whether it had started."""
         with self._lock:
             shown = self._jobs.pop(token)
             self._read(shown)
@@ -116,7 +116,7 @@ class Display:
 
     def _read(self, shown: _Shown) -> None:
         cell = _content(shown.file.with_name(f"{shown.file.name}.cell"))
-        if cell.get("token") != shown.token:  # queued, or the file is another run's
+        if cell.get("token") != shown.token:  # still queued, or the file is from another run
             return
         if shown.started is None:
             shown.started = time.monotonic()
@@ -152,7 +152,7 @@ class Display:
         return table
 
     def _for_all(self) -> str:
-        """How long the whole plan still takes, where it has more than one job and the time of each is known."""
+        """Expected remaining time of all jobs, if there are several and each time is known."""
         jobs = self._jobs.values()
         expected = [shown.expected for shown in jobs if shown.expected is not None]
         if self.later is None or len(expected) < len(jobs) or (len(jobs) == 1 and not self.later):
@@ -186,7 +186,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _step(progress: dict[str, Any]) -> tuple[str, str]:
-    """Return the running step's label, and how far it is; empty between steps."""
+    """Return the label and progress of the current step; empty between steps."""
     done, total = progress.get("done", 0), progress.get("total")
     if not progress.get("label") or (total and done >= total):
         return "", ""

@@ -1,4 +1,4 @@
-"""Running the jobs of a plan, some at once, to the end whatever fails; here or on a cluster."""
+"""Running the jobs of a plan, here or on a cluster: several at once, and the rest goes on if one fails."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from overparam.runner.plan import columns
 from overparam.runner.pool import Answer, Local, Pool
 
 ALL_DONE, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_REDRAWN = 10.0  # seconds that a redraw takes, about
-_NOT_BEGUN = "interrupted before it began"
+_REDRAW_SECONDS = 10.0  # about as long as a redraw takes
+_NOT_STARTED = "interrupted before it started"
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,29 @@ def run(
 ) -> list[Outcome]:
     """Run every job that is due.
 
-    A job that fails leaves ``<slug>-<key8>.failed`` with its notebook so far and ``error.txt``; the others are run all
-    the same, but for those that need it. A job that succeeds replaces older records of the same slug. A job that
-    another process is running is left alone. Ctrl-C (or SIGTERM) ends every kernel with all its children, leaves
-    nothing that looks finished, and the rest is not run.
+    A failed job leaves ``<slug>-<key8>.failed`` with its unfinished notebook and ``error.txt``; jobs that do not need
+    it still run. A finished job replaces older records of the same slug. A job that another process is running is left
+    alone. Ctrl-C (or SIGTERM) ends every kernel with all its children, leaves nothing that looks finished, and starts
+    no further jobs.
 
     Args:
         jobs: From `plan.plan`.
-        pool: Makes what runs them, once something is due: `pool.Local` or `cluster.Cluster`.
+        pool: Makes the pool that runs due jobs: `pool.Local` or `cluster.Cluster`.
         timeout: Seconds after which a job is ended, with all its children, as failed.
-        retries: How many times a job that failed is tried again.
-        replan: Makes the plan again, for jobs whose inputs another job of this run has made anew.
-        out: Where progress is shown; standard output by default.
+        retries: How often a failed job is tried again.
+        replan: Makes the plan again, for jobs whose inputs another job of this run has changed.
+        out: Stream for progress; standard output by default.
 
     Returns:
-        One outcome a job, in order.
+        One outcome per job, in order.
 
     Raises:
-        BadInput: when the results folder cannot be written, or the pool cannot run a job; nothing was run then.
+        BadInput: if the results folder is not writable, or the pool cannot run a job; nothing was run then.
     """
     freed = _freed([job for job in jobs if job.state == "running elsewhere"])
     due = [job for job in jobs if job.state in ("due", "to redraw") or job in freed]
     for job in jobs:
-        if job.state == "up to date":  # a run that was killed as it ended may have left what this replaced
+        if job.state == "up to date":  # a run killed just before its end may have left older records
             for old in state.replaced(job.directory, job.slug):
                 shutil.rmtree(old)
     outcomes = {job.name: _as_planned(job) for job in jobs if job not in due}
@@ -83,14 +83,14 @@ def run(
         try:
             workers.check(due)
             with Display(out or sys.stdout) as display:
-                outcomes |= _Run(workers, display, due, outcomes, timeout, retries, replan).to_the_end()
+                outcomes |= _Run(workers, display, due, outcomes, timeout, retries, replan).finish()
         finally:
             workers.stop()
     return [outcomes[job.name] for job in jobs]
 
 
 class _Run:
-    """The jobs of one run that are waiting, running and ended."""
+    """One run, with its waiting, running and ended jobs."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Run:
         self._ended = dict(ended)
         self._id = uuid.uuid4().hex
 
-    def to_the_end(self) -> dict[str, Outcome]:
+    def finish(self) -> dict[str, Outcome]:
         """Run everything; return the outcomes by the jobs' names."""
         stopping = threading.Event()
         with stopped_by(stopping.set):
@@ -121,12 +121,11 @@ class _Run:
                     self._collect(wait(self._running, timeout=0.2, return_when=FIRST_COMPLETED).done)
             if stopping.is_set():
                 self._pool.stop()
-                cancelled = {
-                    future for future in self._running if future.cancelled()
-                }  # `wait` waits for these
+                # `wait` would not return for these
+                cancelled = {future for future in self._running if future.cancelled()}
                 self._collect(cancelled | wait(self._running.keys() - cancelled).done, stopped=True)
         for job in self._waiting:
-            self._end(job, Answer("not run", _NOT_BEGUN, 0.0))
+            self._end(job, Answer("not run", _NOT_STARTED, 0.0))
         return self._ended
 
     def _submit_ready(self) -> None:
@@ -142,9 +141,7 @@ class _Run:
             if bad:
                 self._end(job, Answer("not run", f"needs {bad[0]}, which is not done", 0.0))
                 continue
-            if (
-                "done" in endings.values() and self._replan is not None
-            ):  # what it reads is new, and so is its key
+            if "done" in endings.values() and self._replan is not None:  # new inputs change the job's key
                 job = next(each for each in self._replan() if each.name == job.name)
                 if job.state not in ("due", "to redraw"):
                     self._ended[job.name] = _as_planned(job)
@@ -170,14 +167,16 @@ class _Run:
         for future in done:
             job, token = self._running.pop(future)
             title = self._titles[job.name]
-            begun = self._display.ended(token)
+            started = self._display.ended(token)
             try:
                 answer = future.result()
             except CancelledError:
                 answer = Answer("failed", "the scheduler is gone: start it and this command again", 0.0)
                 if stopped:
-                    answer = Answer("interrupted", "", 0.0) if begun else Answer("not run", _NOT_BEGUN, 0.0)
-            except Exception as error:  # a cluster's own: its workers died, or cannot read what they are sent
+                    answer = Answer(
+                        "interrupted" if started else "not run", "" if started else _NOT_STARTED, 0.0
+                    )
+            except Exception as error:  # raised by the cluster: its workers died, or cannot read the request
                 answer = Answer("failed", first_line(error), 0.0)
             if answer.ending == "failed":
                 again = self._attempts[job.name] <= self._retries and not stopped
@@ -195,7 +194,7 @@ class _Run:
 
 
 def _expected(job: Job) -> float | None:
-    return job.expected if job.state == "due" else _REDRAWN
+    return job.expected if job.state == "due" else _REDRAW_SECONDS
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -207,13 +206,13 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """Return 0 when all is done, 1 when some failed or were left to another run, 130 when interrupted."""
     endings = {outcome.ending for outcome in outcomes}
-    if "interrupted" in endings or any(outcome.message == _NOT_BEGUN for outcome in outcomes):
+    if "interrupted" in endings or any(outcome.message == _NOT_STARTED for outcome in outcomes):
         return INTERRUPTED
     return ALL_DONE if endings <= {"done", "up to date"} else SOME_FAILED
 
 
 def _freed(jobs: Sequence[Job]) -> list[Job]:
-    """Wait a little for jobs that others run; return those that are free, as when a run was killed just now."""
+    """Wait a little for jobs that seem to run elsewhere; return those that become free, as after a killed run."""
     locks = {job.name: job.beside("lock") for job in jobs}
     end = time.monotonic() + LOCK_WAIT
     while (held := [name for name, lock in locks.items() if state.held(lock)]) and time.monotonic() < end:

@@ -1,7 +1,7 @@
-"""Starts the kernel of a job, whose Python writes in the results folder only where the job's own folder is.
+"""Starts the kernel of a job, and keeps its Python code from writing into results of other jobs.
 
-The guard sees what goes through Python's own functions. What a shell command or a compiled library writes is seen
-only afterwards: the record of the other job then no longer fits its files.
+Only writes through Python's own functions are seen. If a shell command or a compiled library writes there, it is
+noticed later: the other job's files no longer match the hashes in its record.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RUNNER = ".runner"  # as in `report.record`, which the kernel need not load for this
+RUNNER = ".runner"  # as in `record.record`, which is not imported so that the kernel starts faster
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_TARGETS = {  # audit event -> which of its arguments are paths that change
+_TARGETS = {  # audit event -> positions of its arguments that are changed paths
     "os.rename": (0, 1),
     "os.remove": (0,),
     "os.rmdir": (0,),
@@ -25,12 +25,12 @@ _TARGETS = {  # audit event -> which of its arguments are paths that change
 }
 
 
-def install(own: Path, told: Path) -> None:
-    """Refuse writes into the results folder outside a job's own folder, from here to the end of this process.
+def install(own: Path, log: Path) -> None:
+    """Refuse writes into the results folder outside a job's own folder, for the rest of this process.
 
     Args:
-        own: The folder that the job works in: two levels below the results folder.
-        told: File in which every path refused is noted, for a notebook that goes on in spite of the error.
+        own: The job's folder, two levels below the results folder.
+        log: File that lists every refused path, in case the notebook catches the error and goes on.
     """
     root = f"{own.parents[1]}{os.sep}"
     free = tuple(f"{folder}{os.sep}" for folder in (own, own.parents[1] / RUNNER))
@@ -40,10 +40,10 @@ def install(own: Path, told: Path) -> None:
             return
         full = os.path.realpath(os.fsdecode(path))
         if full.startswith(root) and not f"{full}{os.sep}".startswith(free):
-            with told.open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(f"{full}\n")
             raise PermissionError(
-                f"{full} is outside of the job's own folder, where alone it may write: {own}"
+                f"{full} is outside the job's own folder, the only one it may write to: {own}"
             )
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -58,7 +58,7 @@ def install(own: Path, told: Path) -> None:
 
 
 if __name__ == "__main__":
-    # as ipykernel_launcher does: modules beside the runner's working directory must not hide others
+    # as in ipykernel_launcher: modules in the working directory must not hide others
     if sys.path[0] in ("", os.getcwd()):  # noqa: PTH109 - a plain string test
         del sys.path[0]
     import matplotlib
@@ -68,7 +68,7 @@ if __name__ == "__main__":
         """A kernel without configuration files."""
 
         def load_config_file(self, **_: Any) -> None:  # type: ignore[override]
-            """Read no file: neither a user's nor an administrator's taste is part of a run."""
+            """Read no file: personal or system-wide settings must not affect a run."""
 
     matplotlib.rcdefaults()  # whatever a matplotlibrc in the working directory says
     install(Path(os.environ["OVERPARAM_JOB_DIR"]), Path(os.environ["OVERPARAM_PROGRESS"] + ".outside"))

@@ -21,19 +21,18 @@ class Job:
         notebook: The notebook.
         params: Every parameter, as plain JSON values.
         profile: Name of the profile.
-        key: Identity of the run.
-        parts: What the key was made from: hashes by name, and the parameters.
-        drawing: The drawing key, as "key", and what it was made from.
+        key: The measuring key.
+        parts: What the key is made from: hashes by name, and the parameters.
+        drawing: The drawing key ("key"), and what it is made from.
         directory: Folder of the finished record.
         command: One shell line that runs this job again.
-        state: Whether a finished record with this key is there, and drawn as its code says today, or another process
-            is making it.
+        state: Whether its record is up to date, must be redrawn or measured, or is being made by another process.
         reason: Why it is due, in a few words, or empty.
         module: Full name of the study's module.
-        changes: What differs from the last record: part of the key → names.
-        resources: What it needs of a machine or a worker, such as {"GPU": 1}.
-        needs: Studies whose jobs must be done before → what of theirs is missing now, or nothing.
-        expected: Seconds that it took last time, or that its profile says; None where neither is known.
+        changes: Differences from the last record: part of the key → names.
+        resources: Resources that it needs, such as {"GPU": 1}.
+        needs: Studies that must be done first → what of their results is missing now; empty if nothing.
+        expected: Seconds that it took last time, or its profile's estimate; None if unknown.
     """
 
     study: str
@@ -65,7 +64,7 @@ class Job:
         return self.directory.with_name(f".{self.directory.name}.partial")
 
     def beside(self, ending: str) -> Path:
-        """Return a file of the runner that is no result: the job's "lock", its "log", its "progress"."""
+        """Return one of the runner's files for this job: its "lock", "log" or "progress"."""
         return state.lock_of(self.directory).with_suffix(f".{ending}")
 
     def to_dict(self) -> dict[str, Any]:

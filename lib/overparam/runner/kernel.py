@@ -13,28 +13,28 @@ from jupyter_client.manager import AsyncKernelManager
 
 from overparam.runner import settings
 
-MARK = "OVERPARAM_JOB_DIR"  # in the environment of the kernel and of all that it starts
+MARK = "OVERPARAM_JOB_DIR"  # set in the environment of the kernel and of all processes that it starts
 
 
-class Family:
+class ProcessTree:
     """A kernel and all processes that it started.
 
     Attributes:
-        hurry: End the kernel at once instead of asking it.
+        kill_now: Whether the kernel is killed at once, without asking it to shut down.
     """
 
     def __init__(self, mark: Path) -> None:
-        self.hurry = False
+        self.kill_now = False
         self._mark = str(mark.resolve())
         self._kernel: int | None = None
         self._known: set[psutil.Process] = set()
 
-    def born(self, pid: int) -> None:
-        """Remember the kernel; it leads a session of its own."""
+    def started(self, pid: int) -> None:
+        """Remember the kernel; it leads its own session."""
         self._kernel = pid
 
-    def count(self) -> None:
-        """Remember who is there, since orphans cannot be traced to a kernel that is gone."""
+    def update(self) -> None:
+        """Remember the kernel's child processes: once it is gone, they cannot be traced to it."""
         if self._kernel is None:
             return
         try:
@@ -43,9 +43,9 @@ class Family:
         except psutil.NoSuchProcess:
             pass
 
-    def end(self) -> None:
-        """Kill every process of the family that is still there, also those of a run that was killed."""
-        self.count()
+    def kill(self) -> None:
+        """Kill every process that is still running, also those left by a killed run."""
+        self.update()
         for process in psutil.process_iter():
             try:
                 ours = os.getsid(process.pid) == self._kernel or process.environ().get(MARK) == self._mark
@@ -63,18 +63,18 @@ class Family:
 
 
 def kernel_class(
-    folder: Path, log: Path, environment: dict[str, str], family: Family
+    folder: Path, log: Path, environment: dict[str, str], processes: ProcessTree
 ) -> type[AsyncKernelManager]:
     """Return a kernel manager for one job.
 
-    Whatever kernel specs are installed, the kernel is `sys.executable`; its sockets are files in `folder`, so
-    that no two kernels can want the same port.
+    The kernel is always `sys.executable`, whatever kernel specs are installed. Its sockets are files in `folder`, so
+    that two kernels cannot compete for a port.
 
     Args:
-        folder: A short-lived folder with a short path.
-        log: Gets what the kernel's process prints past Jupyter.
+        folder: A temporary folder with a short path.
+        log: File for output of the kernel's process that does not go through Jupyter.
         environment: Added to `settings.environment`.
-        family: Learns of the kernel and its children.
+        processes: Is told about the kernel and its children.
     """
 
     class Kernel(AsyncKernelManager):
@@ -91,12 +91,12 @@ def kernel_class(
                 env = {**settings.environment(folder), **environment}
                 await super().start_kernel(**{**kwargs, "env": env, "stdout": file, "stderr": file})
             if self.provisioner is not None and (pid := getattr(self.provisioner, "pid", None)):
-                family.born(pid)
+                processes.started(pid)
 
         async def shutdown_kernel(  # type: ignore[override]
             self, now: bool = False, restart: bool = False
         ) -> None:
-            family.count()
-            await super().shutdown_kernel(now=now or family.hurry, restart=restart)
+            processes.update()
+            await super().shutdown_kernel(now=now or processes.kill_now, restart=restart)
 
     return Kernel

@@ -16,7 +16,7 @@ def sources(notebook: Path) -> list[tuple[str, str, list[str]]]:
     """Return (type, source, tags) of each cell.
 
     Raises:
-        BadInput: when the file is no notebook of format 4.
+        BadInput: if the file is not a notebook of format 4.
     """
     try:
         content = json.loads(notebook.read_text(encoding="utf-8"))
@@ -34,12 +34,12 @@ def parameters(notebook: Path) -> dict[str, Any]:
     """Return the names and literal values that the cell tagged "parameters" assigns.
 
     Raises:
-        BadInput: when there is not exactly one such cell, or it holds more than assignments of literals.
+        BadInput: if there is not exactly one such cell, or it has anything but assignments of literals.
     """
     cells = [source for kind, source, tags in sources(notebook) if kind == "code" and "parameters" in tags]
     if len(cells) != 1:
         raise BadInput(f"{notebook}: needs exactly one code cell tagged 'parameters', found {len(cells)}")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for statement in parse(cells[0], notebook).body:
         targets = (
             statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -49,9 +49,9 @@ def parameters(notebook: Path) -> dict[str, Any]:
         try:
             if not isinstance(statement, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name):
                 raise ValueError
-            if target.id in found:
+            if target.id in values:
                 raise BadInput(f"{notebook}: parameter {target.id!r} is assigned twice")
-            found[target.id] = ast.literal_eval(value or "")
+            values[target.id] = ast.literal_eval(value or "")
         except BadInput:
             raise
         except (ValueError, SyntaxError) as error:
@@ -59,11 +59,11 @@ def parameters(notebook: Path) -> dict[str, Any]:
             raise BadInput(
                 f"{notebook}: the parameters cell may only assign literals, found {text!r}"
             ) from error
-    return found
+    return values
 
 
 def source_hash(notebook: Path) -> str:
-    """Return the SHA-256 of all cells' types and sources; outputs and metadata do not count."""
+    """Return the SHA-256 of all cells' types and sources, without outputs and metadata."""
     cells = [(kind, source) for kind, source, _ in sources(notebook)]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
@@ -72,7 +72,7 @@ def parse(source: str, notebook: Path) -> ast.Module:
     """Return the syntax of a code cell, without its magics and shell lines.
 
     Raises:
-        BadInput: when it is not valid Python.
+        BadInput: if it is not valid Python.
     """
     lines = ["" if re.match(r"\s*[%!]", line) else line for line in source.splitlines()]
     try:

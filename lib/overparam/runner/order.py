@@ -1,4 +1,4 @@
-"""The order of jobs: what a study needs is run before it."""
+"""The order of jobs: a study runs after the studies that it needs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def sort(jobs: Sequence[Job], studies: Collection[str]) -> list[Job]:
-    """Return jobs in the order of the profile, but each study after those that it needs.
+    """Return jobs in the order of the profile, with each study after those that it needs.
 
     Args:
-        jobs: Of a plan.
-        studies: Every study that there is.
+        jobs: Jobs of a plan.
+        studies: Names of all studies.
 
     Raises:
-        BadInput: when studies need each other, or what a job needs is neither planned nor there already.
+        BadInput: if studies need each other, or a needed study is neither planned nor done.
     """
     planned = list(dict.fromkeys(job.study for job in jobs))
     problems = []

@@ -1,4 +1,4 @@
-"""Which notebook runs are due: a plan that is complete, and validated, before anything runs."""
+"""The plan: which notebook runs are due, complete and validated before anything runs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Profile:
     """What to run.
 
     Attributes:
-        name: Its file's, without ending.
-        source: What the user typed.
+        name: Name of its file, without ending.
+        source: The name or path that the user typed.
         description: For whom it is, how long it takes, and what it leaves out.
-        jobs: Each study's parameter sets.
-        minutes: How long a job of a study takes on two cores, until it has run here once.
+        jobs: {study: its parameter sets}.
+        minutes: {study: minutes per job on two cores}, an estimate until the job has run here once.
     """
 
     name: str
@@ -53,14 +53,14 @@ def load_profile(name_or_path: str | Path) -> Profile:
     """Read a profile that comes with the package, by name, or a YAML file, by path.
 
     Raises:
-        BadInput: for an unknown name, a missing file, or one that is no profile.
+        BadInput: for an unknown name, a missing file, or a file that is not a profile.
     """
     given = str(name_or_path)
     path = Path(given)
     if path.suffix not in (".yaml", ".yml") and path.name == given:
         path = PROFILES / f"{given}.yaml"
         if not path.is_file():
-            names = [found.stem for found in PROFILES.glob("*.yaml")]
+            names = [file.stem for file in PROFILES.glob("*.yaml")]
             raise BadInput(
                 f"unknown profile {given!r}: {hint(given, names)} (or give a path to a .yaml file)"
             )
@@ -86,34 +86,34 @@ def plan(
     notebooks_dir: Path = NOTEBOOKS,
     studies_package: str = STUDIES,
 ) -> list[Job]:
-    """Make the list of jobs of a profile, each validated by its study's Params, with its state.
+    """List the jobs of a profile with their states, each validated by its study's Params.
+
+    Params may define methods: ``slug()``; ``key_inputs()`` and ``drawing_inputs()`` (name → hash of inputs that are
+    measured, or that judge); ``resources()`` (such as {"GPU": 1}); ``needs()`` (study → what of its results is missing,
+    or ""). With a class variable ``code_in_key = False``, code and notebook are not part of the measuring key: such a
+    study, which runs for hours, is due only if a parameter changes, and one parameter is the version of its recipe.
 
     Args:
         profile: From `load_profile`.
         only: Studies, or ``study/slug``, to keep; all by default.
-        overrides: ``study.param=value``, the value in YAML; applied to every set of that study.
+        overrides: ``study.param=value`` with a YAML value, applied to every set of that study.
         results: Results folder; by default ``results/<profile>`` beside the notebooks.
         force: Make every job due.
         inputs: Name → SHA-256 of weights and data, part of every key.
         notebooks_dir: Folder with ``NN_<study>.ipynb``.
-        studies_package: Package with one light module or package a study, each with its ``Params``. Where that has
-            a class variable ``code_in_key = False``, neither code nor notebook is part of its keys: a run of hours
-            is made again when a parameter changes, one of which says what version of the recipe it is. Its methods
-            ``slug()``, ``key_inputs()`` (name → hash, of what is measured), ``drawing_inputs()`` (the same, of what
-            judges it), ``resources()`` (such as {"GPU": 1}) and ``needs()``
-            (study → what of its outcome is missing, or "") are asked where they are there.
+        studies_package: Package with a module or package per study that has Params and does not import torch.
 
     Raises:
-        BadInput: with a line for each problem found.
+        BadInput: with one line per problem.
     """
     code.forget()
     root = Path(results) if results is not None else notebooks_dir.parent / "results" / profile.name
-    found = {
+    notebooks = {
         m[1]: path
         for path in sorted(notebooks_dir.glob("*.ipynb"))
         if (m := re.match(r"\d+_(\w+)$", path.stem))
     }
-    changes, problems = _overrides(overrides, profile, found)
+    changes, problems = _overrides(overrides, profile, notebooks)
     wanted_studies = [name.partition("/")[0] for name in only]
     problems += [
         f"--only {name}: the profile {profile.name!r} has no such study: {hint(study, profile.jobs)}"
@@ -122,16 +122,16 @@ def plan(
     ]
     jobs: list[Job] = []
     for study, sets in profile.jobs.items():
-        if study not in found:
-            problems.append(f"profile {profile.name}: unknown study {study!r}: {hint(study, found)}")
+        if study not in notebooks:
+            problems.append(f"profile {profile.name}: unknown study {study!r}: {hint(study, notebooks)}")
         elif not only or study in wanted_studies:
             try:
                 module = f"{studies_package}.{study}"
                 valid = parameter_sets(
-                    profile.name, study, sets, changes.get(study, {}), found[study], module
+                    profile.name, study, sets, changes.get(study, {}), notebooks[study], module
                 )
                 jobs += _jobs(
-                    profile, study, valid, found[study], module, root, dict(inputs or {}), overrides
+                    profile, study, valid, notebooks[study], module, root, dict(inputs or {}), overrides
                 )
             except BadInput as error:
                 problems += error.problems
@@ -143,7 +143,7 @@ def plan(
     ]
     if problems:
         raise BadInput(*problems)
-    jobs = order.sort([job for job in jobs if not only or job.study in only or job.name in only], found)
+    jobs = order.sort([job for job in jobs if not only or job.study in only or job.name in only], notebooks)
     return [
         replace(job, state="due", reason="forced") if force and job.state != "running elsewhere" else job
         for job in jobs
@@ -151,7 +151,7 @@ def plan(
 
 
 def drawing_parts(reached: code.Reached, params: BaseModel) -> dict[str, Any]:
-    """Return what a drawing key is made from: the notebook, the code that draws and judges, and the claims."""
+    """Return what a drawing key is made from: notebook, code that draws and judges, and claims."""
     judged: dict[str, str] = getattr(params, "drawing_inputs", dict)()
     return {"notebook": reached.notebook_drawing, "modules": reached.drawing, "inputs": judged}
 
@@ -208,7 +208,7 @@ def _jobs(
     if all(getattr(params, "code_in_key", True) for params, _ in valid):
         measuring = {"notebook": reached.notebook_measuring, "modules": reached.measuring}
     sets = [shlex.quote(text) for text in overrides if text.partition(".")[0].strip() == study]
-    found = state.find(root / study)
+    existing = state.find(root / study)
     planned = 60 * profile.minutes[study] if study in profile.minutes else None
     jobs = []
     for slug, (validated, params) in zip(_slugs(study, valid), valid, strict=True):
@@ -220,11 +220,11 @@ def _jobs(
         target = f"{study}/{slug}" if len(valid) > 1 else study
         words = ["python run_all.py --profile", shlex.quote(_shown(profile)), "--only", target]
         command = " ".join([*words, *(f"--set {text}" for text in sets)])
-        now = state.of(keys, slug, directory, state.lock_of(directory), found)
+        now = state.of(keys, slug, directory, state.lock_of(directory), existing)
         job = Job(
             study, slug, notebook, params, profile.name, keys.key, keys.parts, directory, command, *now[:2]
         )
-        took = [(one.started, one.seconds) for one in found.records if one.slug == slug]
+        took = [(one.started, one.seconds) for one in existing.records if one.slug == slug]
         jobs.append(
             replace(
                 job,
@@ -240,13 +240,13 @@ def _jobs(
 
 
 def _shown(profile: Profile) -> str:
-    """Return the profile as typed, without folders of this machine."""
+    """Return the profile as typed, or only its file name if it is an absolute path."""
     path = Path(profile.source)
     return path.name if path.is_absolute() else profile.source
 
 
 def _slugs(study: str, valid: Sequence[tuple[BaseModel, dict[str, Any]]]) -> list[str]:
-    """Name each set by ``Params.slug()``, its model, or the study; where these agree, by what differs."""
+    """Name each set by ``Params.slug()``, its model, or the study; add the differing parameters to equal names."""
     slugs = []
     for params, plain in valid:
         own = getattr(params, "slug", None)

@@ -1,6 +1,6 @@
-"""What a kernel starts with: known settings, whatever the user's own are, so that a run is the same for everybody.
+"""Environment variables of a kernel: the same for everybody, whatever the user's own settings.
 
-Kept are settings that say where things are and what may be used: paths, caches, proxies, threads, devices.
+Kept are the user's settings of paths, caches, proxies, threads and devices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from overparam.support import cache
 
-# Matplotlib's and IPython's personal files, start-up code, and switches that make libraries compute in another way.
+# personal files of matplotlib and IPython, start-up code, and switches that change how libraries compute
 _IGNORED = (
     *("MATPLOTLIBRC", "PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONBREAKPOINT", "PYTHONCASEOK"),
     *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
@@ -29,25 +29,25 @@ _FIXED = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "LC_NUMERIC": "C",
 }
-DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait do not take the cores from other processes
-# the length of sockaddr_un.sun_path is 108 on Linux and 104 on macOS; names of a kernel's sockets take about 40
+DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}  # waiting threads then leave the cores to other processes
+# socket paths (sockaddr_un.sun_path) have at most 108 bytes on Linux, 104 on macOS; the socket's name takes about 40
 _LONGEST = 60
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def environment(private: Path, own: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a kernel: the user's, without what is personal taste or changes numbers.
+    """Return the environment of a kernel: the user's, without personal preferences and settings that change numbers.
 
     Args:
-        private: An empty folder of the kernel alone; IPython's profile goes there.
-        own: The user's environment; that of this process by default.
+        private: An empty folder for this kernel only, which gets IPython's profile.
+        own: The user's environment; by default that of this process.
     """
     kept = {
         name: value
         for name, value in (os.environ if own is None else own).items()
         if name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES)
     }
-    if "LC_ALL" in kept:  # it would win over LC_NUMERIC
+    if "LC_ALL" in kept:  # it would override LC_NUMERIC
         kept["LANG"] = kept.pop("LC_ALL")
     places = {
         "IPYTHONDIR": private / "ipython",
@@ -59,17 +59,17 @@ def environment(private: Path, own: Mapping[str, str] | None = None) -> dict[str
 
 
 def take_defaults() -> None:
-    """Set the defaults for this process and all that it starts, before torch reads them; the user's own win."""
+    """Set the defaults for this process and its children, before torch reads them; the user's settings win."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def socket_folder() -> Iterator[Path]:
-    """Give a temporary folder whose path is short enough for sockets, also where TMPDIR is long.
+    """Yield a temporary folder whose path is short enough for sockets, even if TMPDIR is long.
 
     Raises:
-        OSError: If no short path can be written to.
+        OSError: If no folder with a short path is writable.
     """
     for place in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *_PLACES):
         if place and len(os.fsencode(place)) <= _LONGEST and os.access(place, os.W_OK | os.X_OK):

@@ -1,9 +1,9 @@
-"""What is known of a job before it runs: is its record there and current, and if not, what changed."""
+"""The state of a job before it runs: whether its record exists and is current, and if not, what changed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,76 +15,76 @@ from overparam.runner.errors import BadInput
 from overparam.support.files import digest
 
 State = Literal["up to date", "to redraw", "due", "running elsewhere"]
-Changes = dict[str, list[str]]  # part of the key -> what of it differs; "notebook" has no more to say
-_PARTS = {"modules": "code", "params": "parameters", "inputs": "data"}  # of a key -> the user's word
-_SHOWN = 4  # names of what changed in a table
+Changes = dict[str, list[str]]  # part of the key -> names that differ; none for "notebook"
+_PARTS = {"modules": "code", "params": "parameters", "inputs": "data"}  # part of a key -> its name for users
+_SHOWN = 4  # maximum names per line of a table
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A job's two keys and what they were made from: of what is measured, and of how it is drawn and judged."""
+    """A job's measuring key and drawing key, and what each is made from."""
 
     parts: dict[str, Any]
     drawing_parts: dict[str, Any]
 
     @property
     def key(self) -> str:
-        """Hash over code that measures, parameters and inputs: another one is another run."""
+        """The measuring key: hash over code that measures, parameters and inputs. A new key needs a new run."""
         return digest(self.parts)
 
     @property
     def drawing(self) -> str:
-        """Hash over the notebook, the code that draws and judges, and the claims: another one needs no new run."""
+        """The drawing key: hash over notebook, code that draws and judges, and claims. A new key needs a redraw."""
         return digest(self.drawing_parts)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a study's folder holds: records, and the folders whose record cannot be read, with the reason."""
+class Existing:
+    """The contents of a study's folder: records, and {folder: reason} for records that cannot be read."""
 
     records: list[record.Record] = field(default_factory=list)
     broken: dict[Path, str] = field(default_factory=dict)
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> Existing:
     """Read the records of a study.
 
     Raises:
-        BadInput: for a record that a newer version made.
+        BadInput: for a record made by a newer version.
     """
-    found = Found()
+    existing = Existing()
     for path in sorted(folder.glob(f"*/{record.FILE_NAME}")):
         if path.parent.name.endswith(record.UNFINISHED):
             continue
         try:
-            found.records.append(record.load(path))
+            existing.records.append(record.load(path))
         except record.SchemaError as error:
             raise BadInput(str(error)) from error
         except ValueError as error:
-            found.broken[path.parent] = str(error)
-    return found
+            existing.broken[path.parent] = str(error)
+    return existing
 
 
-def of(keys: Keys, slug: str, directory: Path, lock: Path, found: Found) -> tuple[State, str, Changes]:
+def of(keys: Keys, slug: str, directory: Path, lock: Path, existing: Existing) -> tuple[State, str, Changes]:
     """Return a job's state, the reason in a few words, and what changed since its last record, in full.
 
     Args:
-        keys: Of the job.
+        keys: Keys of the job.
         slug: Short name of the parameter set.
-        directory: Where its record is, or will be.
-        lock: Held by the process that runs it.
-        found: What the study's folder holds.
+        directory: Folder of its record, which may not exist yet.
+        lock: Lock file, held by the process that runs it.
+        existing: Contents of the study's folder.
     """
     if held(lock):
         return "running elsewhere", "another process is running it", {}
-    for one in found.records:
+    for one in existing.records:
         if one.key == keys.key and one.path is not None and one.path.parent == directory:
             if damage := record.problems(one):
                 return "due", f"damaged: {damage[0]}", {}
             return _drawn(one, keys)
-    if directory in found.broken:
-        return "due", f"damaged: {found.broken[directory]}", {}
-    alike = [one for one in found.records if one.slug == slug]
+    if directory in existing.broken:
+        return "due", f"damaged: {existing.broken[directory]}", {}
+    alike = [one for one in existing.records if one.slug == slug]
     changed: Changes = {}
     if alike:
         newest = max(alike, key=lambda one: one.started)
@@ -93,26 +93,21 @@ def of(keys: Keys, slug: str, directory: Path, lock: Path, found: Found) -> tupl
         return "due", f"failed last time{why and ': '}{why}", changed
     if not alike:
         return "due", "missing", {}
-    return "due", "; ".join(_short(what, names) for what, names in changed.items()) or "changed", changed
+    return "due", _short(changed), changed
 
 
 def _drawn(one: record.Record, keys: Keys) -> tuple[State, str, Changes]:
-    """Whether a record that is measured is drawn as its code says today; an older one has no drawing key."""
+    """Whether a job whose measurements are current must be redrawn; older records have no drawing key."""
     before = one.provenance.get("drawing")
     if before is None or before["key"] == keys.drawing:
         return "up to date", "", {}
     changed = changes(before, keys.drawing_parts)
-    if record.STEPS_NAME not in one.artifacts:  # nothing to draw from: a study whose steps take no time
-        return "due", "; ".join(_short(what, names) for what, names in changed.items()) or "changed", changed
-    return (
-        "to redraw",
-        "; ".join(_short(what, names) for what, names in changed.items()) or "changed",
-        changed,
-    )
+    # without recorded steps there is nothing to draw from
+    return "to redraw" if record.STEPS_NAME in one.artifacts else "due", _short(changed), changed
 
 
 def held(lock: Path) -> bool:
-    """Return whether a living process has a lock; one that was killed has none."""
+    """Return whether a running process holds a lock; a killed one no longer does."""
     if not lock.exists():
         return False
     try:
@@ -120,12 +115,12 @@ def held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a results folder that is only read: nobody runs there
+    except OSError:  # a read-only results folder: nothing can run there
         return False
 
 
 def failure(directory: Path) -> str | None:
-    """Return the first line of the error that a job ended with last time, or None if it did not fail."""
+    """Return the first line of the error of a job's last run, or None if it did not fail."""
     failed = directory.with_name(f"{directory.name}.failed")
     if not failed.exists():
         return None
@@ -137,7 +132,7 @@ def failure(directory: Path) -> str | None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Compare what two keys were made from."""
+    """List the differences between the parts of two keys."""
     changed: Changes = {"notebook": []} if before.get("notebook") != now.get("notebook") else {}
     for part, word in _PARTS.items():
         old, new = before.get(part, {}), now.get(part, {})
@@ -150,7 +145,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 
 
 def replaced(directory: Path, slug: str) -> list[Path]:
-    """Return what a finished record replaces: older records of its slug, its failures, and what was killed."""
+    """Return the folders that a finished record replaces: older records of its slug, failed and killed runs."""
     pattern = re.compile(rf"\.?{re.escape(slug)}-[0-9a-f]{{8}}(\.failed|\.partial|\.old\.partial)?")
     ours = lock_of(directory)
     return [
@@ -163,14 +158,17 @@ def replaced(directory: Path, slug: str) -> list[Path]:
 
 
 def lock_of(folder: Path) -> Path:
-    """Return the lock of a job, from its folder or one of those that it has while it runs or when it failed."""
+    """Return the lock file of a job, from its folder (also the one of a running or failed job)."""
     name = re.sub(r"(\.failed|\.partial|\.old\.partial)$", "", folder.name.removeprefix("."))
     return folder.parents[1] / record.RUNNER / folder.parent.name / f"{name}.lock"
 
 
-def _short(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what} changed: {', '.join(names[:_SHOWN])}{more}" if names else f"{what} changed"
+def _short(changed: Changes) -> str:
+    texts = []
+    for what, names in changed.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        texts.append(f"{what} changed: {', '.join(names[:_SHOWN])}{more}" if names else f"{what} changed")
+    return "; ".join(texts) or "changed"
 
 
 def _value(values: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Checking parameter sets, and the notebook's own parameters cell, against the study's Params."""
+"""Checks of parameter sets, and of the notebook's parameters cell, against the study's Params."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parameter_sets(
     notebook: Path,
     module: str,
 ) -> list[tuple[BaseModel, dict[str, Any]]]:
-    """Return each set as Params, and as plain values with every default filled in."""
+    """Return each set as Params, and as plain values including defaults."""
     try:
         params_class: type[BaseModel] = importlib.import_module(module).Params
     except (ImportError, AttributeError) as error:
@@ -35,7 +35,7 @@ def parameter_sets(
     for number, values in enumerate(sets, 1):
         where = f"profile {profile}: {study}, set {number}"
         try:
-            # JSON, strictly: lists become tuples, but "3" or true is no number
+            # strict JSON mode: lists become tuples, but "3" and true are not numbers
             params = params_class.model_validate_json(
                 json.dumps({**values, **changes}, default=str), strict=True
             )
@@ -45,7 +45,7 @@ def parameter_sets(
         plain = params.model_dump(mode="json")
         same = next((i for i, (_, other) in enumerate(valid, 1) if other == plain), None)
         if same:
-            problems.append(f"{where} is identical to set {same}: each job may be there once")
+            problems.append(f"{where} is identical to set {same}: each job may be listed once")
         valid.append((params, plain))
     if problems:
         raise BadInput(*problems)
@@ -83,7 +83,7 @@ def _disagreements(notebook: Path, params_class: type[BaseModel]) -> list[str]:
 
 
 def problem_lines(where: str, error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one readable line for each thing that pydantic found wrong."""
+    """Return one readable line per error of pydantic."""
     lines = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"])

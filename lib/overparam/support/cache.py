@@ -41,7 +41,7 @@ _LIMIT = 20.0  # GB
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached step: all paths whose names begin with its key, their size, and when it was last used."""
+    """One cached step: all paths whose names begin with its key, their size, and the time of its last use."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -63,7 +63,7 @@ def folder(kind: str) -> Path:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; if another process has it, say that we wait for the one that does `what`."""
+    """Hold a lock file; if another process holds it, note what that does (such as "fetches gensim"), and wait."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -1,6 +1,6 @@
-"""All claims and all studies together, from the records of a results folder; no model is run.
+"""All claims and all studies together, from the records of a results folder, without running a model.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Params(StudyParams):
         return RESULTS / self.results
 
     def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key of a job: of every record that it reads, and of the ledger."""
+        """Return hashes for the measuring key: of every record that is read, and of the ledger."""
         return record_hashes(self.folder) | ledger.hashes()
 
     def slug(self) -> str:
@@ -48,7 +48,7 @@ class Params(StudyParams):
 
 
 def record_hashes(results: Path) -> dict[str, str]:
-    """Return the SHA-256 of every record of a results folder but the summary of claims."""
+    """Return the SHA-256 of every record of a results folder except the summary of claims."""
     paths = {path.relative_to(results).as_posix(): path for path in record_files(results)}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The figures of the summary; each is saved with the points that it draws."""
+"""The figures of the summary, each saved with its points."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COLOURS = {
     "not reproduced": figures.OKABE_ITO[1],
     "inconclusive": "#777777",
 }
-_LINEAR = 10  # points or percent: up to here the axis is linear, beyond it logarithmic
+_LINEAR = 10  # points or percent: up to here the axis is linear, beyond that logarithmic
 _TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
 _WIDE = 2.1 * figures.WIDTH
-_ROW, _LINE, _GAP = 0.17, 0.125, 0.09  # inches: a model's row, a line of a statement, between two claims
+_ROW, _LINE, _GAP = 0.17, 0.125, 0.09  # inches: row of a model, line of a statement, gap between claims
 _STATEMENT, _MODEL = 2.75, 0.75  # inches: width of statements and of models' names
-_LEAST = 50  # percent kept; what keeps less is not drawn
-_SLOWEST = 0.5  # times the full model's speed; what is slower is not drawn
-_DARK = (*figures.OKABE_ITO[:6], figures.OKABE_ITO[7])  # without yellow, in which no name can be read
-_APART = 0.058  # of the axes' height, between two labels of curves
+_LEAST = 50  # percent kept; settings that keep less are not drawn
+_SLOWEST = 0.5  # times the full model's speed; slower settings are not drawn
+_DARK = (*figures.OKABE_ITO[:6], figures.OKABE_ITO[7])  # without yellow, in which text is illegible
+_APART = 0.058  # distance between two labels of curves, as a share of the axes' height
 
 
 def plot_forests(study: Study, data: pd.DataFrame) -> Iterator[Any]:
@@ -47,9 +47,9 @@ def plot_forests(study: Study, data: pd.DataFrame) -> Iterator[Any]:
 def _forest(study: Study, name: str, rows: pd.DataFrame) -> Any:
     places, statements, height = _places(rows)
     caption = (
-        f"{tables.title(name)}: what was published (diamonds) against what was measured (dots with 95 % interval), "
-        "in points of a score of 100 or in percent of the full model; 0 is no change, in proportion, or the goal. "
-        "Bars: the margin of a rule that allows no loss, or asks for a gain. The axis is linear within ±10 and "
+        f"{tables.title(name)}: published values (diamonds) and measured values (dots with 95 % interval), "
+        "in points of a score of 100 or in percent of the full model; 0 is no change, proportional, or the goal. "
+        "Bars: the margin of a rule about a loss or a gain. The axis is linear within ±10 and "
         "logarithmic beyond."
     )
     with figures.style():
@@ -74,14 +74,14 @@ def _forest(study: Study, name: str, rows: pd.DataFrame) -> Any:
                 text, (-left / width, place + 0.03), xycoords=("axes fraction", "data"), fontsize=6.5, va="top",
                 linespacing=1.15, xytext=(3, 0), textcoords="offset points", annotation_clip=False,
             )  # fmt: skip
-        axes.set_xlabel("points or percent, as each claim says", fontsize=7)
+        axes.set_xlabel("points or percent (see each claim)", fontsize=7)
         figure.legend(loc="upper right", ncols=6, fontsize=6, handletextpad=0.3, columnspacing=1)
         identity = f"fig:claims-forest-{name.replace('_', '-')}"
         return figures.publish(figure, identity, data=rows, caption=caption, recorder=study.recorder)
 
 
 def _places(rows: pd.DataFrame) -> tuple[list[float], list[tuple[float, str]], float]:
-    """Where each row is drawn, where each statement begins, and how tall all of it is; inches from the top."""
+    """Positions of rows and of statements, and the total height, in inches from the top."""
     places, statements, top = [], [], _GAP / 2
     for _, group in rows.groupby("claim", sort=False):
         first = group.iloc[0]
@@ -114,11 +114,11 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
         return "no record has both a score and a cost of a compressed model"
     drawn = data[(data["kept_percent"] >= _LEAST) & (data["speed"] >= _SLOWEST)]
     caption = (
-        "Score kept against size (parameters that are left, embedding tables included; of fewer bits, bytes) and "
+        "Score kept against size (remaining parameters with embedding tables; bytes for models of fewer bits) and "
         f"against speed: {data['model'].nunique()} models, {data['curve'].nunique()} ways to make them smaller. Lines "
-        "with 95 % intervals join the settings that no other of their curve beats in both; pale dots are the others. "
+        "with 95 % intervals join the settings that no other of their curve beats in both; others are pale dots. "
         "Scores are those of each study (mean over embedding tasks, chrF++, perplexity): curves of one model can be "
-        "compared, levels of two cannot. Speed is that of a batch, for decoders that of the next token. "
+        "compared, levels of two cannot. Speed is for a batch of texts, or for a decoder's next token. "
         f"{len(data) - len(drawn)} settings that keep less than {_LEAST} % or run at less than {_SLOWEST:g} times the "
         "speed are not drawn."
     )
@@ -142,13 +142,13 @@ def plot_pareto(study: Study, data: pd.DataFrame) -> Any:
 
 
 def _draw_curves(axes: Axes, data: pd.DataFrame, cost: str) -> None:
-    """A line for each way to make each model smaller: a colour for the way, a marker for the model."""
+    """Draw a line per model and method of compression, with one colour per method and one marker per model."""
     ends = []
     colours = dict(zip(data["curve"].unique(), _DARK * 3, strict=False))
     markers = dict(zip(data["model"].unique(), figures.MARKERS * 3, strict=False))
     for (curve, model), rows in data.groupby(["curve", "model"], sort=False):
         best = _unbeaten(rows, cost)
-        if best.empty:  # neither the full model nor anything smaller or faster
+        if best.empty:  # neither the full model nor a smaller or faster one
             continue
         look: dict[str, Any] = {"color": colours[curve], "marker": markers[model]}
         others = rows.drop(index=best.index)
@@ -161,7 +161,7 @@ def _draw_curves(axes: Axes, data: pd.DataFrame, cost: str) -> None:
 
 
 def _unbeaten(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The full model, and the smaller or faster rows that no other beats in both quality and cost."""
+    """The full model, and the smaller or faster rows that no other row beats in both quality and cost."""
     smaller = cost == "size_percent"
     full = rows["size_percent"].eq(100) & rows["speed"].eq(1)
     gains = rows[full | (rows[cost] < 100 if smaller else rows[cost] > 1)].round({cost: 1})
@@ -171,7 +171,7 @@ def _unbeaten(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def _label_curves(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write the name of each curve right of the axes, tied to its end (x, y, name, colour); no two names overlap."""
+    """Write the names of curves, given their ends (x, y, name, colour), to the right without overlap."""
     low, high = axes.get_ylim()
     ends = sorted(ends, key=lambda end: -end[1])
     heights = [(y - low) / (high - low) for _, y, _, _ in ends]

@@ -1,6 +1,6 @@
 """Distillation retention: how much of its teacher a student with a tenth of the parameters keeps.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Params(StudyParams):
         ("all-MiniLM-L6-v2",), description="encoders used without training, under a linear probe"
     )
     kinds: dict[str, Literal["encoder", "decoder"]] = Field(
-        {}, description="kind of a general model where its folder and configuration do not say it"
+        {}, description="kind of a general model, if its folder and configuration do not say it"
     )
     decoder_teacher: ModelName | None = Field(
         None, description="decoder to distil by next-token prediction; null: none"
@@ -98,7 +98,7 @@ class Params(StudyParams):
     cost_repeats: int = Field(7, ge=3, description="timed repetitions when costs are measured")
 
     retention_target: float = Field(
-        90.0, gt=0, le=100, description="score that the claim says is kept, % of the teacher's"
+        90.0, gt=0, le=100, description="score kept according to the claim, % of the teacher's"
     )
     export: bool = Field(True, description="save the first seed's students as folders in the user's cache")
 

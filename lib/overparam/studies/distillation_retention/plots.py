@@ -1,4 +1,4 @@
-"""The figures of the study; each is saved with the points that it draws."""
+"""The figures of the study, each saved with its points."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZE = "parameters of the student (% of the teacher's)"
 
 
 def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
-    """Draw what students keep of their teacher by their share of its parameters, beside what was published."""
+    """Draw retention by the student's share of the teacher's parameters, beside published students."""
     params = study.params
     series = {"embedding suite": suite.kept}
     series |= {task: {share: taught.kept[task, share] for share in params.shares} for task in params.topics}
@@ -61,14 +61,14 @@ def plot_retention(study: Study, suite: Suite, taught: Taught) -> Any:
 
 
 def plot_tasks(study: Study, taught: Taught) -> Any:
-    """Draw the accuracy of the teacher, of the student by what it learned from, and of the controls."""
+    """Draw the accuracy of the teacher, of the student by training targets, and of controls."""
     params = study.params
     systems = (TEACHER, LABELS, SOFT, MATCHED, EXTRA, OTHER, RANDOM_START, CUT_START, WORDS, MAJORITY)
     data = taught.table[taught.table["share"].isin([0.0, 1.0, params.task_share])]
     data = data[["task", "system", "accuracy", "accuracy_low", "accuracy_high"]]
     caption = (
         f"Accuracy on held-out texts: {params.teacher} fine-tuned on {params.labelled} labelled "
-        f"texts, a student of {params.task_share:.0%} of its size by what it learned from, and controls. 95 % "
+        f"texts, a student of {params.task_share:.0%} of its size by training targets, and controls. 95 % "
         f"bootstrap interval over {params.test_items} texts and {len(params.train_seeds)} seed(s)."
     )
     with charts.figure(study, "fig:distillation-tasks", data, caption=caption, legend=3, height=0.95) as axes:
@@ -105,8 +105,8 @@ def plot_specialists(study: Study, compared: Compared) -> Any:
     tasks = study.params.topics
     caption = (
         f"Accuracy against labelled data: the {study.params.task_share:.0%} student fine-tuned on labels alone, "
-        f"general encoders that stay as they are under a linear probe and {NEIGHBOURS} nearest neighbours, and a "
-        f"bag of words; all: up to {study.params.labelled} texts. The student began from its distillation on "
+        f"general encoders, not trained, under a linear probe and {NEIGHBOURS} nearest neighbours, and a "
+        f"bag of words; all: up to {study.params.labelled} texts. The student was first distilled on "
         "unlabelled text of the same kinds."
     )
     drawn = data[["task", "system", "accuracy"]].assign(place=data["per_class"].astype(str).map(counts.index))
@@ -126,13 +126,13 @@ def plot_specialists(study: Study, compared: Compared) -> Any:
             charts.curves(axes, drawn[drawn["task"] == task], "place", "accuracy", by="system", look=look)
             axes.set_xticks(range(len(counts)), counts)
             axes.annotate(task, (0.5, 1), xycoords="axes fraction", ha="center", va="bottom", fontsize=7)
-        panels[0].figure.supxlabel("labelled texts per class, at most", fontsize=8)
+        panels[0].figure.supxlabel("maximum labelled texts per class", fontsize=8)
         panels[0].set_ylabel("accuracy (%)")
     return panels[0].figure
 
 
 def plot_reliability(study: Study, taught: Taught) -> Any:
-    """Draw how often texts are classified rightly against how sure the model is, over all tasks."""
+    """Draw accuracy against confidence, over all tasks."""
     share = study.params.task_share
     parts = []
     for system, size in {TEACHER: 1.0, LABELS: share, SOFT: share, EXTRA: share}.items():
@@ -178,7 +178,7 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
 
 
 def _share_axis(axes: Any, percents: set[float]) -> None:
-    """Make the x axis a logarithmic one of the student's share, with ticks at `percents`."""
+    """Set up a logarithmic x axis of the student's share, with ticks at `percents`."""
     axes.set_xscale("log")
     ticks = sorted(percents)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

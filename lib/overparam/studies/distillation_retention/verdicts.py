@@ -1,4 +1,4 @@
-"""What was published, and the verdict of this run on it."""
+"""The verdict of this run on each published claim."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from overparam.studies.distillation_retention.specialists import ALL, PROBED, ST
 from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import EXTRA, Taught, correct
 
-# share of the teacher's parameters and of its score that students kept, in percent
+# published students: share of the teacher's parameters, and share of its score that they kept, in percent
 PUBLISHED = pd.DataFrame(
     [
         ("DistilBERT", 60.0, 97.0, "arXiv 1910.01108, abstract: 40 % smaller, 97 % kept, 60 % faster"),
@@ -54,7 +54,7 @@ def verdicts(
             measured=taught.soft,
             margin=0.0,
             note=f"Mean over {len(params.topics)} tasks, {share:.0%} student, temperature {params.temperature:g}, "
-            f"weight of the soft targets {params.soft_weight:g}; the rest is the labels'.",
+            f"weight of the soft targets {params.soft_weight:g}; the labels have the rest.",
         )
     )
     claims += [
@@ -114,7 +114,7 @@ def _specialist(study: Study, taught: Taught, compared: Compared) -> Claim:
 
 
 def _task_definition(study: Study, taught: Taught, compared: Compared) -> Claim:
-    """The student distilled for each task against the same student as a general encoder under a probe."""
+    """The student distilled for each task, against a linear probe on the same student as a general encoder."""
     share = study.params.task_share
     pairs = {
         name: (
@@ -128,24 +128,24 @@ def _task_definition(study: Study, taught: Taught, compared: Compared) -> Claim:
         "distillation-task-definition",
         measured=stats.suite_difference(pairs).scaled(100),
         margin=0.0,
-        note="Taught by the fine-tuned teacher, against a linear probe on the same student before it, with the same "
+        note="Taught by the fine-tuned teacher, against a linear probe on the student before that, with the same "
         "labelled texts; first seed.",
     )
 
 
 def _own_kind(study: Study, taught: Taught) -> Claim:
-    """Unlabelled text of the task's kind against as many verses."""
+    """Unlabelled text of the task's kind, against an equal number of verses."""
     counts = ", ".join(f"{len(task.unlabelled)} of {name}" for name, task in taught.data.items())
     return ledger.judged(
         "distillation-own-kind",
         measured=taught.kind,
         margin=0.0,
-        note=f"The teacher labels {counts}, or as many verses. {len(study.params.train_seeds)} seed(s).",
+        note=f"The teacher labels {counts}, or an equal number of verses. {len(study.params.train_seeds)} seed(s).",
     )
 
 
 def _teacher_note(study: Study, taught: Taught, compared: Compared) -> str:
-    """Say where the fine-tuned teacher is worse than a probe of the same model: it is then no strong teacher."""
+    """List tasks where the fine-tuned teacher is worse than a linear probe of the same model."""
     system = f"{study.params.teacher}, linear probe"
     weak = [
         task

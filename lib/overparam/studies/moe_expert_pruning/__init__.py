@@ -1,6 +1,6 @@
 """Expert pruning of mixture-of-experts translators: what arXiv 2605.28042 claims, measured on any such model.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Params(StudyParams):
         None, description="COMET model that also scores translations, e.g. Unbabel/XCOMET-XL; null: none"
     )
     dense_reference: ModelName | None = Field(
-        "gemma-3-270m", description="dense model, given examples, on the same test; null: none"
+        "gemma-3-270m", description="dense model that translates the same test from examples; null: none"
     )
     dense_items: int = Field(8, ge=2, description="sentences that the dense model translates per language")
     cost_texts: int = Field(16, ge=2, description="texts per batch when costs are measured")
@@ -88,10 +88,11 @@ class Params(StudyParams):
         5.0, description="loss after recovery, % of the baseline; published at 75 % pruned: 4.2 % of xCOMET"
     )
     transfer_margin: Percent = Field(
-        3.0, description="how much more chrF++ an unseen language may lose than the calibrated ones, %"
+        3.0,
+        description="maximum extra loss of chrF++ in an unseen language, compared with calibrated ones, %",
     )
     usable_margin: Percent = Field(
-        15.0, description="largest loss of a translator that is still usable, % of the baseline"
+        15.0, description="maximum loss of a translator that is still usable, % of the baseline"
     )
 
     @model_validator(mode="after")
@@ -106,11 +107,11 @@ class Params(StudyParams):
         return self
 
     def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key of a job: of weights that no pin determines."""
+        """Return hashes for the measuring key: of weights that are not pinned."""
         return trained.hashes(self.model) if self.model in TRAINED else {}
 
     def needs(self) -> dict[str, str]:
-        """Return the study that trains the model, if one of this suite does, and what is missing of its outcome."""
+        """Return the study that trains the model, if there is one, and what is missing of its results."""
         if self.model not in TRAINED:
             return {}
         try:

@@ -1,4 +1,4 @@
-"""The figures of the study; each is saved with the points that it draws."""
+"""The figures of the study, each saved with its points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _METHODS = {
     ("random", "uniform"): Look(GREY, "x", label="random"),
     ("inverted", "uniform"): Look(BLACK, "*", label="inverted"),
 }
-_GROUPS = {  # of tests
+_GROUPS = {  # groups of tests
     "seen": Look(BLUE, "o", label="into calibrated languages"),
     "unseen": Look(ORANGE, "s", label="into an unseen language"),
     "reverse": Look(GREEN, "^", label="into English"),
@@ -50,7 +50,7 @@ _LOSS, _PRUNED = "increase in loss (nats/token)", "experts pruned (%)"
 
 
 def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
-    """Draw the routing mass of every expert by layer, one panel a text."""
+    """Draw the routing mass of every expert by layer, with one panel per text."""
     texts = list(routing["text"].unique())
     columns = min(3, len(texts))
     rows = -(-len(texts) // columns)
@@ -88,13 +88,13 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
 
 
 def plot_methods(study: Study, found: Sweep) -> Any:
-    """Draw how the loss rises with the share pruned, for every score, layer budget and control."""
+    """Draw the increase in loss by the share pruned, for every score, layer budget and control."""
     data = _over_choices(found.table, "loss_change")
     caption = (
         f"Increase in the negative log-likelihood of reference translations by {study.params.model}, mean over "
         f"{', '.join(study.params.languages)}, without retraining; by score and layer budget, with 95 % bootstrap "
         f"interval over {study.params.test_items} sentences per language (random: range over "
-        f"{study.params.random_seeds} choices). Increases below 0.001 are drawn there."
+        f"{study.params.random_seeds} choices). Increases below 0.001 are drawn at 0.001."
     )
     with charts.figure(study, "fig:experts-methods", data, caption=caption, legend=2) as axes:
         visible = {name: data[name].clip(lower=1e-3) for name in ("loss_change", "low", "high")}
@@ -104,7 +104,7 @@ def plot_methods(study: Study, found: Sweep) -> Any:
 
 
 def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any:
-    """Draw the change of chrF++ by the share pruned, before and after recovery, beside what was published."""
+    """Draw the change in chrF++ by the share pruned, before and after recovery, beside published values."""
     ours, trained, paper = translated.table, recovered.table, published_quality()
     parts = [
         _of(ours, PUBLISHED),
@@ -134,40 +134,40 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
         ignore_index=True,
     )
     caption = (
-        f"Change of chrF++ of {study.params.model} from English into {', '.join(study.params.languages)} against "
+        f"Change in chrF++ of {study.params.model} from English into {', '.join(study.params.languages)} against "
         f"the unpruned model, paired 95 % bootstrap interval over {study.params.translated_items} sentences per "
         f"language; failed generations score 0. Recovery: {study.params.recovery_steps} steps of all parameters. "
         "Dotted: xCOMET of GPT-OSS-20B on FLORES-200 (arXiv 2605.28042), another model and metric; at 87.5 % "
-        "without training it wrote nothing that could be used."
+        "without training, its output was unusable."
     )
     with charts.figure(study, "fig:experts-quality", data, caption=caption, legend=2) as axes:
         charts.reference(axes, 0, line="-")
         _against_share(axes, data, "change_percent", by="series", look=_SERIES)
-        axes.set(xlabel=_PRUNED, ylabel="change of chrF++ (%)")
+        axes.set(xlabel=_PRUNED, ylabel="change in chrF++ (%)")
     return axes.figure
 
 
 def plot_chrf(study: Study, translated: Quality) -> Any:
-    """Draw the change of chrF++ without training, by score and budget."""
+    """Draw the change in chrF++ without training, by score and budget."""
     table = translated.table
     table = table[(table["share_pruned"] > 0) & (table["calibration"] == "all languages")]
     data = _over_choices(table, "change_percent")
     caption = (
-        f"Change of chrF++ of {study.params.model} against the unpruned model, mean over "
+        f"Change in chrF++ of {study.params.model} against the unpruned model, mean over "
         f"{', '.join(study.params.languages)}, without training, by score and layer budget; paired 95 % bootstrap "
         f"interval over {study.params.translated_items} sentences (random: mean and range of "
-        f"{study.params.random_seeds} choices). Scores other than the published ones were translated with at "
-        "some shares only."
+        f"{study.params.random_seeds} choices). Translations with scores other than the published one were made at "
+        "only some shares."
     )
     with charts.figure(study, "fig:experts-chrf", data, caption=caption, legend=2) as axes:
         charts.reference(axes, 0, line="-")
         _against_share(axes, data, "change_percent", by=_SYSTEM, look=_METHODS)
-        axes.set(xlabel=_PRUNED, ylabel="change of chrF++ (%)")
+        axes.set(xlabel=_PRUNED, ylabel="change in chrF++ (%)")
     return axes.figure
 
 
 def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
-    """Draw what a cut does to other languages, directions and texts: the published one, and with super experts kept."""
+    """Draw the increase in loss on other languages, directions and texts, as published and with super experts kept."""
     caption = (
         f"Increase in the negative log-likelihood when the experts of {study.params.model} are chosen for translation "
         f"from English into {', '.join(study.params.languages)}, by routing mass with budgets by divergence "
@@ -190,13 +190,13 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
 
 
 def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
-    """Draw which calibration text serves which test."""
+    """Draw the increase in loss by calibration text and test."""
     share = table["share_pruned"].iloc[0]
     grid = table.pivot_table("loss_change", "calibration", "test", sort=False, observed=True)
     caption = (
         f"Increase in the negative log-likelihood of each test when {100 * share:g} % of the experts of "
         f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept "
-        "and equal layer budgets; the random choice keeps none on purpose."
+        "and equal layer budgets (except for the random choice, which ignores super experts)."
     )
     with charts.figure(study, "fig:experts-transfer", table, caption=caption, height=0.8) as axes:
         charts.heatmap(axes, grid, _LOSS, colours="viridis_r", annot=True, fmt=".1f", annot_kws={"size": 5})
@@ -207,12 +207,12 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
 
 
 def plot_overlap(study: Study, agreement: Overlap) -> Any:
-    """Draw how far calibration texts agree on the experts that stay."""
+    """Draw the overlap of the experts kept by each calibration text."""
     matrix = agreement.matrix
     data = matrix.rename_axis("text").reset_index().melt("text", var_name="other", value_name="iou")
     caption = (
-        f"Experts of {study.params.model} that stay at {100 * SHARE:g} % pruned, by the text that they were chosen "
-        f"on: intersection over union, mean over layers. Two random choices agree by {agreement.chance:.2f}; the "
+        f"Experts of {study.params.model} kept at {100 * SHARE:g} % pruned, by the text that they were chosen "
+        f"on: intersection over union, mean over layers. For two random choices it is {agreement.chance:.2f}; the "
         "paper reports about 0.6 between languages."
     )
     with charts.figure(study, "fig:experts-overlap", data, caption=caption, height=0.85) as axes:
@@ -223,10 +223,10 @@ def plot_overlap(study: Study, agreement: Overlap) -> Any:
 
 
 def plot_calibration_size(study: Study, table: pd.DataFrame, agreement: Overlap) -> Any:
-    """Draw how stable the choice is against the number of calibration sentences."""
+    """Draw the stability of the choice by the number of calibration sentences."""
     caption = (
         f"Agreement of the experts of {study.params.model} kept at {100 * SHARE:g} % pruned when they are chosen "
-        "on two disjoint draws of so many calibration sentences: mean and middle 95 % of 200 draws."
+        "on two disjoint draws of this many calibration sentences: mean and middle 95 % of 200 draws."
     )
     with charts.figure(study, "fig:experts-calibration-size", table, caption=caption) as axes:
         charts.curves(axes, table, "sentences", "overlap", band=True)
@@ -254,7 +254,7 @@ def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
     caption = (
         f"Size and time of {study.params.model} by the share of experts pruned, relative to the unpruned model: "
         "bytes of the saved folder, memory of a fresh process that has loaded it, and median time of reading "
-        "prompts and of translating them. A token uses as many experts as before, so that its computation stays."
+        "prompts and of translating them. A token uses as many experts as before, so its computation is the same."
     )
     with charts.figure(study, "fig:experts-cost", data, caption=caption, legend=2) as axes:
         charts.wide_curves(axes, data)
@@ -267,7 +267,7 @@ def _against_share(axes: Any, table: pd.DataFrame, y: str, **series: Any) -> Non
 
 
 def _over_choices(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """One row a system and share; the interval of random choices is their range."""
+    """One row per system and share; the interval of random choices is their range."""
     chance = table["method"] == "random"
     own = {end: table[end].where(~chance, table[value]) for end in ("low", "high")}
     return (

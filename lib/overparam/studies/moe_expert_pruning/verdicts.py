@@ -1,4 +1,4 @@
-"""What was published, and the verdict of this run on it."""
+"""The verdict of this run on each published claim."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pandas as pd
 
 from overparam.record import ledger, stats
 from overparam.record.claims import Claim
-from overparam.studies.moe_expert_pruning.learned import Learned
+from overparam.studies.moe_expert_pruning.comet import CometScores
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf
 from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
 
-SIZE_SHARE = 0.75  # at which bytes are held against parameters
-_IDLE_NOTE = 0.5  # share of idle experts among the pruned ones from which a claim is marked
+SIZE_SHARE = 0.75  # share pruned at which bytes are compared with parameters
+_IDLE_NOTE = 0.5  # a claim is marked if at least this share of the pruned experts was idle
 
 
 def published_quality() -> pd.DataFrame:
@@ -30,7 +30,7 @@ def verdicts(
     recovered: Recovered,
     agreement: Overlap,
     costs: tuple[pd.DataFrame, pd.DataFrame],
-    learned: Learned | None = None,
+    comet: CometScores | None = None,
 ) -> list[Claim]:
     """Judge each published claim by its rule, and put it into the record.
 
@@ -42,7 +42,7 @@ def verdicts(
         recovered: From `recovery.recover`.
         agreement: From `overlap.overlap`.
         costs: From `costs.measure`.
-        learned: From `learned.comet_scores`; the quality after a cut is then judged by COMET, as published.
+        comet: From `comet.comet_scores`; quality is then judged by COMET, as published.
     """
     params = study.params
     cuts = {
@@ -54,11 +54,11 @@ def verdicts(
         for kind, change in recovered.change.items()
         if kind == Kind(kind.share, PUBLISHED[0], "parent")
     }
-    if learned:
+    if comet:
         name = System(0.0, *PUBLISHED).name
-        cuts = {share: learned.change[name, share, "", ""] for share in params.shares}
+        cuts = {share: comet.change[name, share, "", ""] for share in params.shares}
         how = ("parent", "all parameters")
-        after = {share: learned.change[f"recovered, {name}", share, *how] for share in after}
+        after = {share: comet.change[f"recovered, {name}", share, *how] for share in after}
     rows = [
         ("experts-half", 0.5, False, params.negligible_margin),
         ("experts-70", 0.6875, False, params.minor_margin),
@@ -73,7 +73,7 @@ def verdicts(
             note=_idle(study, found, share)
             + _guarded(translated, recovered, share, recovered_too=tuned)
             + (_training(study) if tuned else ""),
-            words={"unit": "% of COMET" if learned else "% of chrF++"},
+            words={"unit": "% of COMET" if comet else "% of chrF++"},
         )
         for id, share, tuned, margin in rows
     ]
@@ -95,7 +95,7 @@ def _percent(share: float) -> str:
 
 
 def _idle(study: Study, found: Sweep, share: float) -> str:
-    """Say what was cut; a claim that rests on idle experts says so first."""
+    """Describe the cut; if it mostly removed idle experts, the text begins with that."""
     rows = found.table
     published = (rows["method"] == PUBLISHED[0]) & (rows["allocation"] == PUBLISHED[1])
     rows = rows[published & (rows["share_pruned"] == share)]
@@ -108,7 +108,7 @@ def _idle(study: Study, found: Sweep, share: float) -> str:
 
 
 def _guarded(translated: Quality, recovered: Recovered, share: float, *, recovered_too: bool) -> str:
-    """Say what the same share costs when super experts stay."""
+    """The loss at the same share if super experts are kept."""
     table = recovered.table if recovered_too else translated.table
     if table.empty:
         return ""
@@ -150,7 +150,7 @@ def _against(study: Study, translated: Quality, method: str, name: str) -> Claim
 
 
 def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
-    """How much more an unseen language loses than the seen ones, at half of the experts."""
+    """How much more an unseen language loses than the calibrated ones, at half of the experts."""
     unseen, seen = study.params.unseen, study.params.languages
     gaps = {}
     for how in (PUBLISHED, GUARDED):
@@ -159,7 +159,7 @@ def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
             continue
         there, here = (change_in_chrf(study, base.scores, scores, each) for each in (unseen, seen))
         gap = there.value - here.value
-        # the two intervals as if they were independent, which is wide for the same sentences
+        # combines the two intervals as if independent, which is conservative for the same sentences
         low = gap - ((there.value - there.low) ** 2 + (here.high - here.value) ** 2) ** 0.5
         high = gap + ((there.high - there.value) ** 2 + (here.value - here.low) ** 2) ** 0.5
         gaps[how] = stats.Estimate(gap, low, high, there.n)
@@ -173,8 +173,8 @@ def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
         "experts-unseen",
         measured=measured,
         margin=study.params.transfer_margin,
-        note=f"Change of {', '.join(unseen) or 'none'} less change of {', '.join(seen)}, at half of the experts. The "
-        "model was trained on that language, the calibration was not. The interval adds both as independent."
+        note=f"Change of {', '.join(unseen) or 'none'} minus change of {', '.join(seen)}, at half of the experts. The "
+        "model was trained on that language; calibration did not use it. The interval treats both as independent."
         + kept,
     )
 
@@ -184,7 +184,7 @@ def _shared(study: Study, agreement: Overlap) -> Claim:
     found, chance = agreement.languages, agreement.chance
     above = stats.Estimate(found.value - chance, found.low - chance, found.high - chance, found.n)
     order = (
-        " The language tag follows the source here, so that source tokens are routed alike for all languages."
+        " The language tag follows the source here, so source tokens are routed alike for all languages."
         if study.params.prompt == "tagged"
         else ""
     )
@@ -198,7 +198,7 @@ def _shared(study: Study, agreement: Overlap) -> Claim:
 
 
 def size_claims(costs: pd.DataFrame) -> list[Claim]:
-    """How far bytes on disk and in memory fall, over how far the parameters do."""
+    """Reduction of bytes on disk and in memory, divided by the reduction of parameters."""
     full = costs.loc[costs["share_pruned"] == 0].iloc[0]
     share = min(costs["share_pruned"], key=lambda each: abs(each - SIZE_SHARE))
     cut = costs.loc[costs["share_pruned"] == share].iloc[0]
@@ -211,14 +211,14 @@ def size_claims(costs: pd.DataFrame) -> list[Claim]:
                 measured=stats.Estimate(float(ratio), float(ratio), float(ratio), 1),
                 margin=0.03,
                 note=f"{_percent(share)} pruned: {cut[column] / full[column]:.3f} of the bytes for "
-                f"{cut['parameters'] / full['parameters']:.3f} of the parameters. Counted once, no interval.",
+                f"{cut['parameters'] / full['parameters']:.3f} of the parameters. Exact counts, no interval.",
             )
         )
     return claims
 
 
 def time_claim(costs: pd.DataFrame, latencies: pd.DataFrame) -> Claim:
-    """Change of the time to translate at the largest share, paired by round."""
+    """Change in translation time at the largest share, paired by round."""
     share = costs["share_pruned"].max()
     rounds = latencies[latencies["step"] == "generate_all"].groupby("share_pruned")["seconds"]
     seconds = {key: values.to_numpy() for key, values in rounds}
@@ -228,5 +228,5 @@ def time_claim(costs: pd.DataFrame, latencies: pd.DataFrame) -> Claim:
         measured=stats.retention(seconds[0.0], seconds[share]).shifted(-1).scaled(100),
         margin=10.0,
         note=f"{_percent(share)} pruned; active parameters of a token {100 * (active[share] / active[0.0] - 1):.1f} %. "
-        "Time includes reading the prompts. On a CPU, fewer experts also mean larger matrices for each of them.",
+        "Time includes reading the prompts. On a CPU, fewer experts also mean more tokens per expert at once.",
     )

@@ -1,6 +1,6 @@
 """Pre-training of a small mixture-of-experts translator: the model that the expert-pruning study prunes.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Params(StudyParams):
     )
 
     steps: int = Field(
-        900, ge=0, description="optimizer steps; 0: none, the translator of the repository is measured"
+        900, ge=0, description="optimizer steps; 0: no training, the repository's translator is measured"
     )
     rows: Count = Field(24, description="rows per batch")
     row_length: int = Field(320, ge=128, description="tokens per row")
@@ -58,7 +58,7 @@ class Params(StudyParams):
     )
     balance: tuple[tuple[int, float], ...] = Field(
         ((0, 0.01), (350, 0.1)),
-        description="(from step, factor) of the load-balancing loss, computed for each layer by itself",
+        description="(from step, factor) of the load-balancing loss, which is computed per layer",
     )
     compiled: bool = Field(True, description="compile the decoder, which takes a minute or two once")
     seed: int = Field(42, description="random seed of weights, order of the texts, and samples")
@@ -95,7 +95,7 @@ class Params(StudyParams):
         return self
 
     def key_inputs(self) -> dict[str, str]:
-        """Return the hashes that belong to the key: without training, of the weights that are measured."""
+        """Return hashes for the measuring key: without training, of the weights that are measured."""
         return {} if self.steps else trained.hashes(self.slug())
 
     def slug(self) -> str:

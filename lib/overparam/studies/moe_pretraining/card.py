@@ -1,4 +1,4 @@
-"""The card that goes with the weights, written from the numbers of the record."""
+"""The model card of the weights, made from the numbers of the record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from overparam.studies.moe_pretraining.study import MODEL_CARD, Study
 
 
 def model_card(study: Study, translation: pd.DataFrame) -> str:
-    """Write the card of the stored model from the numbers of the record, and return it."""
+    """Record the model card as an artifact, and return its text."""
     params, run = study.params, study.recorder.record
     numbers = {name: metric.value for name, metric in run.metrics.items()}
     rows = translation[translation["search"] == best_search(params)]
@@ -42,23 +42,23 @@ tags: [mixture-of-experts]
 # moe-translator
 
 A small mixture-of-experts translator (`qwen3_moe`), trained from scratch by the study `moe_pretraining` of overparam to
-have a real mixture of experts that a laptop can prune. It knows the language of the Bible and little else: it is an
-object of study, no tool.
+have a real mixture of experts that a laptop can prune. It knows the language of the Bible and little else: it is for
+experiments, not for use.
 
 - {numbers["parameters_total"] / 1e6:.1f} million parameters, {numbers["parameters_active"] / 1e6:.1f} million active
-  (without the embedding table); {params.layers} layers, {params.experts} experts of width {params.expert_width} a
+  (without the embedding table); {params.layers} layers, {params.experts} experts of width {params.expert_width} per
   layer, top-{params.top_k}, hidden size {params.hidden}, {params.vocabulary} tokens; stored in bfloat16.
 - A prompt is `source<2fr>` (or `<2de>`, `<2es>`, `<2it>`, `<2en>`); `<lm>` comes before plain English text.
 - {numbers["training_tokens"] / 1e6:.1f} million tokens in {numbers["training_steps"]:.0f} steps, seed {params.seed}.
 - {100 * numbers["busy_experts"]:.1f} % of the experts carry at least {params.minimum_load:g} of the uniform load on
-  held-out text of the training mix; the least carries {numbers["least_expert_load"]:.2f}.
+  held-out text of the training mix; the minimum is {numbers["least_expert_load"]:.2f}.
 
 ## Text
 
 Verses of public-domain Bible translations (World English Bible, Segond 1910, Elberfelder 1905, Reina-Valera 1909,
 Diodati): from English into French, German and Spanish, for {100 * params.unseen_share:g} % also into Italian, and for
 {100 * params.reverse_share:g} % from one of the four into English. English newsgroup posts (20 Newsgroups) and news
-(Reuters-21578). Held-out verses were never trained on, in no translation.
+(Reuters-21578). Held-out verses were not used for training in any translation.
 
 SHA-256 of the packages that text and initial embeddings come from:
 

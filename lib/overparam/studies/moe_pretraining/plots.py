@@ -1,4 +1,4 @@
-"""The figures of the study; each is saved with the points that it draws."""
+"""The figures of the study, each saved with its points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pandas as pd
 
 from overparam.experiment import charts
 from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, Look
-from overparam.studies.moe_pretraining.load import MIX
+from overparam.studies.moe_pretraining.expert_load import MIX
 from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, arrow, best_search
 from overparam.studies.moe_pretraining.study import SMOOTHED_OVER, Study
 from overparam.studies.moe_pretraining.training import Trained
@@ -22,7 +22,7 @@ def plot_curve(study: Study, trained: Trained) -> Any:
     caption = (
         f"Cross entropy per predicted token in {len(data)} steps: mean over the last {SMOOTHED_OVER} steps on "
         f"training text, and on the same mix of held-out text at each checkpoint; below, the load-balancing loss "
-        f"(1: every expert of every layer carries the same). {trained.log.tokens[-1] / 1e6:.1f} million tokens "
+        f"(1: all experts of a layer carry the same load). {trained.log.tokens[-1] / 1e6:.1f} million tokens "
         f"took {trained.log.seconds[-1] / 3600:.2f} h."
     )
     layout: dict[str, Any] = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
@@ -44,7 +44,7 @@ def plot_curve(study: Study, trained: Trained) -> Any:
 
 
 def plot_load(study: Study, load: pd.DataFrame) -> Any:
-    """Draw the routing mass of every expert on the training mix, beside its range over the tasks."""
+    """Draw the routing mass of every expert on the training mix, and its range over the tasks."""
     tasks = load[load["task"] != MIX].groupby(["layer", "expert"])["routing_mass"]
     data = load[load["task"] == MIX][["layer", "expert", "routing_mass"]].merge(
         (tasks.max() - tasks.min()).rename("range_over_tasks").reset_index(), on=["layer", "expert"]
@@ -76,7 +76,7 @@ def plot_quality(study: Study, translation: pd.DataFrame) -> Any:
     caption = (
         f"chrF++ on {params.test_verses} held-out verses by direction, with 95 % bootstrap interval over verses; "
         "failed translations count as empty. Dashed: the goal from English. Floor: the human translation of "
-        "another verse. Italian was seen for a part of the verses only."
+        "another verse. Only some of the training verses had an Italian translation."
     )
     with charts.figure(study, "fig:moe-translator-quality", data, caption=caption, legend=4) as axes:
         directions = list(map(arrow, data["source"], data["target"]))

@@ -1,4 +1,4 @@
-"""What this suite asks of its translator, and the verdict of this run on it."""
+"""The verdict of this run on each goal that the suite sets for its translator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 from overparam.record import ledger, stats
 from overparam.record.claims import Claim
-from overparam.studies.moe_pretraining.load import least
+from overparam.studies.moe_pretraining.expert_load import least
 from overparam.studies.moe_pretraining.quality import best_search
 from overparam.studies.moe_pretraining.study import Study
 
@@ -24,8 +24,8 @@ def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> lis
             measured=stats.Estimate(above, above, above, len(busy)),
             margin=0.0,
             words={"busy": 100 * params.minimum_busy, "load": params.minimum_load},
-            note=f"{busy.sum()} of {len(busy)} experts. On held-out text of the training mix; the load is the lesser "
-            "of routing mass and share of assignments. Every expert is counted: there is no interval.",
+            note=f"{busy.sum()} of {len(busy)} experts. On held-out text of the training mix; the load is the smaller "
+            "of routing mass and share of assignments. Every expert is counted, so there is no interval.",
         )
     ]
     rows = translation[(translation["search"] == best_search(params)) & (translation["source"] == "en")]

@@ -1,6 +1,6 @@
 """Quantization accuracy: what each bit costs in quality, and what it buys in bytes and time on this machine.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Params(StudyParams):
     characters: int = Field(256, ge=32, description="maximum characters per article or post")
     train_steps: Count = Field(100, description="training steps in full precision")
     qat_steps: Count = Field(
-        60, description="further steps with rounding; as many without it before rounding afterwards"
+        60, description="further steps with rounding, or as many without it and rounding afterwards"
     )
     train_batch_size: int = Field(16, ge=4, description="texts per training step")
     learning_rate: Positive = Field(2e-4, description="peak learning rate in full precision")
@@ -114,9 +114,9 @@ class Params(StudyParams):
 
     cost_texts: int = Field(32, ge=2, description="texts per batch when costs are measured")
     cost_tokens: Count = Field(
-        32, description="prompt length when a decoder's costs are measured: four times this, in tokens"
+        32, description="a quarter of the prompt's tokens when a decoder's costs are measured"
     )
     cost_repeats: int = Field(7, ge=3, description="timed repetitions when costs are measured")
 
     margin: Positive = Field(1.0, description="loss up to which quality counts as unchanged, %")
-    modest_margin: Positive = Field(2.0, description="loss that 8 bits are said to cost at most, %")
+    modest_margin: Positive = Field(2.0, description="maximum loss claimed for 8 bits, %")

@@ -1,4 +1,4 @@
-"""The figures of the study; each is saved with the points that it draws."""
+"""The figures of the study, each saved with its points."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from overparam.studies.quantization_accuracy.quality import Quality
 from overparam.studies.quantization_accuracy.study import Study
 from overparam.studies.quantization_accuracy.training import AFTER, FULL, TRAINED, Trained
 
-_NOTHING = 1e-6  # moves of the outputs that are rounding errors of the arithmetic itself
+_NOTHING = 1e-6  # smaller changes of the outputs are rounding errors of the arithmetic itself
 _LIBRARIES = charts.looks(("torch", "torchao", "openvino", "bitsandbytes"), line="")
 
 
 def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
-    """Draw what schemes keep against the bytes that they take, and which of them nothing beats in both."""
+    """Draw the quality that schemes keep against their bytes, with the Pareto front."""
     megabytes = costs.set_index("scheme")["disk_bytes"] / 1e6
     whole = {"kept": 100.0, "kept_low": 100.0, "kept_high": 100.0}
     kept = {quantize.BASELINE: whole} | {name: each.columns("kept") for name, each in quality.kept.items()}
@@ -41,7 +41,7 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
         f"Quality that {study.params.model} keeps against the bytes of its saved weights: {_what(study)}. "
         "Paired 95 % bootstrap interval. Schemes of nearly the same size are drawn side by side. "
         "Dotted: schemes that no other beats in both (Pareto front). Dashed: the "
-        "loss that 8 bits are said to stay within."
+        "maximum loss claimed for 8 bits."
     )
     with charts.figure(study, "fig:quantization-front", data, caption=caption, legend=4, height=1) as axes:
         charts.front(axes, data, "disk_megabytes", "kept", "on_front")
@@ -63,7 +63,7 @@ def plot_bits(study: Study, curve: Curve) -> Any:
     caption = (
         f"Quality that {study.params.model} keeps by the bits of its weights, all matrices and embedding tables "
         f"rounded in groups of {study.params.group_size} (simulated: accuracy only): "
-        f"{_what(study)}. Mixed bits go to the parts that rounding harms most, and take no more room. "
+        f"{_what(study)}. Mixed bits go to the parts that rounding harms most, at the same total size. "
         "Paired 95 % bootstrap interval. Arrows: values below the axis."
     )
     look = {
@@ -85,15 +85,15 @@ def plot_bits(study: Study, curve: Curve) -> Any:
 
 
 def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
-    """Draw how far the outputs move when one part is rounded alone."""
+    """Draw how much the outputs change when one part alone is rounded."""
     bits = min(study.params.mixed_bits)
     data = table[(table["bits"] == bits) & (table["divergence"] > _NOTHING)]
     caption = (
-        f"Left: how far the outputs of {study.params.model} move when one part alone is rounded to {bits} bits "
+        f"Left: how much the outputs of {study.params.model} change when one part alone is rounded to {bits} bits "
         f"({'divergence of the next token' if study.decoder else '1 − cosine to the embedding in full precision'}, "
         f"mean over {study.params.probe_texts} texts, 95 % bootstrap interval). Right: the part's largest weight "
         "over the root mean square of its weights. Blue: attention; orange: feed-forward; green: embedding tables. "
-        "A part that the outputs do not depend on is left out."
+        "Parts that the outputs do not depend on are left out."
     )
     kind = data["part"].where(data["part"] == EMBEDDINGS, data["part"].str.split().str[-1])
     drawn, order = data.assign(kind=kind), list(data["part"])
@@ -121,13 +121,13 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
 
 
 def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
-    """Draw how many times as fast as fp32 eager each scheme is, for small and large calls."""
+    """Draw each scheme's speed relative to fp32 eager, for small and large calls."""
     data = costs[["scheme", *(name for name in map(str, costs.columns) if "speed_up" in name)]]
     calls = dict(zip(("single", "batch"), names_of_calls(study), strict=True))
     caption = (
-        f"Speed of {study.params.model} under each scheme over that of fp32 eager, for {calls['single']} and for "
+        f"Speed of {study.params.model} under each scheme relative to fp32 eager, for {calls['single']} and for "
         f"{'a ' if study.decoder else ''}{calls['batch']}; "
-        f"{study.params.cost_repeats} rounds in which schemes take turns, 95 % bootstrap interval."
+        f"{study.params.cost_repeats} interleaved rounds, 95 % bootstrap interval."
     )
     parts = []
     for call, label in calls.items():
@@ -141,9 +141,9 @@ def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
 
 
 def plot_training(study: Study, trained: Trained) -> Any:
-    """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and what flipped.
+    """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and flipped answers.
 
-    None where nothing was trained.
+    None if nothing was trained.
     """
     data = trained.table
     if data.empty:
@@ -151,7 +151,7 @@ def plot_training(study: Study, trained: Trained) -> Any:
     measure = "perplexity" if study.decoder else "accuracy"
     tasks = list(dict.fromkeys(data["task"]))
     taught = "with verses and articles" if study.decoder else f"on {', '.join(tasks)}"
-    answers = "likeliest next tokens" if study.decoder else "answers"
+    answers = "most likely next tokens" if study.decoder else "answers"
     caption = (
         f"{study.params.model} fine-tuned {taught}: rounded after training, or trained with rounding "
         f"for as many steps. Top: {measure} (dashed: full precision), 95 % bootstrap interval over texts and "
@@ -200,7 +200,7 @@ def plot_views(study: Study, quality: Quality) -> Any:
 
 def _what(study: Study) -> str:
     if study.decoder:
-        return "100 less the rise of its perplexity in percent"
+        return "100 − increase in perplexity (%)"
     return f"mean score of {len(study.params.suite)} embedding tasks"
 
 

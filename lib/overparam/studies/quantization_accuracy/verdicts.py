@@ -1,4 +1,4 @@
-"""What was said of quantization, and the verdict of this run on it."""
+"""The verdict of this run on each published claim."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def verdicts(
     """Judge each claim by its rule, and put it into the record."""
     params = study.params
     found = []
-    what = "100 less the rise of the perplexity" if study.decoder else "the mean score of the embedding suite"
+    what = "100 − increase in perplexity (%)" if study.decoder else "mean score of the embedding suite"
     for name, kept in quality.kept.items():
         if quantize.SCHEMES[name].weights == _EIGHT:
             found.append(
@@ -48,7 +48,7 @@ def verdicts(
                 "quantization-4-bits-size",
                 measured=stats.Estimate(gone - 75, gone - 75, gone - 75, 1),
                 margin=0.0,
-                note=f"The smallest of {len(fours)} schemes in 4 bits is {fours.idxmin()}; bytes are exact.",
+                note=f"The smallest of {len(fours)} 4-bit schemes is {fours.idxmin()}; bytes are exact.",
             )
         )
     eights = {name: each for name, each in faster.items() if quantize.SCHEMES[name].weights == _EIGHT}
@@ -60,7 +60,7 @@ def verdicts(
                 "quantization-speed",
                 measured=eights[best].shifted(-2),
                 margin=0.0,
-                note=f"The fastest of {len(eights)} schemes in 8 bits is {best}, for {names_of_calls(study)[call]}.",
+                note=f"The fastest of {len(eights)} 8-bit schemes is {best}, for {names_of_calls(study)[call]}.",
             )
         )
     for bits, gain in curve.mixed.items():
@@ -70,7 +70,7 @@ def verdicts(
                 measured=gain,
                 margin=0.0,
                 words={"bits": bits},
-                note="Bits by the divergence of each part, rounded alone; simulated rounding.",
+                note="Bits by the divergence of each part when rounded alone; simulated rounding.",
             )
         )
     for bits in params.qat_bits:
@@ -99,11 +99,11 @@ def _note(trained: Trained, bits: int) -> str:
     )
     if bits in trained.gap_closed:
         return said
-    return said + " Rounding costs no more than its interval: no gap to close."
+    return said + " The loss from rounding is within its interval: there is no gap to close."
 
 
 def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFrame) -> list[Claim]:
-    """Judge what is said against quantization."""
+    """Judge the claims against quantization."""
     bits = min(study.params.qat_bits, key=lambda bits: abs(bits - _FOUR))
     found = [
         ledger.judged(
@@ -122,7 +122,7 @@ def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFra
                 "quantization-slower",
                 measured=stats.Estimate(value, low, high, study.params.cost_repeats),
                 margin=0.0,
-                note=f"The slowest of {len(eights)} schemes in 8 bits is {slowest['scheme']}.",
+                note=f"The slowest of {len(eights)} 8-bit schemes is {slowest['scheme']}.",
             )
         )
     if not study.decoder:

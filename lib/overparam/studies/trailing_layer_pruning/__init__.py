@@ -1,6 +1,6 @@
 """Trailing-layer pruning of text encoders: what L3Prune (arXiv 2410.14578) claims, measured on any model.
 
-This module is light: it holds the parameters. The steps are in `study`.
+This module has only the parameters, and imports no torch; the steps are in `study`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Params(StudyParams):
         "auto", description="number format of the weights; auto: bfloat16 where the processor is fast at it"
     )
     pooling: Literal["own", "weighted_mean", "mean", "last", "cls"] = Field(
-        "own", description="own: what the model's folder says, else weighted_mean; any other replaces it"
+        "own", description="how tokens are pooled; own: as the model's folder says, or else weighted_mean"
     )
     recipe: Literal["plain", "published"] = Field(
         "plain", description="how texts are read, pooled and sampled; published: as in L3Prune's code"
@@ -55,20 +55,20 @@ class Params(StudyParams):
         description="factor on the cosine, 1 / temperature; null: the recipe's, plain 20, published 50",
     )
 
-    extra_depths: tuple[Count, ...] = Field((), description="further depths to train, in layers kept")
+    extra_depths: tuple[Count, ...] = Field((), description="further depths to train, as layers kept")
     train_seeds: tuple[int, ...] = Field((42,), min_length=1, description="training seeds")
     train_steps: Count = Field(16, description="training steps per depth")
     train_batch_size: int = Field(12, ge=2, description="triplets per training step")
     learning_rate: Positive = Field(5e-4, description="peak learning rate of LoRA training")
     warmup_steps: int = Field(4, ge=0, description="steps of linear warm-up")
     lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="published: 0.05, which costs a third of the time on a CPU"
+        0.0, ge=0, lt=1, description="LoRA dropout; published: 0.05, which takes a third of the time on a CPU"
     )
     train_scale: Positive = Field(20.0, description="factor on the cosine in training, 1 / temperature")
 
     rule_tasks: tuple[str, ...] = Field(
         ("VerseParaphrase", "VerseFrench", "VerseGerman", "VersePairs"),
-        description="tasks that compare rules keeping other than the leading layers; some of tasks",
+        description="tasks on which rules for choosing layers are compared; some of tasks",
     )
     random_seeds: int = Field(3, ge=3, description="random selections of layers, as a control")
     cost_texts: int = Field(16, ge=2, description="texts per batch when costs are measured")

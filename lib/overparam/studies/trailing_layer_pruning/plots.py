@@ -1,4 +1,4 @@
-"""The figures of the study; each is saved with the points that it draws."""
+"""The figures of the study, each saved with its points."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PICK = {"marker": "D", "color": ORANGE, "linestyle": ""}
 
 
 def plot_initial_loss(study: Study, loss: depth.LayerLoss, cuts: depth.Cuts) -> Any:
-    """Draw the initial loss by depth, with both picks and the border of the two halves."""
+    """Draw the initial loss by depth, with both picks and the boundary of the two halves."""
     data = _by_depth(loss)
     caption = (
         f"Contrastive loss of {study.params.model} at every depth before any training: mean over {loss.n} "
         f"queries, each against {2 * loss.batch_size} candidates, with 95 % bootstrap interval. L3Prune "
-        f"picks the least loss in each half (border dotted): {_interior(cuts.interior_small)} at {cuts.small} "
+        f"picks the lowest loss in each half (boundary dotted): {_interior(cuts.interior_small)} at {cuts.small} "
         f"and {_interior(cuts.interior_large)} at {cuts.large} layers."
     )
     with charts.figure(study, "fig:layers-initial-loss", data, caption=caption) as axes:
@@ -70,7 +70,7 @@ def plot_recipes(study: Study, comparison: Comparison) -> Any:
 
 
 def plot_zero_shot(study: Study, zero: ZeroShot, cuts: depth.Cuts) -> Any:
-    """Draw the mean score by depth without training, over its two floors."""
+    """Draw the mean score by depth without training, with both floors."""
     data, number = zero.table, len(study.params.tasks)
     caption = (
         f"Mean main score of {study.params.model} over {number} tasks at every depth, without "
@@ -132,17 +132,17 @@ def plot_trained(study: Study, trained: Trained) -> Any:
         near = params.negligible_margin
         axes.axhspan(-near, near, color=GREY, alpha=0.12, linewidth=0)
         charts.curves(axes, data, "pruned_percent", "change", by="series", look=look)
-        axes.set(xlabel="layers pruned (%)", ylabel="change of the mean score (points)")
+        axes.set(xlabel="layers pruned (%)", ylabel="change in mean score (points)")
     return axes.figure
 
 
 def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
-    """Draw what each rule for choosing layers costs against trailing layers."""
+    """Draw the score of each rule for choosing layers, compared with cutting trailing layers."""
     data = rules[rules["rule"] != "trailing"][["rule", "change", "change_low", "change_high"]]
     kept = len(str(rules["kept"].iloc[0]).split())
     caption = (
         f"{study.params.model} with {kept} of {study.layers} layers, chosen by each rule, without training: "
-        f"difference of the mean score on {', '.join(study.params.rule_tasks)} to keeping the leading layers, "
+        f"difference in the mean score on {', '.join(study.params.rule_tasks)} from keeping the leading layers, "
         "paired 95 % bootstrap interval over items."
     )
     with charts.figure(study, "fig:layers-rules", data, caption=caption) as axes:
@@ -153,7 +153,7 @@ def plot_rules(study: Study, rules: pd.DataFrame) -> Any:
 
 
 def plot_cost(study: Study, costs: pd.DataFrame) -> Any:
-    """Draw cost relative to the unpruned model by relative depth; the diagonal is proportional."""
+    """Draw cost relative to the unpruned model by relative depth; on the diagonal it is proportional."""
     full = costs.sort_values("depth").iloc[-1]
     data = charts.relative(
         costs,

@@ -1,4 +1,4 @@
-"""What was published, and the verdict of this run on it."""
+"""The verdict of this run on each published claim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from overparam.studies.trailing_layer_pruning.training import (
     keep_at_most_pruned,
 )
 
-COST_MARGIN = 0.1  # of a slope of 1: what "proportional" means here
+COST_MARGIN = 0.1  # "proportional" means a slope of 1 within this margin
 
 
 def verdicts(study: Study, cuts: depth.Cuts, trained: Trained, cost_slope: stats.Estimate) -> list[Claim]:
@@ -26,7 +26,9 @@ def verdicts(study: Study, cuts: depth.Cuts, trained: Trained, cost_slope: stats
         return f"{keep} of {total} layers kept. {conditions}"
 
     def pick(keep: int, interior: bool) -> str:
-        edge = "" if interior else " The pick is no local minimum of the loss, only the least of its half."
+        edge = (
+            "" if interior else " The pick is not a local minimum of the loss, only the lowest in its half."
+        )
         return kept(keep) + edge
 
     found = [

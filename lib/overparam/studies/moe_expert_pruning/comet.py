@@ -1,4 +1,4 @@
-"""The translations once more by COMET, the metric of the paper, where the parameters name a model of it."""
+"""Translations scored by COMET, the metric of the paper, if the parameters name a COMET model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Items = dict[str, list[NDArray[np.float64]]]  # test -> scores of every repeat, 
 
 
 @dataclass(frozen=True)
-class Learned:
+class CometScores:
     """Scores by COMET.
 
     Attributes:
-        table: One row a system: score, and its change against the unpruned model with interval.
+        table: One row per system: score, and its change against the unpruned model with interval.
         change: Relative change in percent by (system, share, what it was recovered on, way of training).
     """
 
@@ -31,13 +31,13 @@ class Learned:
 
 
 @step
-def comet_scores(study: Study) -> Learned | None:
-    """Score every translation that was written so far, and put scores into the record, by item as well.
+def comet_scores(study: Study) -> CometScores | None:
+    """Score every translation made so far, and record the scores, also per item.
 
     Failed generations score 0, as in the paper.
 
     Returns:
-        None when the parameters name no model.
+        None if the parameters name no model.
 
     Raises:
         RuntimeError: The command failed.
@@ -76,6 +76,6 @@ def comet_scores(study: Study) -> Learned | None:
                 **change[system, share, targets, trained].columns("change_percent"),
             }
         )
-    learned = Learned(pd.DataFrame(table), change)
-    study.recorder.table("comet", learned.table)
-    return learned
+    scores = CometScores(pd.DataFrame(table), change)
+    study.recorder.table("comet", scores.table)
+    return scores

@@ -53,12 +53,12 @@ def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
 
 
 def least(table: pd.DataFrame) -> pd.Series:
-    """Load of every expert on the training mix: the lesser of routing mass and assignments."""
+    """Load of every expert on the training mix: the smaller of routing mass and assignments."""
     return table.loc[table["task"] == MIX, ["routing_mass", "assignments"]].min(axis=1)
 
 
 def by_task(table: pd.DataFrame) -> pd.DataFrame:
-    """For each task: the range of the routing mass over all experts, and how many get next to none."""
+    """For each task: the range of the routing mass over all experts, and the share of experts with little load."""
     groups = table.groupby("task", sort=False)["routing_mass"]
     shares = {"below 0.25": groups.apply(lambda mass: float((mass < 0.25).mean()))}
     return pd.DataFrame({"least": groups.min(), "most": groups.max(), **shares})
