@@ -70,11 +70,11 @@ def restore(
     from safetensors.torch import load_file
 
     stored = json.loads((folder / "log.json").read_text())
-    differing = [
+    differing = sorted(
         name
         for name, value in json.loads(json.dumps(recipe)).items()
         if stored["recipe"].get(name) != value and name not in _SCHEDULE
-    ]
+    )
     if differing:
         raise ValueError(
             f"{folder} was made with another recipe: {', '.join(differing)} differ; use another folder"

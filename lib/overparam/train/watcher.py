@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
 from overparam.support import progress
+from overparam.train.loop import require_finite
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -29,6 +29,5 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
     def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float] | None = None, **___: Any) -> None:
         """Keep the loss of a step, and refuse one that is not finite."""
         if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                raise FloatingPointError(f"the training loss is {logs['loss']} at step {state.global_step}")
             self.losses.append(float(logs["loss"]))
+            require_finite(self.losses[-1], state.global_step)

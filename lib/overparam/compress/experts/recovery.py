@@ -6,7 +6,7 @@ arXiv 2605.28042 trains all parameters, on references or, with better results, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +68,7 @@ def recover(
         FloatingPointError: If the loss is not finite.
     """
     layers(model)
-    if lora is None:
-        return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
-    with _adapted(model, lora, recipe.seed):
+    with _adapted(model, lora, recipe.seed) if lora else nullcontext():
         return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
 
 

@@ -155,13 +155,16 @@ def committed(params: Params) -> Trained:
     """Return the translator that comes with the repository, and the log of its training."""
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
-    log = pd.read_csv(folder / "learning_curve.csv")
-    seconds = (60 * log["minutes"]).tolist()
-    found = causal.Log(
-        **{name: log[name].tolist() for name in ("loss", "balance", "tokens", "predicted")}, seconds=seconds
+    steps = pd.read_csv(folder / "learning_curve.csv")
+    log = causal.Log(
+        loss=steps["loss"].tolist(),
+        balance=steps["balance"].tolist(),
+        tokens=steps["tokens"].tolist(),
+        predicted=steps["predicted"].tolist(),
+        seconds=(60 * steps["minutes"]).tolist(),
     )
-    points = log.loc[log["validation_loss"].notna(), ["step", "validation_loss"]]
-    return Trained(model.eval(), tokenizer, found, list(points.itertuples(index=False, name=None)))
+    points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
+    return Trained(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
 
 def replay(params: Params, steps: int) -> list[float]:

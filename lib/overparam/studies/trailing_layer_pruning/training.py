@@ -72,7 +72,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 steps=params.train_steps,
                 batch_size=params.train_batch_size,
                 learning_rate=params.learning_rate,
-                warmup_steps=params.warmup_steps,
+                warmup=params.warmup_steps,
                 lora_dropout=params.lora_dropout,
                 scale=params.train_scale,
                 max_length=study.max_length,
