@@ -29,7 +29,7 @@ VALIDATION_SEED = 1
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTranslator:
     """A trained translator.
 
     Attributes:
@@ -115,7 +115,7 @@ def state_folder(params: Params) -> Path:
     return cache.folder("training") / digest
 
 
-def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
+def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslator:
     """Train the translator, or go on from its last checkpoint.
 
     Args:
@@ -148,10 +148,10 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
             label="pre-training",
         )
     points = sorted((step, loss) for step, loss in curve.items() if step <= params.steps)
-    return Trained(model.eval(), tokenizer, log, points)
+    return TrainedTranslator(model.eval(), tokenizer, log, points)
 
 
-def committed(params: Params) -> Trained:
+def committed(params: Params) -> TrainedTranslator:
     """Return the translator that comes with the repository, and the log of its training."""
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
@@ -164,7 +164,7 @@ def committed(params: Params) -> Trained:
         seconds=(60 * steps["minutes"]).tolist(),
     )
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
-    return Trained(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
+    return TrainedTranslator(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
 
 def replay(params: Params, steps: int) -> list[float]:
