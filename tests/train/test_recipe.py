@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from overparam import models
-from overparam.models.reading.recipe import PLAIN
 from overparam.studies.distillation_retention.study import cached
 from overparam.train import causal, contrastive, distillation
 
@@ -38,7 +37,7 @@ def test_a_recipe_keeps_its_name_in_the_cache(recipe, key):
     assert cached(asdict(recipe)).name == key
 
 
-def test_a_recipe_keeps_the_name_of_its_adapters_in_the_cache():
+def test_a_recipe_keeps_the_name_of_its_adapters_in_the_cache(tmp_path):
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     triplets = [
         SimpleNamespace(query=f"{w} one", positive=f"{w} two", negative=f"{w[::-1]} three", source=source)
@@ -47,8 +46,10 @@ def test_a_recipe_keeps_the_name_of_its_adapters_in_the_cache():
     ]
     recipe = contrastive.Recipe(steps=6, batch_size=4, learning_rate=1e-2, max_length=64, warmup=2)
     model = models.tiny_twin("qwen3", num_hidden_layers=2)
-    key = contrastive._key(model, triplets, recipe, "weighted_mean", "Find:", "x", PLAIN)
-    assert key == "ede9292efcdbd76c0660853c"
+    contrastive.train(
+        model, models.tiny_tokenizer(), triplets, recipe, identity="x", instruction="Find:", cache=tmp_path
+    )
+    assert (tmp_path / "ede9292efcdbd76c0660853c").is_dir()
 
 
 def test_defaults_are_those_of_the_trainings_that_are_cached():

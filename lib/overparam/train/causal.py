@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class Recipe(LoopRecipe):
             (from step, factor).
     """
 
+    extendable: ClassVar[bool] = True
     learning_rate: float = 2e-3
     accumulate: int = 1
     decay: int = 0
@@ -143,13 +144,11 @@ def _gradients(
     predicted = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     if not predicted:
         raise ValueError(f"the batches of step {step + 1} have nothing to predict")
-    total = balances = 0.0
-    tokens = 0
+    factor = recipe.balance_at(step)
+    total, balances, tokens = 0.0, 0.0, 0
     for batch in batches:
-        real = torch.from_numpy(batch.tree > 0).to(model.device)
-        hidden, router_logits = hidden_states(
-            model, batch, decoder=decoder, router_logits=recipe.balance_at(step) > 0
-        )
+        real = torch.from_numpy(batch.tree > 0).to(model.device).flatten()
+        hidden, router_logits = hidden_states(model, batch, decoder=decoder, router_logits=factor > 0)
         labels = torch.from_numpy(batch.labels).to(model.device).flatten()
         at = (labels != IGNORED).nonzero().squeeze(1)
         logits = _logits(model, hidden.flatten(0, 1)[at])
@@ -159,14 +158,10 @@ def _gradients(
         with torch.no_grad():
             plain = functional.cross_entropy(logits, labels[at], reduction="sum")
         loss = smooth / predicted
-        if recipe.balance_at(step):
-            balance = torch.stack(
-                [
-                    load_balance(each, top_k, real.flatten())
-                    for each, top_k in zip(router_logits, top_ks, strict=True)
-                ]
-            ).mean()
-            loss = loss + recipe.balance_at(step) * balance / len(batches)
+        if factor:
+            layers = zip(router_logits, top_ks, strict=True)
+            balance = torch.stack([load_balance(scores, top_k, real) for scores, top_k in layers]).mean()
+            loss = loss + factor * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(plain) / predicted
@@ -343,12 +338,8 @@ def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Op
             routers = any(part in name for part in (".gate.", ".router."))
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not routers
             (matrices if is_matrix else rest).append(parameter)
-    adamw = {"lr": recipe.learning_rate, "betas": (0.9, 0.98), "eps": 1e-9, "fused": True}
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
+    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "muon":
-        optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        ]
-        if rest:  # adapters are all matrices
-            optimizers.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
-        return optimizers
-    return [torch.optim.AdamW(loop.decaying(matrices, rest, recipe.weight_decay), **adamw)]  # type: ignore[arg-type]
+        return [Muon(**decayed, lr=recipe.learning_rate), adamw([{"params": rest}])]
+    return [adamw([decayed, {"params": rest}])]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(BaseRecipe):
-    """How an encoder is trained, beside what every recipe says; the defaults are L3Prune's.
+    """How an encoder is trained, beside what every recipe says. After the warm-up, the rate falls linearly to zero.
 
-    They are those of arXiv 2410.14578 and its configs. After the warm-up, the learning rate falls linearly to zero.
+    The defaults are L3Prune's (arXiv 2410.14578 and its configs).
 
     Attributes:
         batch_size: Triplets per step, all from one source.
@@ -138,7 +138,9 @@ def train(
     if cache is None:
         report = adapt()
     else:
-        stored = cache / _key(model, triplets, recipe, pooling, instruction, identity, text_recipe)
+        own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
+        parts = (identity, len(models.blocks(model).layers), recipe.stored(), pooling, instruction, *own)
+        stored = cache / _key(triplets, *parts)
         with steps.using(stored):
             if cached := stored.exists():
                 from peft import PeftModel
@@ -163,7 +165,13 @@ def _adapt(
 ) -> dict[str, Any]:
     """Add adapters to the encoder and train them; return the losses, the seconds taken and the recipe."""
     import torch
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback
+
+    from overparam.train.watcher import Watcher
 
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
@@ -175,7 +183,44 @@ def _adapt(
     )
     encoder[0].model = get_peft_model(encoder[0].model, config)
     started = time.perf_counter()
-    losses = _fit(encoder, sources, recipe, instruction, label)
+    names = ("query", "positive", "negative")
+    columns = {
+        source: Dataset.from_dict({name: [getattr(t, name) for t in members] for name in names})
+        for source, members in sources.items()
+    }
+    # making widget examples takes seconds, and they are not used
+    encoder.model_card_data.set_widget_examples = lambda _: None
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup,
+            lr_scheduler_type="linear",
+            bf16=recipe.bf16,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            multi_dataset_batch_sampler="proportional",
+            prompts={"query": f"{instruction} "} if instruction else None,
+            dataloader_drop_last=True,
+            save_strategy="no",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=str(encoder.device) == "cpu",
+        )
+        trainer = SentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=columns,
+            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
+            callbacks=[Watcher(recipe.steps, label)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "seconds": time.perf_counter() - started, "recipe": recipe.stored()}
 
 
@@ -231,76 +276,10 @@ def _by_source(triplets: Sequence[Triplet], batch_size: int) -> dict[str, list[T
     return sources
 
 
-def _fit(
-    encoder: SentenceTransformer,
-    sources: dict[str, list[Triplet]],
-    recipe: Recipe,
-    instruction: str | None,
-    label: str,
-) -> list[float]:
-    from datasets import Dataset, DatasetDict
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from transformers import PrinterCallback
-
-    from overparam.train.watcher import Watcher
-
-    columns = DatasetDict(
-        {
-            source: Dataset.from_dict(
-                {name: [getattr(t, name) for t in members] for name in ("query", "positive", "negative")}
-            )
-            for source, members in sources.items()
-        }
-    )
-    watcher = Watcher(recipe.steps, label)
-    # making widget examples takes seconds, and they are not used
-    encoder.model_card_data.set_widget_examples = lambda _: None
-    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            warmup_steps=recipe.warmup,
-            lr_scheduler_type="linear",
-            bf16=recipe.bf16,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            multi_dataset_batch_sampler="proportional",
-            prompts={"query": f"{instruction} "} if instruction else None,
-            dataloader_drop_last=True,
-            save_strategy="no",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=str(encoder.device) == "cpu",
-        )
-        trainer = SentenceTransformerTrainer(
-            model=encoder,
-            args=arguments,
-            train_dataset=columns,
-            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
-            callbacks=[watcher],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return watcher.losses
-
-
-def _key(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    recipe: Recipe,
-    pooling: str,
-    instruction: str | None,
-    identity: str,
-    text_recipe: TextRecipe,
-) -> str:
+def _key(triplets: Sequence[Triplet], *parts: object) -> str:
+    """Name of adapters in the cache, by the triplets and all else that they depend on."""
     digest = hashlib.sha256()
-    own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
-    for part in (identity, len(models.blocks(model).layers), recipe.stored(), pooling, instruction, *own):
+    for part in parts:
         digest.update(json.dumps(part, sort_keys=True).encode())
     for t in triplets:
         digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())

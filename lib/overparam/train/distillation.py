@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,9 +64,10 @@ def fit(
     if not len(lengths):
         raise ValueError("there are no texts to train on")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = loop.decaying(
-        [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2], recipe.weight_decay
-    )
+    matrices, rest = ([p for p in trained if (p.ndim >= 2) is wanted] for wanted in (True, False))
+    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.AdamW([decayed, {"params": rest}], weight_decay=0.0, fused=True)
+    order = batches(lengths, recipe.batch_size, seed=recipe.seed)
 
     def gradients(_: int, rows: NDArray[np.int64]) -> float:
         value = loss(rows)
@@ -74,16 +75,7 @@ def fit(
         return float(value.detach())
 
     return loop.run(
-        model,
-        [torch.optim.AdamW(groups, fused=True)],
-        batches(lengths, recipe.batch_size, seed=recipe.seed),
-        gradients,
-        recipe,
-        Log(),
-        checkpoint=checkpoint,
-        every=every,
-        keep_moments=False,
-        label=label,
+        model, [optimizer], order, gradients, recipe, Log(), checkpoint=checkpoint, every=every, label=label
     )
 
 

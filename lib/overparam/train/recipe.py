@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,10 @@ class LoopRecipe(Recipe):
     Attributes:
         weight_decay: Decoupled weight decay, on matrices.
         clip: Maximum gradient norm.
+        extendable: Whether a longer training can continue a finished one, which then keeps its optimizers' moments.
     """
 
+    extendable: ClassVar[bool] = False
     weight_decay: float = 0.0
     clip: float = 1.0
 

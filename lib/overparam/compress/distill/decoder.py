@@ -265,23 +265,21 @@ def _sample(
 def _drawn(
     pairs: int, batch_size: int, on_policy_share: float, recipe: causal.Recipe
 ) -> Iterator[list[tuple[NDArray[np.int64], bool]]]:
-    """Yield the batches of each step: the indices of their pairs, and whether the student samples their targets."""
-    order = _order(pairs, batch_size, recipe.seed)
-    # a separate generator, so that the order of pairs does not depend on the share
-    choices = np.random.default_rng([recipe.seed, 1])
-    while True:
-        yield [(next(order), choices.random() < on_policy_share) for _ in range(recipe.accumulate)]
+    """Yield the batches of each step: the indices of their pairs, and whether the student samples their targets.
 
-
-def _order(pairs: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of the pairs of each batch, forever; the last batch of a pass is filled from the next pass."""
-    rng = np.random.default_rng([seed, 0])
+    The last batch of a pass is filled from the next pass.
+    """
+    # two generators, so that the order of pairs does not depend on the share
+    order, choices = (np.random.default_rng([recipe.seed, number]) for number in (0, 1))
     waiting = np.empty(0, dtype=np.int64)
     while True:
-        while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, rng.permutation(pairs)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+        step = []
+        for _ in range(recipe.accumulate):
+            while len(waiting) < batch_size:
+                waiting = np.concatenate([waiting, order.permutation(pairs)])
+            step.append((waiting[:batch_size], choices.random() < on_policy_share))
+            waiting = waiting[batch_size:]
+        yield step
 
 
 def _copy(parameters: list[torch.nn.Parameter], into: list[Tensor]) -> None:

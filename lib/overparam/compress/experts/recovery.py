@@ -55,7 +55,7 @@ def recover(
         batches: As for `causal.train`: packed prompts and targets.
         recipe: See `causal.Recipe`; its load balance is computed per layer.
         lora: Train adapters instead of the parameters themselves.
-        checkpoint: Folder for the training state; an interrupted run resumes from it.
+        checkpoint: Folder for the training state; a run that finds a state there resumes from it.
         every: Steps between checkpoints.
         label: Name shown in the progress display.
 

@@ -156,13 +156,7 @@ def _learn(
     folder = study.checkpoint(encoder, recipe, study.texts, params.objective, targets)
     with cache.using(folder):
         return distill_embeddings(
-            encoder,
-            study.texts,
-            targets,
-            recipe,
-            objective=params.objective,
-            checkpoint=folder,
-            label=label,
+            encoder, study.texts, targets, recipe, objective=params.objective, checkpoint=folder, label=label
         )
 
 

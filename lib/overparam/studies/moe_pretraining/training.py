@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -108,9 +108,7 @@ def state_folder(params: Params) -> Path:
     other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
     named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
     if params.max_texts is None:
-        del named[
-            "max_texts"
-        ]  # so that a run over all texts has the name that it had before there was a limit
+        del named["max_texts"]  # a run over all texts has the name that it had before there was a limit
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     return cache.folder("training") / digest
 
@@ -156,13 +154,10 @@ def committed(params: Params) -> TrainedTranslator:
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
     steps = pd.read_csv(folder / "learning_curve.csv")
-    log = causal.Log(
-        loss=steps["loss"].tolist(),
-        balance=steps["balance"].tolist(),
-        tokens=steps["tokens"].tolist(),
-        predicted=steps["predicted"].tolist(),
-        seconds=(60 * steps["minutes"]).tolist(),
-    )
+    columns: dict[str, Any] = {
+        name: steps[name].tolist() for name in ("loss", "balance", "tokens", "predicted")
+    }
+    log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
     return TrainedTranslator(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
