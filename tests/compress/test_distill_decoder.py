@@ -8,6 +8,7 @@ import torch
 from overparam import models
 from overparam.compress.distill import decoder, losses
 from overparam.compress.distill.decoder import distill_decoder
+from overparam.train import checkpoint
 from overparam.train.causal import Recipe
 
 LOSSES = {"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl, "jsd": losses.generalized_jsd}
@@ -279,14 +280,14 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(share, tmp_path, monkeypatch
         return student, distill_decoder(student, twin(seed=1), *pairs(), RECIPE, **options, **more)
 
     whole, expected = run()
-    store = decoder.checkpoints.store
+    store = checkpoint.store
 
     def stop(*args, **named):
         store(*args, **named)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder.checkpoints, "store", stop)
+        patch.setattr(checkpoint, "store", stop)
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint=tmp_path / "state")
     resumed, found = run(checkpoint=tmp_path / "state")

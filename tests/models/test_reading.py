@@ -268,7 +268,7 @@ def test_a_template_that_refuses_a_user_alone_is_said():
         batches(tokenizer, ["light"], recipe=depth.PUBLISHED)
 
 
-RECIPE = contrastive.Recipe(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=1, max_length=96)
+RECIPE = contrastive.Recipe(steps=4, batch_size=4, learning_rate=1e-2, warmup=1, max_length=96)
 
 
 @pytest.mark.parametrize("pooling", depth.POOLINGS)

@@ -11,7 +11,7 @@ from overparam.compress import depth
 from overparam.train import contrastive
 
 Triplet = namedtuple("Triplet", "query positive negative source")
-RECIPE = contrastive.Recipe(steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=1, max_length=64)
+RECIPE = contrastive.Recipe(steps=6, batch_size=4, learning_rate=1e-2, warmup=1, max_length=64)
 TEXTS = ["one two", "three four five, six seven eight", "九"]
 
 

@@ -1,1 +1,1 @@
-"""Training loops and the checkpoints they resume from: contrastive, causal, distillation."""
+"""Training: recipes, one step loop, checkpoints; contrastive, causal and by distillation."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from overparam.data.packing import IGNORED, Packed
 from overparam.models import proof
 from overparam.models.proof import NotExactError
-from overparam.support import progress
-from overparam.train import checkpoint as checkpoints
+from overparam.train import loop
+from overparam.train.recipe import LoopRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -26,44 +25,26 @@ if TYPE_CHECKING:
 _proved: set[str] = set()  # signatures
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a decoder is trained.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(LoopRecipe):
+    """How a decoder is trained, beside what `LoopRecipe` says. The caller makes the batches from its seed.
 
     Attributes:
-        steps: Optimizer steps.
         accumulate: Batches per step.
-        learning_rate: Peak learning rate: linear warm-up, constant, then linear decay to zero.
-        warmup: Warm-up steps.
-        decay: Decay steps.
+        decay: Steps of the linear decay to zero at the end; between warm-up and decay, the learning rate is constant.
         optimizer: "muon" for Muon on the matrices of the blocks and AdamW on the rest, or "adamw" for all.
-        weight_decay: Decoupled weight decay, on matrices.
         label_smoothing: Label smoothing of the cross entropy.
         balance: Factor of the load-balancing loss, which is computed per layer; 0 for none. Or a schedule of
             (from step, factor).
-        clip: Maximum gradient norm.
-        seed: Seed of the batches; the caller uses it to make them.
-        version: Raised by the author of this module when its results change.
     """
 
-    steps: int
-    accumulate: int = 1
+    extendable: ClassVar[bool] = True
     learning_rate: float = 2e-3
-    warmup: int = 50
+    accumulate: int = 1
     decay: int = 0
     optimizer: Literal["muon", "adamw"] = "adamw"
-    weight_decay: float = 0.0
     label_smoothing: float = 0.0
     balance: float | tuple[tuple[int, float], ...] = 0.0
-    clip: float = 1.0
-    seed: int = 42
-    version: int = 1
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        up = min(1.0, (step + 1) / max(1, self.warmup))
-        down = min(1.0, (self.steps - step) / max(1, self.decay)) if self.decay else 1.0
-        return self.learning_rate * min(up, down)
 
     def balance_at(self, step: int) -> float:
         """Return the factor of the load-balancing loss at a step, counted from 0."""
@@ -73,22 +54,18 @@ class Recipe:
 
 
 @dataclass
-class Log:
-    """What a training run logs, one value per step.
+class Log(loop.Log):
+    """What the training of a decoder logs, one value per step; `loss` is without label smoothing.
 
     Attributes:
-        loss: Cross entropy per predicted token, in nats, without label smoothing.
         balance: Load-balancing loss; 1 when all experts carry the same load.
         tokens: Tokens seen so far, padding excluded.
         predicted: Predicted tokens so far.
-        seconds: Wall time so far, pauses between runs excluded.
     """
 
-    loss: list[float] = field(default_factory=list)
     balance: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
 
 def train(
@@ -124,74 +101,54 @@ def train(
             balance for a model without routers that state how many experts a token uses; a checkpoint of another
             recipe or model, or of more steps.
         NotExactError: If packed rows do not give the model's own logits.
-        FloatingPointError: If the loss is not finite; the message names the step.
+        FloatingPointError: See `loop.run`.
     """
     import torch
 
     _prove(model)
     optimizers = optimizers_of(model, recipe)
     top_ks = _top_ks(model) if recipe.balance else []
-    log = Log()
-    if checkpoint and (stored := checkpoints.find(checkpoint)):
-        log = Log(**checkpoints.restore(stored, model, optimizers, recipe=asdict(recipe)))
     decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
-    done = len(log.loss)
-    stream = islice(iter(batches), done * recipe.accumulate, None)
-    before = log.seconds[-1] if log.seconds else 0.0
-    started = time.perf_counter()
-    model.train()
-    for step in progress.track(range(done, recipe.steps), label):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-        loss, balance, tokens, predicted = _gradients(model, decoder, stream, recipe, top_ks, step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        log.loss.append(loss)
-        log.balance.append(balance)
-        log.tokens.append(tokens + (log.tokens[-1] if log.tokens else 0))
-        log.predicted.append(predicted + (log.predicted[-1] if log.predicted else 0))
-        log.seconds.append(before + time.perf_counter() - started)
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
-            if checkpoint:
-                checkpoints.store(checkpoint, model, optimizers, recipe=asdict(recipe), log=asdict(log))
-            if at_checkpoint:
-                model.eval()
-                at_checkpoint(step + 1)
-                model.train()
-    model.eval()
-    return log
+    stream, log = iter(batches), Log()
+    return loop.run(
+        model,
+        optimizers,
+        (list(islice(stream, recipe.accumulate)) for _ in range(recipe.steps)),
+        partial(_gradients, model, decoder, top_ks, recipe, log),
+        recipe,
+        log,
+        checkpoint=checkpoint,
+        every=every,
+        at_checkpoint=at_checkpoint,
+        label=label,
+    )
 
 
 def _gradients(
     model: PreTrainedModel,
     decoder: Callable[..., Any],
-    stream: Iterator[Packed],
-    recipe: Recipe,
     top_ks: list[int],
+    recipe: Recipe,
+    log: Log,
     step: int,
-) -> tuple[float, float, int, int]:
-    """Accumulate the gradients of one step; return loss, balance, tokens and predicted tokens."""
+    batches: list[Packed],
+) -> float:
+    """Accumulate the gradients of one step; log balance, tokens and predicted tokens, and return the loss."""
     import torch
     from torch.nn import functional
 
-    batches = list(islice(stream, recipe.accumulate))
     if len(batches) < recipe.accumulate:
         raise ValueError(f"the batches ended at step {step + 1} of {recipe.steps}")
     predicted = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     if not predicted:
         raise ValueError(f"the batches of step {step + 1} have nothing to predict")
-    total = balances = 0.0
-    tokens = 0
+    factor = recipe.balance_at(step)
+    total, balances, tokens = 0.0, 0.0, 0
     for batch in batches:
-        real = torch.from_numpy(batch.tree > 0).to(model.device)
-        hidden, router_logits = hidden_states(
-            model, batch, decoder=decoder, router_logits=recipe.balance_at(step) > 0
-        )
+        real = torch.from_numpy(batch.tree > 0).to(model.device).flatten()
+        hidden, router_logits = hidden_states(model, batch, decoder=decoder, router_logits=factor > 0)
         labels = torch.from_numpy(batch.labels).to(model.device).flatten()
         at = (labels != IGNORED).nonzero().squeeze(1)
         logits = _logits(model, hidden.flatten(0, 1)[at])
@@ -201,21 +158,18 @@ def _gradients(
         with torch.no_grad():
             plain = functional.cross_entropy(logits, labels[at], reduction="sum")
         loss = smooth / predicted
-        if recipe.balance_at(step):
-            balance = torch.stack(
-                [
-                    load_balance(each, top_k, real.flatten())
-                    for each, top_k in zip(router_logits, top_ks, strict=True)
-                ]
-            ).mean()
-            loss = loss + recipe.balance_at(step) * balance / len(batches)
+        if factor:
+            layers = zip(router_logits, top_ks, strict=True)
+            balance = torch.stack([load_balance(scores, top_k, real) for scores, top_k in layers]).mean()
+            loss = loss + factor * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(plain) / predicted
         tokens += int(real.sum())
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the training loss is {total} at step {step + 1}")
-    return total, balances, tokens, predicted
+    log.balance.append(balances)
+    log.tokens.append(sum(log.tokens[-1:]) + tokens)
+    log.predicted.append(sum(log.predicted[-1:]) + predicted)
+    return total
 
 
 def hidden_states(
@@ -384,16 +338,8 @@ def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Op
             routers = any(part in name for part in (".gate.", ".router."))
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not routers
             (matrices if is_matrix else rest).append(parameter)
-    adamw = {"lr": recipe.learning_rate, "betas": (0.9, 0.98), "eps": 1e-9, "fused": True}
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
+    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "muon":
-        optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        ]
-        if rest:  # adapters are all matrices
-            optimizers.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))  # type: ignore[arg-type]
-        return optimizers
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]  # type: ignore[arg-type]
+        return [Muon(**decayed, lr=recipe.learning_rate), adamw([{"params": rest}])]
+    return [adamw([decayed, {"params": rest}])]

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 _SCHEDULE = ("steps", "decay")  # may change between runs: a longer run continues a shorter one
 
 
-def find(folder: Path) -> Path | None:
-    """Return the folder of the state (the older one if a run was killed between two renames), or None."""
-    return next((each for each in (folder, files.set_aside(folder)) if (each / "log.json").exists()), None)
-
-
 def store(
     folder: Path,
     model: nn.Module,
@@ -52,16 +47,16 @@ def restore(
     *,
     recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Read the state that `store` left into model and optimizers.
+    """Read the state that `store` left, if there is one, into model and optimizers.
 
     Args:
-        folder: From `find`.
+        folder: Folder of the state; the older one beside it is read if a run was killed between two renames.
         model: A model with the same parameters.
         optimizers: Optimizers built in the same way.
         recipe: Recipe of this run; only its schedule may differ from the stored one.
 
     Returns:
-        The log; its ``loss`` has one value per step.
+        The log; its ``loss`` has one value per step. Empty if there is no state.
 
     Raises:
         ValueError: The state is of another recipe or model, or has more steps.
@@ -69,12 +64,16 @@ def restore(
     import torch
     from safetensors.torch import load_file
 
+    folders = [each for each in (folder, files.set_aside(folder)) if (each / "log.json").exists()]
+    if not folders:
+        return {}
+    folder = folders[0]
     stored = json.loads((folder / "log.json").read_text())
-    differing = [
+    differing = sorted(
         name
         for name, value in json.loads(json.dumps(recipe)).items()
         if stored["recipe"].get(name) != value and name not in _SCHEDULE
-    ]
+    )
     if differing:
         raise ValueError(
             f"{folder} was made with another recipe: {', '.join(differing)} differ; use another folder"

@@ -9,51 +9,53 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from overparam import models
 from overparam.data.triplets import Triplet
 from overparam.models.reading.recipe import PLAIN, TextRecipe
 from overparam.support import cache as steps
+from overparam.train.recipe import Recipe as BaseRecipe
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How an encoder is trained; the defaults are L3Prune's (arXiv 2410.14578 and its configs).
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BaseRecipe):
+    """How an encoder is trained, beside what every recipe says. After the warm-up, the rate falls linearly to zero.
+
+    The defaults are L3Prune's (arXiv 2410.14578 and its configs).
 
     Attributes:
-        steps: Optimizer steps.
         batch_size: Triplets per step, all from one source.
-        learning_rate: Peak learning rate: linear warm-up, then linear decay.
-        warmup_steps: Warm-up steps.
         lora_rank: Rank r of the adapters.
         lora_alpha: Scaling α of the adapters.
         lora_dropout: Dropout on the inputs of the adapters.
         scale: Factor on the cosine in the loss (1 / temperature).
         max_length: Maximum tokens per text.
-        seed: Seed of the adapters, the dropout and the order of the batches.
         bf16: Compute in bfloat16.
-        version: Raised by the author of this module when its results change, so that older cached adapters are not
-            reused.
     """
 
     steps: int = 1000
-    batch_size: int = 64
     learning_rate: float = 2e-4
-    warmup_steps: int = 300
+    warmup: int = 300
+    batch_size: int = 64
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     scale: float = 50.0
     max_length: int = 512
-    seed: int = 42
     bf16: bool = False
-    version: int = 1
+
+    def stored(self) -> dict[str, Any]:
+        """Return the fields by the names under which adapters are stored and found."""
+        fields = asdict(self)
+        fields["warmup_steps"] = fields.pop("warmup")
+        return fields
 
 
 @dataclass(frozen=True)
@@ -131,24 +133,25 @@ def train(
     encoder = as_sentence_transformer(
         model, tokenizer, pooling=pooling, max_length=recipe.max_length, text_recipe=text_recipe
     )
+    adapt = partial(_adapt, encoder, sources, recipe, instruction, label)
+    cached = False
     if cache is None:
-        losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
-        encoder[0].model = encoder[0].model.merge_and_unload()
-        return TrainedEncoder(encoder.eval(), losses, seconds, cached=False)
-    stored = cache / _key(model, triplets, recipe, pooling, instruction, identity, text_recipe)
-    with steps.using(stored):
-        cached = stored.exists()
-        if cached:
-            from peft import PeftModel
+        report = adapt()
+    else:
+        own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
+        parts = (identity, len(models.blocks(model).layers), recipe.stored(), pooling, instruction, *own)
+        stored = cache / _key(triplets, *parts)
+        with steps.using(stored):
+            if cached := stored.exists():
+                from peft import PeftModel
 
-            report = json.loads((stored / "training.json").read_text())
-            encoder[0].model = PeftModel.from_pretrained(encoder[0].model, stored)
-        else:
-            losses, seconds = _adapt(encoder, sources, recipe, instruction, label)
-            report = {"losses": losses, "seconds": seconds, "recipe": asdict(recipe)}
-            with steps.making(stored) as folder:
-                encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
-                (folder / "training.json").write_text(json.dumps(report))
+                report = json.loads((stored / "training.json").read_text())
+                encoder[0].model = PeftModel.from_pretrained(encoder[0].model, stored)
+            else:
+                report = adapt()
+                with steps.making(stored) as folder:
+                    encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
+                    (folder / "training.json").write_text(json.dumps(report))
     encoder[0].model = encoder[0].model.merge_and_unload()
     return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached)
 
@@ -159,10 +162,16 @@ def _adapt(
     recipe: Recipe,
     instruction: str | None,
     label: str,
-) -> tuple[list[float], float]:
-    """Add adapters to the encoder and train them; return the losses and the seconds taken."""
+) -> dict[str, Any]:
+    """Add adapters to the encoder and train them; return the losses, the seconds taken and the recipe."""
     import torch
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback
+
+    from overparam.train.watcher import Watcher
 
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
@@ -174,8 +183,45 @@ def _adapt(
     )
     encoder[0].model = get_peft_model(encoder[0].model, config)
     started = time.perf_counter()
-    losses = _fit(encoder, sources, recipe, instruction, label)
-    return losses, time.perf_counter() - started
+    names = ("query", "positive", "negative")
+    columns = {
+        source: Dataset.from_dict({name: [getattr(t, name) for t in members] for name in names})
+        for source, members in sources.items()
+    }
+    # making widget examples takes seconds, and they are not used
+    encoder.model_card_data.set_widget_examples = lambda _: None
+    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup,
+            lr_scheduler_type="linear",
+            bf16=recipe.bf16,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            multi_dataset_batch_sampler="proportional",
+            prompts={"query": f"{instruction} "} if instruction else None,
+            dataloader_drop_last=True,
+            save_strategy="no",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=str(encoder.device) == "cpu",
+        )
+        trainer = SentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=columns,
+            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
+            callbacks=[Watcher(recipe.steps, label)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "seconds": time.perf_counter() - started, "recipe": recipe.stored()}
 
 
 def as_sentence_transformer(
@@ -230,82 +276,10 @@ def _by_source(triplets: Sequence[Triplet], batch_size: int) -> dict[str, list[T
     return sources
 
 
-def _fit(
-    encoder: SentenceTransformer,
-    sources: dict[str, list[Triplet]],
-    recipe: Recipe,
-    instruction: str | None,
-    label: str,
-) -> list[float]:
-    from datasets import Dataset, DatasetDict
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from transformers import PrinterCallback
-
-    columns = DatasetDict(
-        {
-            source: Dataset.from_dict(
-                {
-                    "query": [t.query for t in members],
-                    "positive": [t.positive for t in members],
-                    "negative": [t.negative for t in members],
-                }
-            )
-            for source, members in sources.items()
-        }
-    )
-
-    from overparam.train.watcher import Watcher
-
-    watcher = Watcher(recipe.steps, label)
-    encoder.model_card_data.set_widget_examples = lambda _: (
-        None
-    )  # making them takes seconds, and they are not used
-    with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            warmup_steps=recipe.warmup_steps,
-            lr_scheduler_type="linear",
-            bf16=recipe.bf16,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            multi_dataset_batch_sampler="proportional",
-            prompts={"query": f"{instruction} "} if instruction else None,
-            dataloader_drop_last=True,
-            save_strategy="no",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=str(encoder.device) == "cpu",
-        )
-        trainer = SentenceTransformerTrainer(
-            model=encoder,
-            args=arguments,
-            train_dataset=columns,
-            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
-            callbacks=[watcher],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return watcher.losses
-
-
-def _key(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    recipe: Recipe,
-    pooling: str,
-    instruction: str | None,
-    identity: str,
-    text_recipe: TextRecipe,
-) -> str:
+def _key(triplets: Sequence[Triplet], *parts: object) -> str:
+    """Name of adapters in the cache, by the triplets and all else that they depend on."""
     digest = hashlib.sha256()
-    own = [] if text_recipe == PLAIN else [asdict(text_recipe)]
-    for part in (identity, len(models.blocks(model).layers), asdict(recipe), pooling, instruction, *own):
+    for part in parts:
         digest.update(json.dumps(part, sort_keys=True).encode())
     for t in triplets:
         digest.update("\x1f".join((t.source, t.query, t.positive, t.negative)).encode())

@@ -1,19 +1,18 @@
-"""The training loop for students of all kinds: batches of similar length, checkpoints to resume from."""
+"""Training of students of all kinds on batches of texts of similar length."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overparam.support import progress
-from overparam.train import checkpoint as checkpoints
+from overparam.train import loop
+from overparam.train.loop import Log
+from overparam.train.recipe import LoopRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -22,50 +21,17 @@ if TYPE_CHECKING:
 _BUCKET = 8  # batches that are sorted by length together: little padding, and different batches every epoch
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a student is trained.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(LoopRecipe):
+    """How a student is trained, beside what `LoopRecipe` says.
 
     Attributes:
-        steps: Optimizer steps.
         batch_size: Texts per step.
-        learning_rate: Peak learning rate: linear warm-up, then linear decay to zero.
-        warmup: Warm-up steps.
-        weight_decay: Weight decay of AdamW, on matrices.
-        clip: Maximum gradient norm.
-        seed: Seed of the order of texts.
-        version: Raised by the author of this module when its results change.
     """
 
-    steps: int
-    batch_size: int = 64
     learning_rate: float = 1e-3
-    warmup: int = 50
     weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 42
-    version: int = 1
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        up = (step + 1) / max(1, self.warmup)
-        down = (self.steps - step) / max(1, self.steps - self.warmup)
-        return self.learning_rate * min(1.0, up, down)
-
-
-@dataclass
-class Log:
-    """What a training run logs, one value per step.
-
-    Attributes:
-        loss: Loss of the batch.
-        seconds: Wall time so far, pauses between runs excluded.
-        resumed: Steps taken from a checkpoint.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    resumed: int = 0
+    batch_size: int = 64
 
 
 def fit(
@@ -91,57 +57,26 @@ def fit(
 
     Raises:
         ValueError: No texts, or a checkpoint of another recipe or model.
-        FloatingPointError: If the loss is not finite; the message names the step. The model then has the weights from
-            before that step, and so has the last checkpoint.
+        FloatingPointError: See `loop.run`.
     """
     import torch
 
     if not len(lengths):
         raise ValueError("there are no texts to train on")
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-    log = Log()
-    if checkpoint and (stored := checkpoints.find(checkpoint)):
-        log = Log(**checkpoints.restore(stored, model, [optimizer], recipe=asdict(recipe)))
-    log.resumed = done = len(log.loss)
-    if 0 < done < recipe.steps and not optimizer.state:
-        raise ValueError(f"{checkpoint} holds a finished training of {done} steps; use another folder")
-    before = log.seconds[-1] if log.seconds else 0.0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, rest = ([p for p in trained if (p.ndim >= 2) is wanted] for wanted in (True, False))
+    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.AdamW([decayed, {"params": rest}], weight_decay=0.0, fused=True)
     order = batches(lengths, recipe.batch_size, seed=recipe.seed)
-    for _ in range(done):
-        next(order)
-    started, state = time.perf_counter(), torch.get_rng_state()
-    model.train()
-    try:
-        for step in progress.track(range(done, recipe.steps), label):
-            torch.manual_seed(recipe.seed * 1_000_003 + step)  # seeds dropout: a resumed run draws the same
-            value = loss(next(order))
-            loss_value = float(value.detach())
-            if not math.isfinite(loss_value):
-                raise FloatingPointError(f"the training loss is {loss_value} at step {step + 1}")
-            value.backward()  # type: ignore[no-untyped-call]
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the norm of the gradient is {norm} at step {step + 1}")
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            log.loss.append(loss_value)
-            log.seconds.append(before + time.perf_counter() - started)
-            last = step + 1 == recipe.steps
-            if checkpoint and ((step + 1) % every == 0 or last):
-                moments = [] if last else [optimizer]  # a finished training keeps only its weights
-                checkpoints.store(checkpoint, model, moments, recipe=asdict(recipe), log=asdict(log))
-    finally:
-        model.eval()
-        torch.set_rng_state(state)
-    return log
+
+    def gradients(_: int, rows: NDArray[np.int64]) -> float:
+        value = loss(rows)
+        value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach())
+
+    return loop.run(
+        model, [optimizer], order, gradients, recipe, Log(), checkpoint=checkpoint, every=every, label=label
+    )
 
 
 def batches(lengths: Sequence[int], size: int, *, seed: int) -> Iterator[NDArray[np.int64]]:

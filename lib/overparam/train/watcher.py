@@ -12,14 +12,10 @@ from overparam.support import progress
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
-    """Feeds the progress display, keeps the losses, and stops at a loss that is not finite."""
+    """Feeds the progress display, and stops at a loss that is not finite."""
 
     def __init__(self, steps: int, label: str) -> None:
-        self.losses: list[float] = []
         self._steps: Iterator[int] = iter(progress.track(range(steps), label))
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Begin the display."""
         next(self._steps)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -27,8 +23,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         next(self._steps, None)
 
     def on_log(self, _: Any, state: Any, *__: Any, logs: dict[str, float] | None = None, **___: Any) -> None:
-        """Keep the loss of a step, and refuse one that is not finite."""
-        if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                raise FloatingPointError(f"the training loss is {logs['loss']} at step {state.global_step}")
-            self.losses.append(float(logs["loss"]))
+        """Refuse a loss that is not finite."""
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}")

@@ -4,7 +4,7 @@ A student is an ordinary BERT encoder with a given share of its teacher's parame
 `vocabulary` trains its tokenizer, `students` chooses its shape, and `starts` sets its initial weights: token vectors
 taken from the teacher's outputs or, as a control, a part of the teacher's own layers. It then learns the teacher's
 embeddings (`embedding`) or a task (`classifier`); decoders learn next tokens (`decoder`). Losses are in `losses`, the
-training loop in `train.distillation`.
+training itself in `train.distillation`.
 """
 
 from typing import TYPE_CHECKING

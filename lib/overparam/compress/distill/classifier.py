@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from overparam.compress.distill import losses
 from overparam.compress.distill.encoders import forward, token_ids
-from overparam.train.distillation import Log, Recipe, fit
+from overparam.train.distillation import Recipe, fit
+from overparam.train.loop import Log
 
 if TYPE_CHECKING:
     import torch

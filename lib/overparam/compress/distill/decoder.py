@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -16,8 +14,7 @@ from overparam.compress.distill import losses
 from overparam.compress.distill.fits import check_fits
 from overparam.models.generating import end_tokens, generation_config
 from overparam.support import progress
-from overparam.train import causal
-from overparam.train import checkpoint as checkpoints
+from overparam.train import causal, loop
 
 if TYPE_CHECKING:
     import torch
@@ -111,62 +108,46 @@ def distill_decoder(
         compare = partial(compare, beta=beta)
     optimizers = causal.optimizers_of(student, recipe)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    order = _order(len(prompts), batch_size, recipe.seed)
-    # a separate generator, so that the order of pairs does not depend on the share
-    choices = np.random.default_rng([recipe.seed, 1])
-    settings = asdict(recipe) | {
+    settings = {
         "objective": objective,
         "on_policy_share": on_policy_share,
         "beta": beta,
         "temperature": temperature,
         "batch_size": batch_size,
     }
-    step_losses: list[float] = []
-    if checkpoint and (stored := checkpoints.find(checkpoint)):
-        step_losses = checkpoints.restore(stored, student, optimizers, recipe=settings)["loss"]
-    done = len(step_losses)
-    for _ in range(done * recipe.accumulate):
-        next(order), choices.random()
     good: list[Tensor] = []  # weights before the last update
+
+    def gradients(_: int, drawn: list[tuple[NDArray[np.int64], bool]]) -> float:
+        batches = []
+        for rows, on_policy in drawn:
+            before, after = [prompts[row] for row in rows], [targets[row] for row in rows]
+            if on_policy:
+                limit = max_new_tokens or max(len(target) for target in after)
+                after = _sample(student, before, limit, ends)
+            batches.append(_batch(before, after, student.device))
+        student.train()
+        return _gradients(student, teacher, batches, compare)
+
+    optimizers[0].register_step_pre_hook(lambda *_: _copy(trained, good))
     teacher.eval()
     try:
-        with torch.random.fork_rng():
-            for step in progress.track(range(done, recipe.steps), label):
-                torch.manual_seed(recipe.seed * 1_000_003 + step)  # a resumed run draws the same
-                batches = []
-                for _ in range(recipe.accumulate):
-                    rows = next(order)
-                    before, after = [prompts[row] for row in rows], [targets[row] for row in rows]
-                    if choices.random() < on_policy_share:
-                        limit = max_new_tokens or max(len(target) for target in after)
-                        after = _sample(student, before, limit, ends)
-                    batches.append(_batch(before, after, student.device))
-                student.train()
-                loss = _gradients(student, teacher, batches, compare)
-                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
-                    raise FloatingPointError(f"the {what} at step {step + 1}")
-                good = _copy(trained, good)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = recipe.rate(step)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                step_losses.append(loss)
-                if checkpoint and ((step + 1) % every == 0 or step + 1 == recipe.steps):
-                    checkpoints.store(
-                        checkpoint, student, optimizers, recipe=settings, log={"loss": step_losses}
-                    )
+        return loop.run(
+            student,
+            optimizers,
+            _drawn(len(prompts), batch_size, on_policy_share, recipe),
+            gradients,
+            recipe,
+            loop.Log(),
+            settings=settings,
+            checkpoint=checkpoint,
+            every=every,
+            label=label,
+        ).loss
     except FloatingPointError:
         with torch.no_grad():
             for parameter, value in zip(trained, good, strict=False):  # there is none before the first update
                 parameter.copy_(value)
         raise
-    finally:
-        student.zero_grad(set_to_none=True)
-        student.eval()
-    return step_losses
 
 
 def token_kl(
@@ -281,23 +262,32 @@ def _sample(
     return written
 
 
-def _order(pairs: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of the pairs of each batch, forever; the last batch of a pass is filled from the next pass."""
-    rng = np.random.default_rng([seed, 0])
+def _drawn(
+    pairs: int, batch_size: int, on_policy_share: float, recipe: causal.Recipe
+) -> Iterator[list[tuple[NDArray[np.int64], bool]]]:
+    """Yield the batches of each step: the indices of their pairs, and whether the student samples their targets.
+
+    The last batch of a pass is filled from the next pass.
+    """
+    # two generators, so that the order of pairs does not depend on the share
+    order, choices = (np.random.default_rng([recipe.seed, number]) for number in (0, 1))
     waiting = np.empty(0, dtype=np.int64)
     while True:
-        while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, rng.permutation(pairs)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+        step = []
+        for _ in range(recipe.accumulate):
+            while len(waiting) < batch_size:
+                waiting = np.concatenate([waiting, order.permutation(pairs)])
+            step.append((waiting[:batch_size], choices.random() < on_policy_share))
+            waiting = waiting[batch_size:]
+        yield step
 
 
-def _copy(parameters: list[torch.nn.Parameter], into: list[Tensor]) -> list[Tensor]:
+def _copy(parameters: list[torch.nn.Parameter], into: list[Tensor]) -> None:
+    """Copy parameters into a list of tensors; an empty list is filled."""
     if not into:
-        return [parameter.detach().clone() for parameter in parameters]
+        into += [parameter.detach().clone() for parameter in parameters]
     for parameter, old in zip(parameters, into, strict=True):
         old.copy_(parameter.detach())
-    return into
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

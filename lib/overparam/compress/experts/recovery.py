@@ -6,7 +6,7 @@ arXiv 2605.28042 trains all parameters, on references or, with better results, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def recover(
         batches: As for `causal.train`: packed prompts and targets.
         recipe: See `causal.Recipe`; its load balance is computed per layer.
         lora: Train adapters instead of the parameters themselves.
-        checkpoint: Folder for the training state; an interrupted run resumes from it.
+        checkpoint: Folder for the training state; a run that finds a state there resumes from it.
         every: Steps between checkpoints.
         label: Name shown in the progress display.
 
@@ -68,9 +68,7 @@ def recover(
         FloatingPointError: If the loss is not finite.
     """
     layers(model)
-    if lora is None:
-        return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
-    with _adapted(model, lora, recipe.seed):
+    with _adapted(model, lora, recipe.seed) if lora else nullcontext():
         return causal.train(model, batches, recipe, checkpoint=checkpoint, every=every, label=label)
 
 

@@ -20,7 +20,8 @@ from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
 from overparam.support import cache, progress
-from overparam.train.distillation import Log, Recipe
+from overparam.train.distillation import Recipe
+from overparam.train.loop import Log
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -155,13 +156,7 @@ def _learn(
     folder = study.checkpoint(encoder, recipe, study.texts, params.objective, targets)
     with cache.using(folder):
         return distill_embeddings(
-            encoder,
-            study.texts,
-            targets,
-            recipe,
-            objective=params.objective,
-            checkpoint=folder,
-            label=label,
+            encoder, study.texts, targets, recipe, objective=params.objective, checkpoint=folder, label=label
         )
 
 

@@ -25,7 +25,8 @@ from overparam.studies import recipes
 from overparam.studies.distillation_retention import Params
 from overparam.support import cache
 from overparam.support.allocator import keep_freed_memory
-from overparam.train.distillation import Log, Recipe
+from overparam.train.distillation import Recipe
+from overparam.train.loop import Log
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,10 +11,10 @@ from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, Look
 from overparam.studies.moe_pretraining.expert_load import MIX
 from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, arrow, best_search
 from overparam.studies.moe_pretraining.study import SMOOTHED_OVER, Study
-from overparam.studies.moe_pretraining.training import Trained
+from overparam.studies.moe_pretraining.training import TrainedTranslator
 
 
-def plot_curve(study: Study, trained: Trained) -> Any:
+def plot_curve(study: Study, trained: TrainedTranslator) -> Any:
     """Draw the loss on training and held-out text, and the balance of the experts, by tokens seen."""
     data = pd.read_csv(study.recorder.directory / "learning_curve.csv")
     data = data[["step", "tokens", "minutes", "smoothed_loss", "validation_loss", "balance"]]

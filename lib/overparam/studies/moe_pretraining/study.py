@@ -63,7 +63,7 @@ def start(params: Params) -> Study:
 
 
 @step
-def train(study: Study) -> training.Trained:
+def train(study: Study) -> training.TrainedTranslator:
     """Train the translator, or take it from the cache, or from the repository, when it is trained already."""
     trained = training.train(study.params) if study.params.steps else training.committed(study.params)
     counts = models.count_parameters(trained.model)
@@ -78,7 +78,7 @@ def train(study: Study) -> training.Trained:
 
 
 @step
-def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
+def learning_curve(study: Study, trained: training.TrainedTranslator) -> pd.DataFrame:
     """Record the learning curve by step; return it at the checkpoints.
 
     Columns: `loss` and `validation_loss` in nats per predicted token, `smoothed_loss` the mean over the last
@@ -104,7 +104,7 @@ def learning_curve(study: Study, trained: training.Trained) -> pd.DataFrame:
 
 
 @step
-def store(study: Study, trained: training.Trained) -> Translator:
+def store(study: Study, trained: training.TrainedTranslator) -> Translator:
     """Put model and tokenizer into the record's folder in bfloat16, and load them from there.
 
     All that is measured from here on is measured with what others will load.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ VALIDATION_SEED = 1
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTranslator:
     """A trained translator.
 
     Attributes:
@@ -108,14 +108,12 @@ def state_folder(params: Params) -> Path:
     other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
     named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
     if params.max_texts is None:
-        del named[
-            "max_texts"
-        ]  # so that a run over all texts has the name that it had before there was a limit
+        del named["max_texts"]  # a run over all texts has the name that it had before there was a limit
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     return cache.folder("training") / digest
 
 
-def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
+def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslator:
     """Train the translator, or go on from its last checkpoint.
 
     Args:
@@ -148,20 +146,20 @@ def train(params: Params, *, checkpoint: Path | None = None) -> Trained:
             label="pre-training",
         )
     points = sorted((step, loss) for step, loss in curve.items() if step <= params.steps)
-    return Trained(model.eval(), tokenizer, log, points)
+    return TrainedTranslator(model.eval(), tokenizer, log, points)
 
 
-def committed(params: Params) -> Trained:
+def committed(params: Params) -> TrainedTranslator:
     """Return the translator that comes with the repository, and the log of its training."""
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
-    log = pd.read_csv(folder / "learning_curve.csv")
-    seconds = (60 * log["minutes"]).tolist()
-    found = causal.Log(
-        **{name: log[name].tolist() for name in ("loss", "balance", "tokens", "predicted")}, seconds=seconds
-    )
-    points = log.loc[log["validation_loss"].notna(), ["step", "validation_loss"]]
-    return Trained(model.eval(), tokenizer, found, list(points.itertuples(index=False, name=None)))
+    steps = pd.read_csv(folder / "learning_curve.csv")
+    columns: dict[str, Any] = {
+        name: steps[name].tolist() for name in ("loss", "balance", "tokens", "predicted")
+    }
+    log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
+    points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
+    return TrainedTranslator(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
 
 def replay(params: Params, steps: int) -> list[float]:

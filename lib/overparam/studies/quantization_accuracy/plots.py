@@ -15,7 +15,7 @@ from overparam.studies.quantization_accuracy.bits import EMBEDDINGS, Curve
 from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import Quality
 from overparam.studies.quantization_accuracy.study import Study
-from overparam.studies.quantization_accuracy.training import AFTER, FULL, TRAINED, Trained
+from overparam.studies.quantization_accuracy.training import AFTER, FULL, TRAINED, QualityByBits
 
 _NOTHING = 1e-6  # smaller changes of the outputs are rounding errors of the arithmetic itself
 _LIBRARIES = charts.looks(("torch", "torchao", "openvino", "bitsandbytes"), line="")
@@ -140,7 +140,7 @@ def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
     return axes.figure
 
 
-def plot_training(study: Study, trained: Trained) -> Any:
+def plot_training(study: Study, trained: QualityByBits) -> Any:
     """Draw accuracy or perplexity by bits, rounded after training or trained with rounding, and flipped answers.
 
     None if nothing was trained.

@@ -73,7 +73,7 @@ Several = dict[str, list[Outcome]]  # by task, one a seed
 
 
 @dataclass(frozen=True)
-class Trained:
+class QualityByBits:
     """Quality by bits.
 
     Attributes:
@@ -94,7 +94,7 @@ class Trained:
 
 
 @step
-def train(study: Study) -> Trained:
+def train(study: Study) -> QualityByBits:
     """Fine-tune the model on each task, then let it go on with and without rounding.
 
     It goes on in full precision, to be rounded afterwards, or with its weights rounded at every step, for as many
@@ -106,7 +106,7 @@ def train(study: Study) -> Trained:
     if study.not_trained:
         table = pd.DataFrame(columns=_COLUMNS)
         study.recorder.table("training", table)
-        return Trained(table, {}, {}, {}, {})
+        return QualityByBits(table, {}, {}, {}, {})
     find = _of_decoder if study.decoder else _of_encoder
     found: dict[tuple[str, int, str], list[Outcome]] = {}
     for (task, *way), outcome in find(study):
@@ -137,7 +137,7 @@ def train(study: Study) -> Trained:
         study.recorder.metric(
             f"retention_{bits}_bits_trained", trained[bits].shifted(100), "% of full precision"
         )
-    return Trained(table, closed, after, trained, hidden)
+    return QualityByBits(table, closed, after, trained, hidden)
 
 
 def gap_closed(full: Several, plain: Several, aware: Several) -> stats.Estimate:

@@ -11,7 +11,7 @@ from overparam.studies.quantization_accuracy.bits import Curve
 from overparam.studies.quantization_accuracy.costs import names_of_calls
 from overparam.studies.quantization_accuracy.quality import SCORED, Quality, context, rise
 from overparam.studies.quantization_accuracy.study import Study
-from overparam.studies.quantization_accuracy.training import Trained
+from overparam.studies.quantization_accuracy.training import QualityByBits
 
 _EIGHT, _FOUR = 8, 4
 
@@ -20,7 +20,7 @@ def verdicts(
     study: Study,
     quality: Quality,
     curve: Curve,
-    trained: Trained,
+    trained: QualityByBits,
     table: pd.DataFrame,
     faster: dict[str, stats.Estimate],
 ) -> list[Claim]:
@@ -92,7 +92,7 @@ def verdicts(
     return found
 
 
-def _note(trained: Trained, bits: int) -> str:
+def _note(trained: QualityByBits, bits: int) -> str:
     said = (
         f"Rounding after training leaves {trained.after[bits].value:+.1f} %, training with it "
         f"{trained.trained[bits].value:+.1f} %."
@@ -102,7 +102,7 @@ def _note(trained: Trained, bits: int) -> str:
     return said + " The loss from rounding is within its interval: there is no gap to close."
 
 
-def _against(study: Study, quality: Quality, trained: Trained, table: pd.DataFrame) -> list[Claim]:
+def _against(study: Study, quality: Quality, trained: QualityByBits, table: pd.DataFrame) -> list[Claim]:
     """Judge the claims against quantization."""
     bits = min(study.params.qat_bits, key=lambda bits: abs(bits - _FOUR))
     found = [

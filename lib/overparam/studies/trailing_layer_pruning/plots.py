@@ -12,7 +12,7 @@ from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, Look
 from overparam.record import ledger
 from overparam.studies.trailing_layer_pruning.recipes import Comparison
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, scores_table
-from overparam.studies.trailing_layer_pruning.training import Trained
+from overparam.studies.trailing_layer_pruning.training import TrainedScores
 
 _PICK = {"marker": "D", "color": ORANGE, "linestyle": ""}
 
@@ -107,7 +107,7 @@ def plot_tasks(study: Study, zero: ZeroShot) -> Any:
     return axes.figure
 
 
-def plot_trained(study: Study, trained: Trained) -> Any:
+def plot_trained(study: Study, trained: TrainedScores) -> Any:
     """Draw the change after training by the share of layers removed, beside the published picks."""
     params, model = study.params, study.params.model
     ours, published = trained.table, ledger.points("l3prune")

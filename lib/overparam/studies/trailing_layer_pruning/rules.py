@@ -11,7 +11,7 @@ from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points
 from overparam.studies.trailing_layer_pruning.training import (
     NEGLIGIBLE_SHARE,
-    Trained,
+    TrainedScores,
     keep_at_most_pruned,
 )
 
@@ -20,7 +20,7 @@ _TEXTS_OF_SIMILARITY = 96
 
 @step
 def where_to_cut(
-    study: Study, loss: depth.LayerLoss, cuts: depth.Cuts, zero: ZeroShot, trained: Trained
+    study: Study, loss: depth.LayerLoss, cuts: depth.Cuts, zero: ZeroShot, trained: TrainedScores
 ) -> pd.DataFrame:
     """Compare picks of a depth by the zero-shot score there, and by the trained score where it was measured.
 

@@ -30,7 +30,7 @@ MODEST_SHARE = 0.80  # of the layers, said to go with a modest one
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedScores:
     """Scores after training, by depth and seed.
 
     Attributes:
@@ -59,7 +59,7 @@ def trained_depths(study: Study, cuts: depth.Cuts) -> list[int]:
 
 
 @step
-def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Trained:
+def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> TrainedScores:
     """Truncate, train with LoRA and score, at each depth and with each seed; the same recipe everywhere."""
     params = study.params
     identity = str(models.provenance(params.model))
@@ -72,7 +72,7 @@ def train_and_evaluate(study: Study, cuts: depth.Cuts, zero: ZeroShot) -> Traine
                 steps=params.train_steps,
                 batch_size=params.train_batch_size,
                 learning_rate=params.learning_rate,
-                warmup_steps=params.warmup_steps,
+                warmup=params.warmup_steps,
                 lora_dropout=params.lora_dropout,
                 scale=params.train_scale,
                 max_length=study.max_length,
@@ -140,7 +140,7 @@ def _as_measured(study: Study, encoder: SentenceTransformer) -> SentenceTransfor
 
 def _compare(
     study: Study, scores: dict[int, list[Scores]], cost: dict[int, list[float]], zero: ZeroShot
-) -> Trained:
+) -> TrainedScores:
     full = scores[study.layers]
     change, retention, rows = {}, {}, []
     for keep, found in progress.track(scores.items(), "comparing with the unpruned model"):
@@ -172,4 +172,4 @@ def _compare(
         study.recorder.metric(f"retention_at_{keep}", retention[keep])
     table = pd.DataFrame(rows)
     study.recorder.table("trained", table)
-    return Trained(scores, change, retention, table)
+    return TrainedScores(scores, change, retention, table)

@@ -9,14 +9,16 @@ from overparam.studies.trailing_layer_pruning.study import Study
 from overparam.studies.trailing_layer_pruning.training import (
     MODEST_SHARE,
     NEGLIGIBLE_SHARE,
-    Trained,
+    TrainedScores,
     keep_at_most_pruned,
 )
 
 COST_MARGIN = 0.1  # "proportional" means a slope of 1 within this margin
 
 
-def verdicts(study: Study, cuts: depth.Cuts, trained: Trained, cost_slope: stats.Estimate) -> list[Claim]:
+def verdicts(
+    study: Study, cuts: depth.Cuts, trained: TrainedScores, cost_slope: stats.Estimate
+) -> list[Claim]:
     """Judge each published claim by its rule, and put it into the record."""
     params, total = study.params, study.layers
     negligible, modest = (keep_at_most_pruned(total, share) for share in (NEGLIGIBLE_SHARE, MODEST_SHARE))
