@@ -16,9 +16,10 @@ from overparam.compress.distill.classifier import UNLABELLED, train_classifier
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics, topics
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import CUT, TEACHER, UNTRAINED, WORDS, Students
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
+from overparam.studies.distillation_retention.study import Study, measured
 from overparam.support import cache, progress
 from overparam.train.distillation import Recipe
 

@@ -16,6 +16,7 @@ from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
 from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
@@ -29,7 +30,6 @@ _TRAINING_FACTOR = (
 )
 _SIDES = ("query", "positive", "negative")
 _EMBEDDING_VERSION = 1  # raised when `depth.layer_embeddings` returns other numbers
-CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 
 Scores = dict[str, embedding.TaskScore]
 
