@@ -213,7 +213,7 @@ def score(study: Study, students: Students) -> Suite:
     found = sweep.compare(subject, scores, ["share"], n_resamples=CURVE_RESAMPLES)
     table = found.table[["system", "share", "score", "kept", "kept_low", "kept_high"]]
     labels = [_label(*key) for key in scores]
-    by_task = found.table[[*scores[WORDS, 0.0]]].set_axis(labels).T
+    by_task = found.table[[*scores[WORDS, 0.0][0]]].set_axis(labels).T
     study.recorder.table("suite", table)
     study.recorder.table("suite_by_task", by_task.rename_axis("task").reset_index())
     return Suite(table, by_task, {share: found.kept[DISTILLED, share] for share in params.shares})

@@ -280,14 +280,8 @@ def _row(
         ).scaled(scale)
         for side in (several, full)
     )
-    changed = [
-        classification.flips(before.answers, after.answers, after.truth)
-        for before, after in zip(full, several, strict=True)
-    ]
-    flipped = [
-        1 - classification.agreement(before.answers, after.answers)
-        for before, after in zip(full, several, strict=True)
-    ]
+    before, after = ([each.answers for each in side] for side in (full, several))
+    same = [classification.agreement(*each) for each in zip(before, after, strict=True)]
     return {
         "task": task,
         "bits": bits,
@@ -295,8 +289,6 @@ def _row(
         **score.columns(measure),
         "change": score.value - base.value,
         **_kept(study, {task: full}, {task: several}).columns("kept"),
-        "flipped": 100 * float(np.mean(flipped)),
-        "right_to_wrong": float(np.mean([each.right_to_wrong for each in changed])),
-        "wrong_to_right": float(np.mean([each.wrong_to_right for each in changed])),
-        "mcnemar_p_first_seed": changed[0].p_value,
+        "flipped": 100 * float(np.mean([1 - each for each in same])),
+        **classification.flips_over_repeats(before, after, several[0].truth),
     }
