@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from overparam import models
 from overparam.compress import quantize
+from overparam.experiment.subjects.decoder import Decoder
 from overparam.record import stats
 from overparam.studies.quantization_accuracy import Params, bits, costs, plots, quality, training, verdicts
 from overparam.studies.quantization_accuracy import study as steps
@@ -151,7 +152,7 @@ def test_perplexity_after_a_context_is_that_of_the_whole_text(begin):
     study = begin(**DECODER)
     ids = list(range(4, 4 + 200))
     run = quantize.steps_of(study.model)
-    items = quality._window(run, ids)
+    items = study.subject.last_nats(run, ids, quality.SCORED)
     with torch.inference_mode():
         logits = study.model(input_ids=torch.tensor([ids])).logits[0, -quality.SCORED - 1 : -1]
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-quality.SCORED :]), reduction="none")
@@ -201,7 +202,7 @@ def test_mixed_bits_take_no_more_room():
 def test_the_rise_of_the_perplexity_is_what_is_not_kept():
     base = np.column_stack([np.full(8, 10.0), np.full(8, 5.0)])
     worse = base * [1.1, 1]
-    kept = quality.kept_of_perplexity(base, worse)
+    kept = Decoder.kept(None, [{"a": training.Outcome(base)}], [{"a": training.Outcome(worse)}])
     assert kept.value == pytest.approx(100 * (2 - np.exp(0.2)))
     assert isinstance(kept, stats.Estimate)
 

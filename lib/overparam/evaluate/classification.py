@@ -123,6 +123,18 @@ def flips(baseline: ArrayLike, other: ArrayLike, labels: ArrayLike) -> Flips:
     return Flips(lost, won, moved, len(truth), p_value)
 
 
+def flips_over_repeats(
+    baseline: Sequence[ArrayLike], other: Sequence[ArrayLike], labels: ArrayLike
+) -> dict[str, float]:
+    """Return `flips` of several repeats as columns of a table: mean counts, and the p-value of the first repeat."""
+    each = [flips(a, b, labels) for a, b in zip(baseline, other, strict=True)]
+    return {
+        "right_to_wrong": float(np.mean([one.right_to_wrong for one in each])),
+        "wrong_to_right": float(np.mean([one.wrong_to_right for one in each])),
+        "mcnemar_p_first_seed": each[0].p_value,
+    }
+
+
 def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> pd.DataFrame:
     """Compute confidence and accuracy by bin: the points of a reliability diagram.
 

@@ -68,6 +68,21 @@ class TranslationScore:
     language_checked: bool
 
     @property
+    def score(self) -> float:
+        """chrF++ of the corpus, 0..100."""
+        return self.chrf.score
+
+    @property
+    def items(self) -> NDArray[np.float64]:
+        """Counts of chrF++ of every sentence; see `CorpusScore`."""
+        return self.chrf.items
+
+    @property
+    def statistic(self) -> str:
+        """Name of chrF++ in `record.stats`."""
+        return self.chrf.statistic
+
+    @property
     def failure_shares(self) -> dict[str, float]:
         """Share of failed generations, 0..1, by reason and as "any"."""
         counts = Counter(self.failures)

@@ -13,8 +13,9 @@ from overparam.compress.distill.decoder import Objective, distill_decoder, token
 from overparam.data import splits
 from overparam.evaluate import samples
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, cached
+from overparam.studies.distillation_retention.study import Study, cached
 from overparam.support import cache, progress
 from overparam.train import causal
 

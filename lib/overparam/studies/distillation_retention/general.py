@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,11 +14,14 @@ from overparam import models
 from overparam.compress import distill
 from overparam.compress.distill import encoders
 from overparam.compress.distill.embedding import distill_embeddings
-from overparam.evaluate import embedding
+from overparam.experiment import sweep
 from overparam.experiment.study import step
+from overparam.experiment.subjects.base import System
+from overparam.experiment.subjects.encoder import Encoder
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study, measured
-from overparam.support import cache, progress
+from overparam.studies.distillation_retention.study import Study, measured
+from overparam.support import cache
 from overparam.train.distillation import Recipe
 from overparam.train.loop import Log
 
@@ -185,65 +187,31 @@ def _row(study: Study, share: float, encoder: SentenceTransformer, log: Log) -> 
 def score(study: Study, students: Students) -> Suite:
     """Score teacher, students, controls and ready-made students on the embedding suite."""
     params = study.params
-    named: list[tuple[tuple[str, float], SentenceTransformer]] = [((TEACHER, 1.0), study.encoder)]
-    named += [((DISTILLED, share), each) for share, several in students.distilled.items() for each in several]
-    named += [((name, params.task_share), each) for name, each in students.controls.items()]
+    named = [(TEACHER, 1.0, [study.encoder])]
+    named += [(DISTILLED, share, several) for share, several in students.distilled.items()]
+    named += [(name, params.task_share, [each]) for name, each in students.controls.items()]
     for name in params.ready_made:
         model, tokenizer = models.load(name, device=study.teacher.device)
         share = models.count_parameters(model).total / study.parameters
         ready = encoders.as_encoder(model, tokenizer, max_length=params.max_length)
-        named.append(((f"{name}, ready-made", round(share, 3)), ready))
-
-    def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
-        systems = progress.track([encoder for _, encoder in named], "embedding the suite")
-        found = [encoders.outputs(encoder, texts) for encoder in systems]
-        width = max(each.shape[1] for each in found)  # zeros change no cosine and no distance
-        return np.stack([np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in found], axis=1)
-
-    found: dict[tuple[str, float], dict[str, list[embedding.TaskScore]]] = {}
-    for embedder, keys in ((embed, [key for key, _ in named]), (embedding.bag_of_words, [(WORDS, 0.0)])):
-        for each in embedding.evaluate(
-            embedder, params.suite, max_items=params.suite_items, seed=params.seed
-        ):
-            several = found.setdefault(keys[each.view], {}).setdefault(each.task, [])
-            system, share = keys[each.view]
-            columns = {"share": share, "repeat": len(several)}
-            study.recorder.keep(each.items, system=system, **columns, task=f"suite: {each.task}")
-            several.append(each)
-    base = found[TEACHER, 1.0]
-    kept = {key: _kept(base, scores) for key, scores in found.items()}
-    rows = [
-        {
-            "system": system,
-            "share": share,
-            "score": 100 * float(np.mean([each.score for several in scores.values() for each in several])),
-            **kept[system, share].columns("kept"),
-        }
-        for (system, share), scores in found.items()
+        named.append((f"{name}, ready-made", round(share, 3), [ready]))
+    systems = [
+        System.ready(name, encoder, columns={"share": share}, repeat={"repeat": repeat})
+        for name, share, several in named
+        for repeat, encoder in enumerate(several)
     ]
-    table = pd.DataFrame(rows)
-    by_task = pd.DataFrame(
-        {
-            _label(*key): {
-                task: 100 * float(np.mean([each.score for each in several]))
-                for task, several in scores.items()
-            }
-            for key, scores in found.items()
-        }
-    )
+    words = System.ready(WORDS, None, columns={"share": 0.0}, repeat={"repeat": 0})
+    subject = Encoder(encoders.outputs, params.suite, params.suite_items, params.seed)
+    scores = sweep.score(study, subject, systems)
+    scores[WORDS, 0.0] = [subject.floor()]
+    sweep.keep(study, subject, [words], scores[WORDS, 0.0])
+    found = sweep.compare(subject, scores, ["share"], n_resamples=CURVE_RESAMPLES)
+    table = found.table[["system", "share", "score", "kept", "kept_low", "kept_high"]]
+    labels = [_label(*key) for key in scores]
+    by_task = found.table[[*scores[WORDS, 0.0][0]]].set_axis(labels).T
     study.recorder.table("suite", table)
     study.recorder.table("suite_by_task", by_task.rename_axis("task").reset_index())
-    return Suite(table, by_task, {share: kept[DISTILLED, share] for share in params.shares})
-
-
-def _kept(
-    base: Mapping[str, Sequence[embedding.TaskScore]], scores: Mapping[str, Sequence[embedding.TaskScore]]
-) -> stats.Estimate:
-    pairs = {
-        task: ([each.items for each in base[task]], [each.items for each in several], several[0].statistic)
-        for task, several in scores.items()
-    }
-    return stats.suite_retention(pairs, n_resamples=CURVE_RESAMPLES).scaled(100)
+    return Suite(table, by_task, {share: found.kept[DISTILLED, share] for share in params.shares})
 
 
 def _label(system: str, share: float) -> str:

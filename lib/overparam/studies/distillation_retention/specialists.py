@@ -17,9 +17,10 @@ from overparam.compress.distill.classifier import train_classifier
 from overparam.evaluate import classification
 from overparam.evaluate.topics import Topics
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
 from overparam.studies.distillation_retention.general import WORDS, Students
-from overparam.studies.distillation_retention.study import CURVE_RESAMPLES, Study
+from overparam.studies.distillation_retention.study import Study
 from overparam.studies.distillation_retention.tasks import LABELS, Taught
 from overparam.support import cache, progress
 from overparam.train.distillation import Recipe

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
-
 
 @dataclass
 class Study(experiment.Study[Params]):

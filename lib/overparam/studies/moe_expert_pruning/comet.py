@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from overparam.evaluate.comet import comet
 from overparam.experiment.study import step
+from overparam.experiment.subjects.translator import relative_change
 from overparam.record import stats
-from overparam.studies.moe_expert_pruning.study import Study, relative_change
+from overparam.studies.moe_expert_pruning.study import Study
 
 _SYSTEM = ["system", "share", "targets", "trained"]  # repeats of one system differ in their seed
 Items = dict[str, list[NDArray[np.float64]]]  # test -> scores of every repeat, each [n, 1]

@@ -8,8 +8,9 @@ from overparam import models
 from overparam.data.parallel import Pair
 from overparam.evaluate.translation import score
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
-from overparam.studies.moe_expert_pruning.study import CURVE_RESAMPLES, Baseline, Scores, Study
+from overparam.studies.moe_expert_pruning.study import Baseline, Scores, Study, columns
 
 
 @step
@@ -60,9 +61,7 @@ def _row(
         "model": name,
         "language": language,
         "sentences": len(pairs),
-        "chrF++": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
+        **columns("chrF++", estimate),
         "BLEU": found.bleu.score,
         "failed": found.failure_shares["any"],
     }

@@ -21,6 +21,7 @@ from overparam.studies.moe_expert_pruning.study import (
     Study,
     change_in_chrf,
     change_in_loss,
+    columns,
     failure_share,
     mean_chrf,
 )
@@ -226,9 +227,7 @@ def _row(
         "trained": kind.trained,
         "seeds": len(scores),
         "chrF++": after,
-        "change_percent": change.value,
-        "low": change.low,
-        "high": change.high,
+        **columns("change_percent", change),
         "chrF++_pruned": cut,
         "gap_closed": (after - cut) / (before - cut) if lost.high < 0 else float("nan"),
         "failed": sum(failure_share(each, languages) for each in scores) / len(scores),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +18,12 @@ from overparam.data.parallel import Pair
 from overparam.evaluate import likelihood, prompts
 from overparam.evaluate.comet import comet_command
 from overparam.evaluate.generation import Generation, default_limit, translate
-from overparam.evaluate.translation import TranslationScore, score
+from overparam.evaluate.translation import TranslationScore
 from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
+from overparam.experiment.subjects.base import paired
+from overparam.experiment.subjects.translator import relative_change, scores_of
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.models.translator import PLAIN
 from overparam.record import stats
 from overparam.record.record import Record
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 _GENERATING = 8  # tokens of a batch that is written, in multiples of one that is read with all its logits
 _SHOTS = 3  # examples in a prompt of a base model
 
@@ -202,21 +203,15 @@ class Study(experiment.Study[Params]):
         **columns: float | str,
     ) -> tuple[Scores, dict[str, list[str]]]:
         """Translate the test sentences into each language; return scores and texts, and keep both by item."""
-        scores: Scores = {}
         texts: dict[str, list[str]] = {}
         asked = {
             language: self.pairs("en", language, "test", self.params.translated_items)
             for language in languages or self.params.languages
         }
         generated = self.translations(model, asked, label=f"translating into {', '.join(asked)}")
+        scores: Scores = scores_of(asked, generated)
         for language, pairs in asked.items():
             texts[language] = [generation.text for generation in generated[language]]
-            scores[language] = score(
-                texts[language],
-                [pair.target for pair in pairs],
-                ended=[generation.ended for generation in generated[language]],
-                target_language=language,
-            )
             kept = {
                 f"chrf_{k}": column.astype(np.float32)
                 for k, column in enumerate(scores[language].chrf.items.T)
@@ -406,32 +401,14 @@ def change_in_chrf(
     languages: Sequence[str] = (),
 ) -> stats.Estimate:
     """Relative change of chrF++, mean over languages, in percent; several runs are seeds (`relative_change`)."""
-    sides = [[side] if isinstance(side, dict) else list(side) for side in (before, after)]
-    return relative_change(
-        {
-            language: (
-                [run[language].chrf.items for run in sides[0]],
-                [run[language].chrf.items for run in sides[1]],
-                "chrf++",
-            )
-            for language in languages or study.params.languages
-        }
-    )
+    some = languages or study.params.languages
+    sides = ([side] if isinstance(side, dict) else side for side in (before, after))
+    return relative_change(paired(*([{name: run[name] for name in some} for run in side] for side in sides)))
 
 
-def relative_change(pairs: Mapping[str, tuple[list[Items], list[Items], str]]) -> stats.Estimate:
-    """Relative change of a mean over languages, in percent.
-
-    Args:
-        pairs: Language -> scores by item of each run before, of each run after, and their statistic.
-
-    Returns:
-        The change; a baseline of 0 (a random model, which translates nothing) bounds none: infinite ends.
-    """
-    if not any(stats.STATISTICS[name](np.stack(before)).any() for before, _, name in pairs.values()):
-        return stats.Estimate(0.0, -math.inf, math.inf, len(next(iter(pairs.values()))[0][0]))
-    kept = stats.suite_retention(pairs, shared_items=True)  # the same sentences in every language
-    return kept.shifted(-1).scaled(100)
+def columns(name: str, estimate: stats.Estimate) -> dict[str, float]:
+    """Columns of a table that has one interval."""
+    return {name: estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def mean_chrf(scores: Scores, languages: Sequence[str]) -> float:

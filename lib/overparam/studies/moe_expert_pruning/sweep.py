@@ -10,16 +10,17 @@ import pandas as pd
 
 from overparam.compress import experts
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
 from overparam.studies.moe_expert_pruning.calibration import Calibration, added, keep_sets
 from overparam.studies.moe_expert_pruning.study import (
-    CURVE_RESAMPLES,
     Baseline,
     Losses,
     Scores,
     Study,
     change_in_chrf,
     change_in_loss,
+    columns,
     failure_share,
     mean_chrf,
 )
@@ -107,9 +108,7 @@ def sweep(study: Study, base: Baseline, calibration: Calibration) -> Sweep:
                 "method": system.method,
                 "allocation": system.allocation,
                 "seed": study.params.seed + system.seed if system.method == "random" else None,
-                "loss_change": change.value,
-                "low": change.low,
-                "high": change.high,
+                **columns("loss_change", change),
                 "idle_among_pruned": _idle_share(study, keep, idle),
                 "kept_by_layer": " ".join(str(len(layer)) for layer in keep),
             }
@@ -218,9 +217,7 @@ def _row(
         "calibration": "one language" if system.alone else "all languages",
         "repeat": system.seed,
         "chrF++": mean_chrf(scores, languages),
-        "change_percent": change.value,
-        "low": change.low,
-        "high": change.high,
+        **columns("change_percent", change),
         "failed": failure_share(scores, languages),
     }
 
@@ -294,9 +291,7 @@ def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
                     "method": method,
                     "share_pruned": share,
                     "group": group,
-                    "loss_change": change.value,
-                    "low": change.low,
-                    "high": change.high,
+                    **columns("loss_change", change),
                 }
             )
     table = pd.DataFrame(rows)
@@ -345,9 +340,7 @@ def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataF
                     "calibration": name,
                     "test": test,
                     "group": study.tests[test].group,
-                    "loss_change": change.value,
-                    "low": change.low,
-                    "high": change.high,
+                    **columns("loss_change", change),
                 }
             )
     table = pd.DataFrame(rows)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from overparam import models
 from overparam.compress import quantize
+from overparam.experiment import sweep
 from overparam.experiment.study import step
+from overparam.experiment.subjects.base import System
+from overparam.experiment.subjects.decoder import Decoder
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
-from overparam.studies.quantization_accuracy import quality
-from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.studies.quantization_accuracy.study import Study
 from overparam.support import progress
 
 if TYPE_CHECKING:
@@ -70,7 +73,8 @@ def sensitivity(study: Study) -> pd.DataFrame:
     model, params = study.model, study.params
     named = parts(model)
     texts = study.train_texts[-params.probe_texts :]
-    base = _outputs(study, model, texts)
+    run = study.plain(model)
+    base = study.subject.outputs(run, texts)
     weights = quantize.matrices(model)
     size = {bits: rounding.sizes(model, bits, group_size=params.group_size) for bits in params.bits}
     outliers = {part: max(quantize.outliers(model, names).values()) for part, names in named.items()}
@@ -78,7 +82,7 @@ def sensitivity(study: Study) -> pd.DataFrame:
     jobs = [(part, bits) for part in named for bits in sorted(params.bits)]
     for part, bits in progress.track(jobs, "one part at a time"):
         with quantize.rounded(model, dict.fromkeys(named[part], bits), group_size=params.group_size):
-            moved = _divergence(base, _outputs(study, model, texts), study.decoder)
+            moved = study.subject.divergence(base, study.subject.outputs(run, texts))
         rows.append(
             {
                 "part": part,
@@ -121,10 +125,10 @@ def curve(study: Study, sensitive: pd.DataFrame) -> Curve:
         settings[f"mixed, size of {bits} bits"] = (
             bits, {name: its for part, its in by_part.items() for name in named[part]}
         )  # fmt: skip
-    judge = _of_decoder if study.decoder else _of_encoder
-    by_label = {label: by_name for label, (_, by_name) in settings.items()}
-    kept, gains = judge(
-        study, by_label, [(f"mixed, size of {b} bits", f"{b} bits") for b in params.mixed_bits]
+    kept, gains = _kept(
+        study,
+        {label: by_name for label, (_, by_name) in settings.items()},
+        [(f"mixed, size of {b} bits", f"{b} bits") for b in params.mixed_bits],
     )
     rows = [
         {
@@ -148,72 +152,27 @@ def curve(study: Study, sensitive: pd.DataFrame) -> Curve:
     return Curve(table, dict(zip(params.mixed_bits, gains, strict=True)))
 
 
-Settings = Mapping[str, Mapping[str, int]]  # label -> bits by matrix
-Pairs = list[tuple[str, str]]
-
-
-def _of_encoder(
-    study: Study, settings: Settings, pairs: Pairs
+def _kept(
+    study: Study, settings: Mapping[str, Mapping[str, int]], pairs: list[tuple[str, str]]
 ) -> tuple[dict[str, stats.Estimate], list[stats.Estimate]]:
-    names = ["simulated: none", *settings]
-    run = quantize.states_of(study.model)
+    """What settings, bits by matrix, keep of the quality, and what the first of each pair keeps more than the other."""
+    subject, run = study.subject, study.plain(study.model)
+    known = study.decoder  # whose items in full precision `quality` has kept, of other texts apart
+    if isinstance(subject, Decoder):
+        subject = subject.joined()
 
-    def embed(texts: list[str], instruction: str | None = None) -> NDArray[np.float32]:  # noqa: ARG001
-        found = [study.embed(run, texts)]
-        for by_name in progress.track(settings.values(), "embedding the suite"):
-            with quantize.rounded(study.model, by_name, group_size=study.params.group_size):
-                found.append(study.embed(run, texts))
-        return np.stack(found, axis=1)
-
-    scores = quality.suite(study, embed, names)
-    base = scores[names[0]]
-    kept = {label: quality.retained(base, scores[label]) for label in settings}
-    whole = float(np.mean([each.score for each in base.values()]))
-    gains = [
-        stats.suite_difference(
-            {t: (scores[before][t].items, each.items, each.statistic) for t, each in scores[after].items()}
-        ).scaled(100 / whole)
-        for after, before in pairs
-    ]
-    return kept, gains
-
-
-def _of_decoder(
-    study: Study, settings: Settings, pairs: Pairs
-) -> tuple[dict[str, stats.Estimate], list[stats.Estimate]]:
-    texts = [text for several in quality.views(study).values() for text in several]
-    run = quantize.steps_of(study.model)
-    base = quality.read(run, study.tokenizer, texts).items
-    found = {}
-    for label, by_name in progress.track(settings.items(), "likelihood by bits"):
+    @contextmanager
+    def rounded(by_name: Mapping[str, int]) -> Iterator[object]:
         with quantize.rounded(study.model, by_name, group_size=study.params.group_size):
-            found[label] = quality.read(run, study.tokenizer, texts).items
-        study.recorder.keep(found[label], system=f"simulated: {label}", task="likelihood: all texts")
-    kept = {label: quality.kept_of_perplexity(base, items) for label, items in found.items()}
-    gains = [quality.kept_of_perplexity(found[before], found[after]).shifted(-100) for after, before in pairs]
-    return kept, gains
+            yield run
 
-
-def _outputs(study: Study, model: PreTrainedModel, texts: list[str]) -> list[NDArray[np.float32]]:
-    """Embeddings of an encoder [hidden], or log-probabilities of a decoder's next tokens [tokens, vocabulary]."""
-    import torch
-
-    if not study.decoder:
-        return list(study.directions(quantize.states_of(model), texts))
-    found = []
-    for text in texts:
-        ids = study.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-        with torch.inference_mode():
-            found.append(torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1).cpu().numpy())
-    return found
-
-
-def _divergence(
-    base: list[NDArray[np.float32]], found: list[NDArray[np.float32]], decoder: bool
-) -> NDArray[np.float64]:
-    """How far the outputs of each text moved, [texts]."""
-    if not decoder:
-        return np.array([1 - float(a @ b) for a, b in zip(base, found, strict=True)])
-    return np.array(
-        [float((np.exp(a) * (a - b)).sum(axis=-1).mean()) for a, b in zip(base, found, strict=True)]
-    )
+    systems = [System.ready("simulated: none", run)]
+    systems += [
+        System("simulated: " * known + label, partial(rounded, by_name))
+        for label, by_name in settings.items()
+    ]
+    base, *others = every = subject.score(systems)
+    sweep.keep(study, subject, systems[known:], every[known:])
+    scores = dict(zip(settings, others, strict=True))
+    kept = {label: subject.kept([base], [each]) for label, each in scores.items()}
+    return kept, [subject.gained([base], [scores[before]], [scores[after]]) for after, before in pairs]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     """
     params, names = study.params, study.running
     systems = {name: study.quantized(name).fastest() for name in names}
-    single, batch = _calls(study, systems)
+    calls = {name: _calls(study, system) for name, system in systems.items()}
     starts: list[float] = []
 
     def save(system: quantize.Quantized, folder: Path) -> tuple[int, dict[str, Any]]:
@@ -47,7 +46,10 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
         starts.append(_seconds_to_start(study, folder))
         return disk.disk_bytes(folder), {"folder": str(folder), **_held_arguments(study)}
 
-    steps = {"single": measuring.Step(single), "batch": measuring.Step(batch, params.cost_texts)}
+    steps = {
+        step: measuring.Step({name: each[step] for name, each in calls.items()}, texts)
+        for step, texts in (("single", 1), ("batch", params.cost_texts))
+    }
     found = measuring.measure(
         "scheme",
         {
@@ -78,7 +80,7 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
     table = found.table.merge(pd.DataFrame(more), on="scheme")
     study.recorder.table("costs", table)
     study.recorder.table("latencies", found.latencies)
-    faster = speed_ups["single" if study.decoder else "batch"]
+    faster = speed_ups[study.subject.main_call]
     faster = {name: each for name, each in faster.items() if name != quantize.BASELINE}
     for name, each in faster.items():
         study.recorder.metric(f"speed_up_{name}", each, "times the speed of fp32 eager")
@@ -89,11 +91,11 @@ def costs(study: Study) -> tuple[pd.DataFrame, dict[str, stats.Estimate]]:
 
 def readable(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """The costs in the units that people read, a row a scheme."""
-    small, large = names_of_calls(study)
+    small, large = names_of_calls(study).values()
     return pd.DataFrame(
         {
             "computes in": table["computes_in"],
-            **({"keys and values in": table["cache_in"]} if study.decoder else {}),
+            **({"keys and values in": table["cache_in"]} if any(table["cache_in"]) else {}),
             "saved (MB)": table["disk_bytes"] / 1e6,
             "in memory (MB)": table["resident_bytes"] / 1e6,
             f"{small} (ms)": table["single_seconds"] * 1e3,
@@ -107,9 +109,10 @@ def readable(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     ).set_axis(table["scheme"])
 
 
-def names_of_calls(study: Study) -> tuple[str, str]:
-    """What the small and the large call that are timed are."""
-    return ("one more token", "prompt") if study.decoder else ("one text", f"{study.params.cost_texts} texts")
+def names_of_calls(study: Study) -> dict[str, str]:
+    """What is timed, by step."""
+    names = study.subject.call_names.items()
+    return {step: name.format(study.params.cost_texts) for step, name in names}
 
 
 def _seconds_to_start(study: Study, folder: Path) -> float:
@@ -121,7 +124,7 @@ def _seconds_to_start(study: Study, folder: Path) -> float:
     cold = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
     with warnings.catch_warnings(action="ignore"), cold:  # it warns that one of its caches is off
         loaded = quantize.load(folder, type(study.model), decoder=study.decoder, fastest=True)
-        _calls(study, {"": loaded})[0][""]()
+        _calls(study, loaded)["single"]()
     return time.perf_counter() - started
 
 
@@ -131,39 +134,5 @@ def _held_arguments(study: Study) -> dict[str, Any]:
     return {"module": kind.__module__, "kind": kind.__name__, "ids": ids, "decoder": study.decoder}
 
 
-Calls = dict[str, Callable[[], object]]
-
-
-def _calls(study: Study, systems: dict[str, quantize.Quantized]) -> tuple[Calls, Calls]:
-    """What is timed: the small and the large call of every system."""
-    import torch
-
-    texts = study.train_texts[: study.params.cost_texts]
-    if not study.decoder:
-
-        def encoding(system: quantize.Quantized, some: list[str]) -> Callable[[], object]:
-            return lambda: study.embed(system.run, some)
-
-        return (
-            {name: encoding(system, texts[:1]) for name, system in systems.items()},
-            {name: encoding(system, texts) for name, system in systems.items()},
-        )
-    ids = study.tokenizer(" ".join(texts), return_tensors="pt")["input_ids"][
-        :, : 4 * study.params.cost_tokens
-    ]
-
-    def prompt(system: quantize.Quantized) -> Callable[[], object]:
-        def call() -> None:
-            system.run.reset()
-            system.run(ids)
-
-        return call
-
-    def token(system: quantize.Quantized) -> Callable[[], object]:
-        system.run.reset()
-        system.run(ids)
-        following = torch.tensor([[int(ids[0, -1])]])
-        return lambda: system.run(following)
-
-    # tokens first: a prompt forgets what was read
-    return {n: token(s) for n, s in systems.items()}, {n: prompt(s) for n, s in systems.items()}
+def _calls(study: Study, system: quantize.Quantized) -> dict[str, measuring.Call]:
+    return study.subject.calls(system.run, study.train_texts[: study.params.cost_texts])

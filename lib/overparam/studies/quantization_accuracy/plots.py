@@ -38,7 +38,7 @@ def plot_front(study: Study, quality: Quality, costs: pd.DataFrame) -> Any:
     data["on_front"] = charts.on_front(data["disk_megabytes"], data["kept"])
     data = data.sort_values("disk_megabytes", ignore_index=True)
     caption = (
-        f"Quality that {study.params.model} keeps against the bytes of its saved weights: {_what(study)}. "
+        f"Quality that {study.params.model} keeps against the bytes of its saved weights: {_quality(study)}. "
         "Paired 95 % bootstrap interval. Schemes of nearly the same size are drawn side by side. "
         "Dotted: schemes that no other beats in both (Pareto front). Dashed: the "
         "maximum loss claimed for 8 bits."
@@ -63,7 +63,7 @@ def plot_bits(study: Study, curve: Curve) -> Any:
     caption = (
         f"Quality that {study.params.model} keeps by the bits of its weights, all matrices and embedding tables "
         f"rounded in groups of {study.params.group_size} (simulated: accuracy only): "
-        f"{_what(study)}. Mixed bits go to the parts that rounding harms most, at the same total size. "
+        f"{_quality(study)}. Mixed bits go to the parts that rounding harms most, at the same total size. "
         "Paired 95 % bootstrap interval. Arrows: values below the axis."
     )
     look = {
@@ -90,7 +90,7 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
     data = table[(table["bits"] == bits) & (table["divergence"] > _NOTHING)]
     caption = (
         f"Left: how much the outputs of {study.params.model} change when one part alone is rounded to {bits} bits "
-        f"({'divergence of the next token' if study.decoder else '1 − cosine to the embedding in full precision'}, "
+        f"({_kind(study, '1 − cosine to the embedding in full precision', 'divergence of the next token')}, "
         f"mean over {study.params.probe_texts} texts, 95 % bootstrap interval). Right: the part's largest weight "
         "over the root mean square of its weights. Blue: attention; orange: feed-forward; green: embedding tables. "
         "Parts that the outputs do not depend on are left out."
@@ -115,7 +115,7 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
         left.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         left.xaxis.set_major_formatter("{x:g}")
         left.xaxis.set_minor_formatter(NullFormatter())
-        left.set_xlabel("divergence (nats)" if study.decoder else "1 − cosine")
+        left.set_xlabel(_kind(study, "1 − cosine", "divergence (nats)"))
         right.set(xlabel="largest / rms", xlim=(0, None))
     return left.figure
 
@@ -123,10 +123,10 @@ def plot_sensitivity(study: Study, table: pd.DataFrame) -> Any:
 def plot_speed(study: Study, costs: pd.DataFrame) -> Any:
     """Draw each scheme's speed relative to fp32 eager, for small and large calls."""
     data = costs[["scheme", *(name for name in map(str, costs.columns) if "speed_up" in name)]]
-    calls = dict(zip(("single", "batch"), names_of_calls(study), strict=True))
+    calls = names_of_calls(study)
     caption = (
         f"Speed of {study.params.model} under each scheme relative to fp32 eager, for {calls['single']} and for "
-        f"{'a ' if study.decoder else ''}{calls['batch']}; "
+        f"{_kind(study, '', 'a ')}{calls['batch']}; "
         f"{study.params.cost_repeats} interleaved rounds, 95 % bootstrap interval."
     )
     parts = []
@@ -148,10 +148,10 @@ def plot_training(study: Study, trained: QualityByBits) -> Any:
     data = trained.table
     if data.empty:
         return None
-    measure = "perplexity" if study.decoder else "accuracy"
+    measure = _kind(study, "accuracy", "perplexity")
+    answers = _kind(study, "answers", "most likely next tokens")
     tasks = list(dict.fromkeys(data["task"]))
-    taught = "with verses and articles" if study.decoder else f"on {', '.join(tasks)}"
-    answers = "most likely next tokens" if study.decoder else "answers"
+    taught = _kind(study, f"on {', '.join(tasks)}", "with verses and articles")
     caption = (
         f"{study.params.model} fine-tuned {taught}: rounded after training, or trained with rounding "
         f"for as many steps. Top: {measure} (dashed: full precision), 95 % bootstrap interval over texts and "
@@ -173,16 +173,19 @@ def plot_training(study: Study, trained: QualityByBits) -> Any:
             charts.reference(top, value)
         charts.curves(top, shifted, "shifted", measure, by=["task", "way"], look=look)
         charts.curves(bottom, shifted, "shifted", "flipped", by=["task", "way"], look=look)
-        top.set_ylabel(measure if study.decoder else "accuracy (%)")
+        top.set_ylabel(_kind(study, "accuracy (%)", "perplexity"))
         bottom.set_xticks(sorted({bits for bits in data["bits"] if bits < 32}))
         bottom.set(ylim=(0, None), xlabel="bits of the weights of linear layers")
-        bottom.set_ylabel("other tokens (%)" if study.decoder else "flipped answers (%)")
+        bottom.set_ylabel(_kind(study, "flipped answers (%)", "other tokens (%)"))
     return top.figure
 
 
 def plot_views(study: Study, quality: Quality) -> Any:
-    """Draw the perplexity of a decoder in percent of full precision, by language and by length of the context."""
-    if not study.decoder:
+    """Draw the perplexity in percent of full precision, by language and by length of the context.
+
+    None of an encoder, which has none.
+    """
+    if not quality.read:
         return None
     data = quality.table[quality.table["perplexity"].notna() & (quality.table["scheme"] != quantize.BASELINE)]
     data = data[["scheme", "view", "of_fp32", "of_fp32_low", "of_fp32_high"]]
@@ -198,10 +201,14 @@ def plot_views(study: Study, quality: Quality) -> Any:
     return axes.figure
 
 
-def _what(study: Study) -> str:
-    if study.decoder:
-        return "100 − increase in perplexity (%)"
-    return f"mean score of {len(study.params.suite)} embedding tasks"
+def _kind(study: Study, encoder: str, decoder: str) -> str:
+    """Choose the words for the kind of model."""
+    return decoder if study.decoder else encoder
+
+
+def _quality(study: Study) -> str:
+    tasks = f"mean score of {len(study.params.suite)} embedding tasks"
+    return _kind(study, tasks, "100 − increase in perplexity (%)")
 
 
 def _margin(axes: Any, study: Study) -> None:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from overparam import models
 from overparam.compress import quantize
-from overparam.data import corpora, splits
+from overparam.data import corpora, parallel, splits
 from overparam.evaluate import samples
 from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
+from overparam.experiment.subjects.decoder import Decoder
+from overparam.experiment.subjects.encoder import Encoder
 from overparam.models import proof
 from overparam.models.proof import NotExactError
 from overparam.studies import recipes
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
     from overparam.compress.quantize import openvino
 
-CURVE_RESAMPLES = 1000  # of the intervals in tables; the verdicts use the defaults of `stats`
-
 
 @dataclass
 class Study(experiment.Study[Params]):
@@ -38,14 +38,23 @@ class Study(experiment.Study[Params]):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    decoder: bool
     embedder: models.Embedder
+    subject: Encoder | Decoder
     schemes: pd.DataFrame = field(
         default_factory=pd.DataFrame
     )  # each that was asked for, and why it is not run
     not_trained: str = ""  # why the model cannot be trained with rounding; empty where it can
     systems: dict[str, quantize.Quantized] = field(default_factory=dict)
     seconds_to_quantize: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> bool:
+        """Whether the model gives logits, not embeddings."""
+        return isinstance(self.subject, Decoder)
+
+    def plain(self, model: PreTrainedModel) -> Any:
+        """What runs a model as it is: `HiddenStates` of an encoder, a `StepwiseDecoder`."""
+        return quantize.steps_of(model) if self.decoder else quantize.states_of(model)
 
     @property
     def running(self) -> list[str]:
@@ -111,24 +120,6 @@ class Study(experiment.Study[Params]):
         """Tokens of a text that is embedded."""
         return self.embedder.recipe.length(self.params.max_length)
 
-    def directions(self, run: object, texts: list[str]) -> NDArray[np.float32]:
-        """The same as `embed` at unit length, whatever the model's recipe says of that."""
-        found = self.embed(run, texts)
-        if self.embedder.recipe.unit_length:
-            return found
-        return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True), dtype=np.float32)
-
-    def embed(self, run: object, texts: list[str]) -> NDArray[np.float32]:
-        """Embeddings of texts by a quantized encoder, as its recipe says, float32 [texts, width]."""
-        return quantize.embed(
-            run,  # type: ignore[arg-type]
-            self.tokenizer,
-            texts,
-            max_length=self.length,
-            device=self.model.device,
-            embedder=self.embedder,
-        )
-
 
 @step
 def as_quantized(study: Study) -> pd.DataFrame:
@@ -178,7 +169,8 @@ def start(params: Params) -> Study:
         params,
         inputs=models.provenance(params.model) | corpora.provenance(),
     )
-    study = Study(params, recorder, model, tokenizer, decoder, embedder)
+    subject = _decoder(params, tokenizer) if decoder else _encoder(params, model, tokenizer, embedder)
+    study = Study(params, recorder, model, tokenizer, embedder, subject)
     if not decoder:
         here = embedder.recipe.describe() | {"tokens at most": str(study.length)}
         recipes.keep(recorder, params.model, recipe, here)
@@ -189,6 +181,37 @@ def start(params: Params) -> Study:
     recorder.metric("schemes_that_run", len(study.running))
     recorder.metric("parameters", models.count_parameters(model).total)
     return study
+
+
+def _encoder(
+    params: Params, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, embedder: models.Embedder
+) -> Encoder:
+    """The model as what embeds texts as its recipe says."""
+
+    def embed(run: Any, texts: list[str]) -> NDArray[np.float32]:
+        length = embedder.recipe.length(params.max_length)
+        return quantize.embed(
+            run, tokenizer, texts, max_length=length, device=model.device, embedder=embedder
+        )
+
+    return Encoder(embed, params.suite, params.suite_items, params.seed, embedder.recipe.unit_length)
+
+
+def _decoder(params: Params, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+    """The model as what reads held-out texts: the same verses in every language, and news."""
+
+    def texts() -> dict[str, list[str]]:
+        n, found = params.likelihood_texts, {}
+        for language in params.languages:
+            other = "fr" if language == "en" else "en"
+            pairs = parallel.verse_pairs(language, other, "test", n=n, seed=params.seed)
+            found[f"verses, {language}"] = [pair.source for pair in pairs]
+        rows = corpora.topic_rows("reuters-r52", "test")
+        news = [samples.cut(text, 2 * params.characters) for _, text in rows]
+        found["news, en"] = samples.shuffled([text for text in news if text], params.seed)[:n]
+        return found
+
+    return Decoder(tokenizer, texts, 4 * params.cost_tokens)
 
 
 def _schemes(study: Study) -> pd.DataFrame:

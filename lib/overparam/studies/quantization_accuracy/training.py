@@ -14,16 +14,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from overparam import models
-from overparam.compress import quantize
 from overparam.compress.distill import encoders
 from overparam.compress.distill.classifier import train_classifier
 from overparam.data.packing import Tree, pack
 from overparam.evaluate import classification, samples
 from overparam.evaluate.topics import Topics, topics
 from overparam.experiment.study import step
+from overparam.experiment.subjects.decoder import Decoder, Outcome
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
-from overparam.studies.quantization_accuracy import quality
-from overparam.studies.quantization_accuracy.study import CURVE_RESAMPLES, Study
+from overparam.studies.quantization_accuracy.study import Study
 from overparam.support import progress
 from overparam.train import causal
 from overparam.train.distillation import Recipe
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 FULL, AFTER, TRAINED = "full precision", "rounded after training", "trained with rounding"
 _TASK = "next token"  # of a decoder
+_MEASURES = {
+    "mean": ("accuracy", 100),
+    "perplexity": ("perplexity", 1),
+}  # by statistic: column, and its scale
 _ROW = 128  # tokens of a row that a decoder is trained on
 _COLUMNS = [
     "task",
@@ -47,26 +51,6 @@ _COLUMNS = [
 ]  # of a table without rows
 Items = NDArray[np.float64]
 Way = tuple[int, str]  # bits, and FULL, AFTER or TRAINED
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a trained model does on the test texts.
-
-    Attributes:
-        items: Whether each text was classified rightly, [texts, 1]; of a decoder, nats and tokens, [texts, 2].
-        answers: Its classes, or likeliest next tokens.
-        truth: The right ones.
-    """
-
-    items: Items
-    answers: NDArray[np.int64]
-    truth: NDArray[np.int64]
-
-    @property
-    def gains(self) -> Items:
-        """What is better the larger it is, [texts, 1]: hits, or log-likelihood."""
-        return self.items if self.items.shape[1] == 1 else -self.items[:, :1]
 
 
 Several = dict[str, list[Outcome]]  # by task, one a seed
@@ -107,9 +91,10 @@ def train(study: Study) -> QualityByBits:
         table = pd.DataFrame(columns=_COLUMNS)
         study.recorder.table("training", table)
         return QualityByBits(table, {}, {}, {}, {})
-    find = _of_decoder if study.decoder else _of_encoder
+    subject = study.subject
+    outcomes = _of_decoder(study, subject) if isinstance(subject, Decoder) else _of_encoder(study)
     found: dict[tuple[str, int, str], list[Outcome]] = {}
-    for (task, *way), outcome in find(study):
+    for (task, *way), outcome in outcomes:
         found.setdefault((task, *way), []).append(outcome)  # type: ignore[arg-type]
     table = pd.DataFrame(
         [_row(study, key, several, found[key[0], 32, FULL]) for key, several in found.items()]
@@ -123,7 +108,7 @@ def train(study: Study) -> QualityByBits:
     closed, after, trained, hidden = {}, {}, {}, {}
     for bits in params.qat_bits:
         plain, aware = by_task(bits, AFTER), by_task(bits, TRAINED)
-        after[bits], trained[bits] = (_kept(full, side).shifted(-100) for side in (plain, aware))
+        after[bits], trained[bits] = (_kept(study, full, side).shifted(-100) for side in (plain, aware))
         hidden[bits] = stats.suite_score(
             {name: (list(map(_hidden, full[name], plain[name])), "mean") for name in full}
         ).scaled(100)
@@ -168,13 +153,13 @@ def _gains(several: list[Outcome]) -> list[Items]:
     return [outcome.gains for outcome in several]
 
 
-def _kept(full: Several, found: Several) -> stats.Estimate:
-    """Percent of full precision's mean accuracy, or 100 less the rise of a decoder's perplexity in percent."""
-    if _TASK in full:
-        sides = ([outcome.items for outcome in side[_TASK]] for side in (full, found))
-        return quality.kept_of_perplexity(*sides)
-    pairs = {name: (_gains(full[name]), _gains(found[name]), "mean") for name in full}
-    return stats.suite_retention(pairs).scaled(100)
+def _kept(study: Study, full: Several, found: Several) -> stats.Estimate:
+    """Percent of full precision's quality."""
+
+    def by_seed(side: Several) -> list[dict[str, Outcome]]:
+        return [dict(zip(side, each, strict=True)) for each in zip(*side.values(), strict=True)]
+
+    return study.subject.kept(by_seed(full), by_seed(found))
 
 
 Found = Iterator[tuple[tuple[str, int, str], Outcome]]  # (task, bits, way) of one seed after the other
@@ -204,16 +189,15 @@ def _of_encoder(study: Study) -> Found:
             yield (task.name, *way), Outcome(items, answers, np.asarray(task.test_labels))
 
 
-def _of_decoder(study: Study) -> Found:
+def _of_decoder(study: Study, subject: Decoder) -> Found:
     """Let the decoder go on with verses and articles in every way, and read held-out ones."""
-    texts = [text for view, some in quality.views(study).items() if view.endswith(", en") for text in some]
+    texts = [text for view, some in subject.views.items() if view.endswith(", en") for text in some]
     fit = partial(_fit_decoder, study)
     for seed in progress.track(study.params.train_seeds, "fine-tuning"):
         model = copy.deepcopy(study.model).requires_grad_(False)
         _layers(model).requires_grad_(True)
         for way, whole in _ways(study, model, fit, seed, _layers, _with_layers):
-            read = quality.read(quantize.steps_of(whole), study.tokenizer, texts)
-            yield (_TASK, *way), Outcome(read.items, read.likeliest, read.tokens)
+            yield (_TASK, *way), subject.read(study.plain(whole), texts)
 
 
 def _ways(
@@ -288,32 +272,23 @@ def _row(
     items = [outcome.items for outcome in several]
     for seed, each in zip(study.params.train_seeds, items, strict=True):
         study.recorder.keep(each, system=f"{bits} bits, {way}", seed=seed, task=task)
-    measure, statistic, scale = (
-        ("perplexity", "perplexity", 1) if study.decoder else ("accuracy", "mean", 100)
-    )
+    statistic = several[0].statistic
+    measure, scale = _MEASURES[statistic]
     score, base = (
         stats.bootstrap(
             [each.items for each in side], statistic=statistic, n_resamples=CURVE_RESAMPLES
         ).scaled(scale)
         for side in (several, full)
     )
-    changed = [
-        classification.flips(before.answers, after.answers, after.truth)
-        for before, after in zip(full, several, strict=True)
-    ]
-    flipped = [
-        1 - classification.agreement(before.answers, after.answers)
-        for before, after in zip(full, several, strict=True)
-    ]
+    before, after = ([each.answers for each in side] for side in (full, several))
+    same = [classification.agreement(*each) for each in zip(before, after, strict=True)]
     return {
         "task": task,
         "bits": bits,
         "way": way,
         **score.columns(measure),
         "change": score.value - base.value,
-        **_kept({task: full}, {task: several}).columns("kept"),
-        "flipped": 100 * float(np.mean(flipped)),
-        "right_to_wrong": float(np.mean([each.right_to_wrong for each in changed])),
-        "wrong_to_right": float(np.mean([each.wrong_to_right for each in changed])),
-        "mcnemar_p_first_seed": changed[0].p_value,
+        **_kept(study, {task: full}, {task: several}).columns("kept"),
+        "flipped": 100 * float(np.mean([1 - each for each in same])),
+        **classification.flips_over_repeats(before, after, several[0].truth),
     }

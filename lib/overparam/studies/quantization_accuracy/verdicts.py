@@ -27,7 +27,6 @@ def verdicts(
     """Judge each claim by its rule, and put it into the record."""
     params = study.params
     found = []
-    what = "100 − increase in perplexity (%)" if study.decoder else "mean score of the embedding suite"
     for name, kept in quality.kept.items():
         if quantize.SCHEMES[name].weights == _EIGHT:
             found.append(
@@ -36,7 +35,7 @@ def verdicts(
                     measured=kept.shifted(-100),
                     margin=params.modest_margin,
                     words={"scheme": name},
-                    note=f"{params.model}: {what}.",
+                    note=f"{params.model}: {study.subject.metric}.",
                 )
             )
     sizes = table.set_index("scheme")["disk_bytes"]
@@ -54,13 +53,13 @@ def verdicts(
     eights = {name: each for name, each in faster.items() if quantize.SCHEMES[name].weights == _EIGHT}
     if eights:
         best = max(eights, key=lambda name: eights[name].value)
-        call = 0 if study.decoder else 1
+        call = names_of_calls(study)[study.subject.main_call]
         found.append(
             ledger.judged(
                 "quantization-speed",
                 measured=eights[best].shifted(-2),
                 margin=0.0,
-                note=f"The fastest of {len(eights)} 8-bit schemes is {best}, for {names_of_calls(study)[call]}.",
+                note=f"The fastest of {len(eights)} 8-bit schemes is {best}, for {call}.",
             )
         )
     for bits, gain in curve.mixed.items():
@@ -125,7 +124,7 @@ def _against(study: Study, quality: Quality, trained: QualityByBits, table: pd.D
                 note=f"The slowest of {len(eights)} 8-bit schemes is {slowest['scheme']}.",
             )
         )
-    if not study.decoder:
+    if not quality.read:  # of an encoder
         return found
     views = dict.fromkeys(view for _, view in quality.read)
     others = [view for view in views if view.startswith("verses") and view != "verses, en"]

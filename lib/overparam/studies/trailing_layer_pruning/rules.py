@@ -7,6 +7,7 @@ import pandas as pd
 
 from overparam.compress import depth
 from overparam.experiment.study import step
+from overparam.experiment.subjects.base import paired
 from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import Study, ZeroShot, mean_points
 from overparam.studies.trailing_layer_pruning.training import (
@@ -103,18 +104,13 @@ def which_layers(study: Study, zero: ZeroShot) -> pd.DataFrame:
                 f"rule {rule}", study.embedder(pruned, [keep]), depths=[keep], tasks=tasks
             )[keep]
         scores = known[tuple(kept)]
-        difference = stats.suite_difference(
-            {task: (trailing[task].items, scores[task].items, scores[task].statistic) for task in tasks}
-        )
-        change = difference.scaled(100)
+        change = stats.suite_difference(paired([trailing], [scores])).scaled(100)
         rows.append(
             {
                 "rule": rule,
                 "kept": " ".join(str(index) for index in kept),
                 "score": mean_points(scores),
-                "change": change.value,
-                "change_low": change.low,
-                "change_high": change.high,
+                **change.columns("change"),
             }
         )
     table = pd.DataFrame(rows)

@@ -16,6 +16,7 @@ from overparam.data import corpora, pairs
 from overparam.evaluate import LOCAL_TASKS, embedding
 from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
+from overparam.experiment.sweep import CURVE_RESAMPLES
 from overparam.record import stats
 from overparam.studies import recipes
 from overparam.studies.trailing_layer_pruning import Params
@@ -29,7 +30,6 @@ _TRAINING_FACTOR = (
 )
 _SIDES = ("query", "positive", "negative")
 _EMBEDDING_VERSION = 1  # raised when `depth.layer_embeddings` returns other numbers
-CURVE_RESAMPLES = 1000  # of the intervals in curves; the verdicts use the defaults of `stats`
 
 Scores = dict[str, embedding.TaskScore]
 
@@ -300,7 +300,7 @@ def zero_shot(study: Study, cuts: depth.Cuts) -> ZeroShot:
     twin = depth.truncate(models.random_twin(study.model, seed=study.params.seed), cuts.small)
     untrained = study.score("random weights", study.embedder(twin), depths=range(cuts.small + 1))
     rows = [
-        {"system": system, "depth": keep, **points(suite(scores))}
+        {"system": system, "depth": keep, **points(scores)}
         for system, found in (
             ("zero-shot", by_depth),
             ("random weights", untrained),
@@ -313,16 +313,11 @@ def zero_shot(study: Study, cuts: depth.Cuts) -> ZeroShot:
     return ZeroShot(by_depth, untrained, words, table)
 
 
-def suite(scores: Scores) -> stats.Estimate:
-    """Mean over tasks with its bootstrap interval over items."""
-    return stats.suite_score(
-        {task: (score.items, score.statistic) for task, score in scores.items()}, n_resamples=CURVE_RESAMPLES
-    )
-
-
-def points(estimate: stats.Estimate) -> dict[str, float]:
-    """An estimate as columns of a table, in points (0…100)."""
-    return {"score": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high}
+def points(scores: Scores) -> dict[str, float]:
+    """Mean over tasks with its bootstrap interval over items, as columns of a table, in points (0…100)."""
+    tasks = {task: (score.items, score.statistic) for task, score in scores.items()}
+    estimate = stats.suite_score(tasks, n_resamples=CURVE_RESAMPLES).scaled(100)
+    return {"score": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def mean_points(scores: Scores) -> float:

@@ -11,6 +11,7 @@ import pandas as pd
 from overparam import models
 from overparam.compress import depth
 from overparam.experiment.study import step
+from overparam.experiment.subjects.base import paired
 from overparam.record import stats
 from overparam.studies.trailing_layer_pruning.study import (
     Scores,
@@ -144,10 +145,7 @@ def _compare(
     full = scores[study.layers]
     change, retention, rows = {}, {}, []
     for keep, found in progress.track(scores.items(), "comparing with the unpruned model"):
-        pairs = {
-            task: ([one[task].items for one in full], [one[task].items for one in found], score.statistic)
-            for task, score in found[0].items()
-        }
+        pairs = paired(full, found)
         change[keep] = stats.suite_difference(pairs).scaled(100)
         retention[keep] = stats.suite_retention(pairs)
         means = [mean_points(one) for one in found]
@@ -159,12 +157,8 @@ def _compare(
                 "score_lowest_seed": min(means),
                 "score_highest_seed": max(means),
                 "zero_shot": zero.mean(keep),
-                "change": change[keep].value,
-                "change_low": change[keep].low,
-                "change_high": change[keep].high,
-                "retention": retention[keep].value,
-                "retention_low": retention[keep].low,
-                "retention_high": retention[keep].high,
+                **change[keep].columns("change"),
+                **retention[keep].columns("retention"),
                 "training_seconds": sum(cost[keep]) / len(cost[keep]),
             }
         )
