@@ -427,8 +427,8 @@ def test_files_that_match_are_taken_with_licences_and_notices(tmp_path):
         "app-1.0.dist-info/NOTICE",
         "app-1.0.dist-info/licenses/LICENSE.txt",
     }
-    with pytest.raises(PackageError, match=r"my-app-1.0.whl has no \*.txt"):
-        unpack.matching("*.py", "*.txt")([wheel], tmp_path / "other")
+    with pytest.raises(PackageError, match=r"my-app-1.0.whl has no \*.rst"):
+        unpack.matching("*.py", "*.rst")([wheel], tmp_path / "other")
 
 
 def test_documentation_is_that_of_the_newest_model_without_copies(tmp_path):
