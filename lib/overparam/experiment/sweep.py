@@ -78,13 +78,15 @@ def compare(
         n_resamples: Of the intervals; see `stats.suite_retention`.
     """
     first, *others = scores
-    kept = {key: subject.kept(scores[first], scores[key], n_resamples=n_resamples) for key in others}
+    every = {
+        key: subject.kept(scores[first], repeats, n_resamples=n_resamples) for key, repeats in scores.items()
+    }
+    kept = {key: every[key] for key in others}
     tests = {} if margin is None else _tests(kept, margin) | {first: {"p_holm": 1.0, "within_margin": True}}
-    whole = stats.Estimate(100, 100, 100, next(iter(kept.values())).n if kept else 0)
     rows = [
         dict(zip(("system", *columns), key, strict=True))
-        | {"score": subject.points(repeats, repeats[0]), **kept.get(key, whole).columns("kept")}
-        | {"n": whole.n, **tests.get(key, {})}
+        | {"score": subject.points(repeats, repeats[0]), **every[key].columns("kept"), "n": every[key].n}
+        | tests.get(key, {})
         | {task: subject.points(repeats, [task]) for task in repeats[0]}
         for key, repeats in scores.items()
     ]
