@@ -40,7 +40,7 @@ def test_changed_missing_and_orphaned_files_are_named(results):
     (folder / "notes.txt").write_text("mine")
     found = wrong(results)
     assert ("layers/tiny-1", "bad", "loss.pdf: named by the record, but missing") in found
-    assert any("scores.parquet: its content is not" in detail for _, _, detail in found)
+    assert any("scores.parquet: changed since" in detail for _, _, detail in found)
     assert ("layers/tiny-1/notes.txt", "orphan", "no record names this file") in found
 
 
@@ -48,7 +48,7 @@ def test_points_that_are_not_those_of_the_figure_are_found(results):
     folder = results / "layers" / "tiny-1"
     csv = folder / "loss.csv"
     csv.write_text(csv.read_text().replace("3.0", "2.5"))
-    assert any(detail.startswith("loss.csv: its content") for _, _, detail in wrong(results))
+    assert any(detail.startswith("loss.csv: changed since") for _, _, detail in wrong(results))
     csv.write_text("depth,loss\n")
     assert any(detail == "loss.csv: is not a table of points" for _, _, detail in wrong(results))
 

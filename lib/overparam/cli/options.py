@@ -33,12 +33,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run on the workers of a dask scheduler, such as tcp://HOST:8786",
     )
-    add(
-        "--timeout",
-        type=_at_least(1),
-        metavar="SECONDS",
-        help="end a job that takes longer; it counts as failed",
-    )
+    add("--timeout", type=_at_least(1), metavar="SECONDS", help="end a longer job as failed")
     add("--retries", type=_at_least(0), default=0, metavar="N", help="try a failed job up to N more times")
     add("--force", action="store_true", help="also run jobs that are up to date")
     add("--dry-run", action="store_true", help="show the plan and stop")

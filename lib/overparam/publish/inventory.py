@@ -126,13 +126,9 @@ def take(results_dir: str | Path) -> Inventory:
             inventory.problems.append(f"{name}: its record says {record.status!r}, not 'complete' (left out)")
             continue
         inventory.records.append(record)
-    inventory.records.sort(
-        key=lambda record: (*_place(record.study), record.slug, record.started, record.key)
-    )
-    newest = {(record.study, record.slug): record for record in inventory.records}
-    inventory.superseded = [
-        record for record in inventory.records if newest[record.study, record.slug] is not record
-    ]
+    every = sorted(inventory.records, key=lambda one: (*_place(one.study), one.slug, one.started, one.key))
+    newest = {(record.study, record.slug): record for record in every}
+    inventory.superseded = [record for record in every if newest[record.study, record.slug] is not record]
     inventory.records = list(newest.values())
     for record in inventory.records:
         ids = [claim.id for claim in record.claims]

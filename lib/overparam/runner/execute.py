@@ -173,8 +173,8 @@ class _Run:
             except CancelledError:
                 answer = Answer("failed", "the scheduler is gone: start it and this command again", 0.0)
                 if stopped:
-                    answer = Answer(
-                        "interrupted" if started else "not run", "" if started else _NOT_STARTED, 0.0
+                    answer = (
+                        Answer("interrupted", "", 0.0) if started else Answer("not run", _NOT_STARTED, 0.0)
                     )
             except Exception as error:  # raised by the cluster: its workers died, or cannot read the request
                 answer = Answer("failed", first_line(error), 0.0)

@@ -130,16 +130,11 @@ def in_child(request: Request, environment: dict[str, str], stopped: Callable[[]
         stopped: Polled; once it returns true, the process and its kernel are ended.
     """
     started = time.monotonic()
-    job = request.job
+    job, limit = request.job, request.timeout
     if request.threads:
         environment = environment | dict.fromkeys(THREADS, str(request.threads))
     job.beside("log").parent.mkdir(parents=True, exist_ok=True)
-    line = {
-        "job": job.to_dict(),
-        "token": request.token,
-        "timeout": request.timeout,
-        "environment": environment,
-    }
+    line = {"job": job.to_dict(), "token": request.token, "timeout": limit, "environment": environment}
     with job.beside("log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "overparam.runner.attempt"],
@@ -152,7 +147,7 @@ def in_child(request: Request, environment: dict[str, str], stopped: Callable[[]
     with process:
         assert process.stdin is not None  # both are pipes
         assert process.stdout is not None
-        kill_at = None if request.timeout is None else started + request.timeout + _LATE
+        kill_at = None if limit is None else started + limit + _LATE
         try:
             process.stdin.write(json.dumps(line).encode() + b"\n")
             process.stdin.flush()
