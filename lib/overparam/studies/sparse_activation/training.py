@@ -1,0 +1,342 @@
+"""The trainings that are compared: the same text in the same order, one model each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache as remember
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from overparam.data.packing import Packed, Tree, pack
+from overparam.models.translator import PLAIN
+from overparam.studies.sparse_activation import ACTIVE, MIXTURE, RANDOM, TOTAL, UPCYCLED, Params
+from overparam.support import cache
+from overparam.support.allocator import keep_freed_memory
+from overparam.train import loop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VALIDATION_SEED = 1
+_TOKENIZER_CHARACTERS = 1_000_000  # of each kind of text that the tokenizer is trained on
+_STATE = 16  # bytes a parameter in training: weights, gradients, and two moments
+_KEPT = 40  # hidden states and gradients of a token and layer that are in memory at once, about
+_PLAN = ("vocabulary", "hidden", "layers", "heads", "key_value_heads", "experts", "top_k", "expert_width", "kinds",
+         "max_texts", "rows", "row_length", "warmup", "balance", "capacity", "precision", "version")  # fmt: skip
+
+
+@dataclass
+class Log(loop.Log):
+    """What a training logs beside its losses.
+
+    Attributes:
+        tokens: Seen so far, one value a step.
+        dropped: Share of the assignments that found their expert full, one value a step.
+        points: [step, loss by kind of held-out text] before a step, every `checkpoint_every` steps.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenizer, and what is held out, by kind."""
+
+    tokenizer: PreTrainedTokenizerBase
+    held_out: dict[str, list[Packed]]
+
+
+def shape(params: Params, arm: str) -> dict[str, int]:
+    """Return the experts of an arm: a dense model is a mixture of one expert, which every token uses in full."""
+    if arm in (ACTIVE, TOTAL):
+        times = params.top_k if arm == ACTIVE else params.experts
+        return {"experts": 1, "top_k": 1, "expert_width": times * params.expert_width}
+    return {"experts": params.experts, "top_k": params.top_k, "expert_width": params.expert_width}
+
+
+def build(params: Params, arm: str, seed: int) -> PreTrainedModel:
+    """Return the untrained model of an arm."""
+    from overparam.models import translator
+
+    same = {
+        name: getattr(params, name) for name in ("vocabulary", "hidden", "layers", "heads", "key_value_heads")
+    }
+    return translator.build(architecture="gpt_oss", **same, **shape(params, arm), seed=seed)
+
+
+def parameters(params: Params, arm: str) -> int:
+    """Count the parameters of an arm without building it."""
+    of = shape(params, arm)
+    hidden, width = params.hidden, params.hidden // params.heads
+    keys = 2 * params.heads * width + 2 * params.key_value_heads * width
+    attention = hidden * keys + (keys - params.heads * width) + hidden + params.heads  # biases, sinks
+    experts = of["experts"] * (
+        (hidden + 1) * 2 * of["expert_width"] + (of["expert_width"] + 1) * hidden + hidden + 1
+    )
+    return params.vocabulary * hidden + params.layers * (attention + experts + 2 * hidden) + hidden
+
+
+def check_memory(params: Params) -> None:
+    """Refuse trainings that do not fit into memory, before the first one begins.
+
+    Raises:
+        MemoryError: The message names the model.
+    """
+    tokens, free = params.rows * params.row_length, psutil.virtual_memory().available
+    for arm in params.arms:
+        of = shape(params, arm)
+        a_token = _KEPT * params.hidden + 8 * of["top_k"] * of["expert_width"]
+        needed = _STATE * parameters(params, arm) + 4 * tokens * params.layers * a_token
+        if needed > free:
+            raise MemoryError(
+                f"training the model '{arm}' of {parameters(params, arm):,} parameters needs about "
+                f"{needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free: lower experts, expert_width, "
+                "layers or rows"
+            )
+
+
+@remember
+def texts(params: Params) -> Texts:
+    """Train the tokenizer, and pack what is held out."""
+    from overparam.data import kinds
+    from overparam.models import translator
+
+    some = []
+    for kind in params.kinds:
+        characters = 0
+        for text in kinds.texts(kind, "train", params.max_texts):
+            some.append(text[: _TOKENIZER_CHARACTERS - characters])
+            if (characters := characters + len(text)) >= _TOKENIZER_CHARACTERS:
+                break
+    tokenizer = translator.tokenizer(some, vocabulary=params.vocabulary)
+    held_out = {}
+    for kind in params.kinds:
+        trees = _trees(params, tokenizer, kind, "validation", VALIDATION_SEED)
+        batches = pack(trees, rows=params.rows, length=params.row_length)
+        held_out[kind] = list(islice(batches, params.validation_batches))
+    return Texts(tokenizer, held_out)
+
+
+def batches(params: Params, seed: int) -> Iterator[Packed]:
+    """Yield training batches for ever, with equal shares of the kinds: the same ones for every arm of a seed."""
+    tokenizer = texts(params).tokenizer
+    streams = {kind: _trees(params, tokenizer, kind, "train", seed) for kind in params.kinds}
+
+    def mixed() -> Iterator[Tree]:
+        tokens = dict.fromkeys(streams, 0)
+        while True:
+            kind = min(tokens, key=lambda each: tokens[each])
+            tree = next(streams[kind])
+            tokens[kind] += len(tree)
+            yield tree
+
+    return pack(mixed(), rows=params.rows, length=params.row_length)
+
+
+def _trees(
+    params: Params, tokenizer: PreTrainedTokenizerBase, kind: str, split: str, seed: int
+) -> Iterator[Tree]:
+    """Pieces of text of one kind for ever, each epoch in another order."""
+    pieces = _pieces(tokenizer, kind, split, params.max_texts, params.row_length - 2)
+    head, epoch = tokenizer.convert_tokens_to_ids(PLAIN), 0
+    while True:
+        for piece in random.Random(f"{seed} {kind} {epoch}").sample(pieces, len(pieces)):
+            yield Tree([tokenizer.bos_token_id], [[head, *piece]])
+        epoch += 1
+
+
+@remember
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, kind: str, split: str, max_texts: int | None, length: int
+) -> list[list[int]]:
+    from overparam.data import kinds
+
+    found = tokenizer(kinds.texts(kind, split, max_texts), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    return [ids[at : at + length] for ids in found for at in range(0, len(ids), length)]
+
+
+def train(
+    params: Params, arm: str, *, seed: int, learning_rate: float, steps: int
+) -> tuple[PreTrainedModel, Log]:
+    """Train an arm, or go on from its last checkpoint in the user's cache.
+
+    The mixture that is upcycled is a dense model of its active size for the first half of the steps.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the message names the model, the step and the last good checkpoint.
+    """
+    if arm != UPCYCLED:
+        return _train(params, arm, build(params, arm, seed), seed, learning_rate, steps)
+    from overparam.compress.experts.upcycling import upcycle
+
+    half = steps // 2
+    dense, first = _train(
+        params, ACTIVE, build(params, ACTIVE, seed), seed, learning_rate, half, name="first half of "
+    )
+    model = upcycle(dense, build(params, MIXTURE, seed))
+    _, second = _train(params, arm, model, seed, learning_rate, steps - half, name="", after=half)
+    points = [(half + step, losses) for step, losses in second.points]
+    seconds = [first.seconds[-1] + each for each in second.seconds]
+    return model, Log(
+        loss=first.loss + second.loss,
+        seconds=first.seconds + seconds,
+        tokens=first.tokens + [first.tokens[-1] + each for each in second.tokens],
+        dropped=first.dropped + second.dropped,
+        points=[*first.points, *points],
+    )
+
+
+def state_folder(params: Params, arm: str, seed: int, learning_rate: float, steps: int) -> Path:
+    """Return the folder of a training's checkpoints."""
+    own = {"arm": arm, "seed": seed, "learning_rate": learning_rate, "steps": steps}
+    named = params.model_dump(mode="json", include=set(_PLAN)) | own
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+    return cache.folder("training") / digest
+
+
+def _train(
+    params: Params, arm: str, model: PreTrainedModel, seed: int, learning_rate: float, steps: int,
+    *, name: str = "", after: int = 0,
+) -> tuple[PreTrainedModel, Log]:  # fmt: skip
+    from overparam.train import causal
+
+    keep_freed_memory()
+    if arm == RANDOM:
+        for layer in model.model.layers:
+            layer.mlp.router.requires_grad_(False)
+    recipe = causal.Recipe(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=params.warmup,
+        balance=params.balance if arm in (MIXTURE, UPCYCLED) else 0.0,
+        seed=seed,
+    )
+    folder = state_folder(params, f"{name}{arm}", seed, learning_rate, steps)
+    log, text = Log(), texts(params)
+    measure = partial(validation_losses, model, text)
+    stream = islice(batches(params, seed), after, None)
+    with cache.using(folder):
+        try:
+            loop.run(
+                model,
+                causal.optimizers_of(model, recipe),
+                stream,
+                partial(_gradients, params, model, recipe, log, measure),
+                recipe,
+                log,
+                checkpoint=folder,
+                every=params.checkpoint_every,
+                label=f"training {name}{arm}",
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{name}{arm}, seed {seed}, learning rate {learning_rate:g}: {error}. The last good checkpoint is in "
+                f"{folder}; use a lower learning rate"
+            ) from error
+    log.points = [*(point for point in log.points if point[0] < steps), (steps, measure())]
+    return model, log
+
+
+def _gradients(
+    params: Params, model: PreTrainedModel, recipe: Any, log: Log, measure: Any, step: int, batch: Packed
+) -> float:
+    """Add the gradients of a step, and return its loss."""
+    import torch
+
+    from overparam.train import batched, causal
+
+    if step % params.checkpoint_every == 0 and step:
+        model.eval()
+        log.points.append((step, measure()))
+        model.train()
+    tokens = batched.flat(batch)
+    half = torch.autocast("cpu", torch.bfloat16) if params.precision == "bfloat16" else nullcontext()
+    with batched.batched(model, params.capacity) as load, half:
+        hidden, routed = batched.hidden_states(model.get_decoder(), tokens, router_logits=recipe.balance > 0)
+        total, plain = batched.losses(hidden, model.get_output_embeddings().weight, tokens.labels)
+        predicted = int((tokens.labels >= 0).sum())
+        loss = total / predicted
+        if recipe.balance:
+            real = torch.ones(len(hidden), dtype=torch.bool)
+            each = [causal.load_balance(logits, params.top_k, real) for logits in routed]
+            loss = loss + recipe.balance * torch.stack(each).mean()
+        loss.backward()
+    log.tokens.append(sum(log.tokens[-1:]) + len(hidden))
+    log.dropped.append(float(np.mean(load.dropped)))
+    return float(plain) / predicted
+
+
+def validation_losses(model: PreTrainedModel, text: Texts) -> dict[str, float]:
+    """Return the cross entropy per token in nats, by kind of held-out text; no token is dropped, in float32."""
+    import torch
+
+    from overparam.train import batched
+
+    found = {}
+    with torch.no_grad(), batched.batched(model, None):
+        for kind, held_out in text.held_out.items():
+            total, count = 0.0, 0
+            for batch in held_out:
+                tokens = batched.flat(batch)
+                hidden, _ = batched.hidden_states(model.get_decoder(), tokens)
+                _, plain = batched.losses(hidden, model.get_output_embeddings().weight, tokens.labels)
+                total, count = total + float(plain), count + int((tokens.labels >= 0).sum())
+            found[kind] = total / count
+    return found
+
+
+def expert_use(model: PreTrainedModel, text: Texts) -> tuple[float, float]:
+    """Return the least share of assignments of any expert, in uniform shares, and the entropy over its maximum."""
+    import torch
+
+    from overparam.train import batched
+
+    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
+    counts = torch.zeros(model.config.num_hidden_layers, experts)
+    with torch.no_grad(), batched.batched(model, None):
+        for held_out in text.held_out.values():
+            for batch in held_out:
+                _, routed = batched.hidden_states(
+                    model.get_decoder(), batched.flat(batch), router_logits=True
+                )
+                for layer, logits in enumerate(routed):
+                    counts[layer] += torch.bincount(logits.topk(top_k).indices.flatten(), minlength=experts)
+    share = counts / counts.sum(1, keepdim=True)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum(1) / np.log(experts)
+    return float(share.min() * experts), float(entropy.mean())
+
+
+def curve(log: Log) -> pd.DataFrame:
+    """A row a point: step, tokens, seconds, and losses by kind of text; `loss` is their mean.
+
+    Seconds are tokens times the median time of a token, so that pauses and measurements do not count.
+    """
+    pace = np.diff(log.seconds, prepend=0.0) / np.diff(log.tokens, prepend=0)
+    rows = []
+    for step, losses in log.points:
+        tokens = log.tokens[step - 1]
+        rows.append(
+            {
+                "step": step,
+                "tokens": tokens,
+                "seconds": tokens * float(np.median(pace)),
+                "loss": float(np.mean(list(losses.values()))),
+                **{f"loss_{kind}": loss for kind, loss in losses.items()},
+            }
+        )
+    return pd.DataFrame(rows)
