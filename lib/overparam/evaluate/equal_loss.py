@@ -1,4 +1,4 @@
-"""How much less one training needs than another until both have the same loss: the horizontal distance of two curves."""
+"""What one training saves of another's cost until both have the same loss: the horizontal distance of curves."""
 
 from __future__ import annotations
 

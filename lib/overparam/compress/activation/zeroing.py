@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from overparam.models.hooks import hooks
 
 Choose = Callable[[str, Tensor], Tensor]  # (matrix, input) -> which values stay
-_SAMPLE = 4096  # values of a text that a quantile is estimated from, a matrix
+_SAMPLE = 8192  # values of a text that a quantile is estimated from at most, a matrix
 
 
 @dataclass
@@ -79,8 +79,9 @@ def quantiles(
     def watch(name: str) -> Any:
         def before(_: Any, args: tuple[Tensor, ...]) -> None:
             values = args[0].detach().flatten().abs().float().cpu()
-            at = torch.randint(len(values), (min(_SAMPLE, len(values)),), generator=random)
-            sizes[name].append(values[at])
+            if len(values) > _SAMPLE:
+                values = values[torch.randint(len(values), (_SAMPLE,), generator=random)]
+            sizes[name].append(values)
 
         return before
 

@@ -54,7 +54,7 @@ class Params(StudyParams):
     max_texts: Count | None = Field(
         None, description="use only the first texts of each kind, for a trial; null: all"
     )
-    steps: Count = Field(800, description="optimizer steps of every training")
+    steps: Count = Field(700, description="optimizer steps of every training")
     rows: Count = Field(16, description="rows per step")
     row_length: int = Field(200, ge=32, description="tokens per row")
     warmup: int = Field(
@@ -65,10 +65,10 @@ class Params(StudyParams):
         min_length=1,
         description="peak learning rates of AdamW, the same choice for every model",
     )
-    tuning_steps: Count = Field(160, description="steps after which the learning rate is chosen")
+    tuning_steps: Count = Field(150, description="steps after which the learning rate is chosen")
     balance: Percent = Field(0.01, description="factor of the load-balancing loss of the mixture")
-    capacity: Positive | None = Field(
-        1.5, description="tokens that an expert takes in training, in multiples of the mean load; null: all"
+    capacity: float = Field(
+        1.5, ge=1, description="tokens that an expert takes in training, in multiples of the mean load"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of the products in training; bfloat16 is fast with AMX and slow without"
@@ -76,8 +76,8 @@ class Params(StudyParams):
     seeds: Distinct[int] = Field(
         (42, 43, 44), min_length=1, description="of weights and of the order of the texts"
     )
-    checkpoint_every: Count = Field(40, description="steps between checkpoints and points of the curves")
-    validation_batches: Count = Field(4, description="held-out batches per kind of text and point")
+    checkpoint_every: Count = Field(50, description="steps between checkpoints and points of the curves")
+    validation_batches: Count = Field(2, description="held-out batches per kind of text and point")
     version: Count = Field(
         1, description="version of the recipe; raise it when a code change changes a training"
     )

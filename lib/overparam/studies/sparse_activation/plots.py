@@ -45,14 +45,25 @@ def plot_curves(study: Study, curves: pd.DataFrame, live: pd.DataFrame) -> Any:
         + (" Without markers: the curves of this run." if committed else "")
     )
     with charts.figure(
-        study, "fig:sparse-curves", table, caption=caption, legend=3, width=2, height=1.5, nrows=2, ncols=2, sharey=True
+        study,
+        "fig:sparse-curves",
+        table,
+        caption=caption,
+        legend=3,
+        width=2,
+        height=1.5,
+        nrows=2,
+        ncols=2,
+        sharey=True,
     ) as panels:
         for axes, cost in zip(panels.flat, AXES, strict=True):
             if cost == "bytes":
                 _draw_bytes(axes, data)
             else:
                 charts.curves(axes, data, cost, "loss", by="arm", look=LOOKS, band=True)
-                charts.curves(axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6, label=None)
+                charts.curves(
+                    axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6, label=None
+                )
             axes.set(xscale="log", xlabel=AXES[cost], ylabel="loss (nats/token)")
     return panels.flat[0].figure
 
@@ -119,7 +130,9 @@ def plot_kinds(study: Study, final: pd.DataFrame) -> Any:
     )
     with charts.figure(study, "fig:sparse-kinds", data, caption=caption, legend=2, height=1.1) as axes:
         charts.reference(axes, 0, line="-", upright=True)
-        charts.dots(axes, data, "kind", "above", by="arm", look={k: _points(v) for k, v in LOOKS.items()}, spread=0.17)
+        charts.dots(
+            axes, data, "kind", "above", by="arm", look={k: _points(v) for k, v in LOOKS.items()}, spread=0.17
+        )
         axes.set_xlabel("loss above the mixture's (nats/token)")
     return axes.figure
 
@@ -153,9 +166,9 @@ def plot_activations(study: Study, activations: pd.DataFrame, decoding: pd.DataF
     caption = (
         f"{study.params.model}, inputs of matrices set to zero. Left: rise of the perplexity on "
         f"{int(activations['texts'].max())} {study.params.test_kind} texts, thresholds from "
-        f"{study.params.calibration_kind}; 95 % bootstrap interval over texts; dotted: the margin. Right: how many times "
-        f"as fast one token is in {decoding['dtype'].iloc[0]} when zeros are left out: the products alone, and a whole "
-        "token by Amdahl's law; 95 % interval over rounds."
+        f"{study.params.calibration_kind}; 95 % bootstrap interval over texts; dotted: the margin. Right: how many "
+        f"times as fast one token is in {decoding['dtype'].iloc[0]} when zeros are left out: the products alone, and a "
+        "whole token by Amdahl's law; 95 % interval over rounds."
     )
     with charts.figure(
         study, "fig:sparse-activations", data, caption=caption, legend=3, width=2, height=0.95, ncols=2
@@ -163,12 +176,21 @@ def plot_activations(study: Study, activations: pd.DataFrame, decoding: pd.DataF
         percent = activations.assign(zeros=100 * activations["share"])
         charts.curves(left, percent, "zeros", "worse", by=["choice", "part"], look=looks)
         charts.reference(left, study.params.margin, line=":")
-        left.set(yscale="symlog", ylim=(0, None), xlabel="inputs set to zero (%)", ylabel="rise of the perplexity (%)")
+        left.set(
+            yscale="symlog",
+            ylim=(0, None),
+            xlabel="inputs set to zero (%)",
+            ylabel="rise of the perplexity (%)",
+        )
         times = decoding.assign(zeros=100 * decoding["share"])
         for part, colour, marker in ((ALL, ORANGE, "s"), (DOWN, GREEN, "^")):
             own = times[times["part"] == part]
-            charts.curves(right, own, "zeros", "product", look=Look(colour, marker, "--", label=f"products, {part}"))
-            charts.curves(right, own, "zeros", "token", look=Look(colour, marker, "-", label=f"token, {part}"))
+            charts.curves(
+                right, own, "zeros", "product", look=Look(colour, marker, "--", label=f"products, {part}")
+            )
+            charts.curves(
+                right, own, "zeros", "token", look=Look(colour, marker, "-", label=f"token, {part}")
+            )
         charts.reference(right, 1, line=":")
         right.set(xlabel="inputs set to zero (%)", ylabel="times as fast as dense")
     return left.figure

@@ -139,13 +139,13 @@ def _tuned(params: Params, arm: str, rate: float) -> float:
     if len(params.learning_rates) == 1:
         return 0.0
     try:
-        _, log = training.train(
+        found = training.train(
             params, arm, seed=params.seeds[0], learning_rate=rate, steps=params.tuning_steps
         )
     except FloatingPointError as error:
         progress.note(str(error))
         return float("nan")
-    return float(np.mean(list(log.points[-1][1].values())))
+    return float(training.curve(found)["loss"].iloc[-1])
 
 
 @step
@@ -162,24 +162,22 @@ def train(study: Study, operations: pd.DataFrame, tuned: pd.DataFrame) -> pd.Dat
     for arm in params.arms:
         like = arm if arm in of.index else MIXTURE
         for seed in params.seeds:
-            model, log = training.train(
-                params, arm, seed=seed, learning_rate=float(rates[like]), steps=params.steps
-            )
-            found = training.curve(log).assign(arm=arm, seed=seed, bytes=int(of.loc[like, "bytes"]))
-            half = log.tokens[params.steps // 2 - 1] if arm == UPCYCLED else 0
+            run = training.train(params, arm, seed=seed, learning_rate=float(rates[like]), steps=params.steps)
+            found = training.curve(run).assign(arm=arm, seed=seed, bytes=int(of.loc[like, "bytes"]))
+            half = run.log.tokens[params.steps // 2 - 1] if arm == UPCYCLED else 0
             for column, part in {"flops": "total", "flops_blocks": "blocks"}.items():
                 dense = found["tokens"].clip(upper=half)
                 spent = dense * of.loc[ACTIVE, part] + (found["tokens"] - dense) * of.loc[like, part]
                 found[column] = flops.TRAINING * spent
             parts.append(found)
             least, entropy = (
-                training.expert_use(model, training.texts(params)) if like == MIXTURE else (1.0, 1.0)
+                training.expert_use(run.model, training.texts(params)) if like == MIXTURE else (1.0, 1.0)
             )
             pace = found["tokens"].iloc[-1] / found["seconds"].iloc[-1]
             use.append(
                 {
                     "arm": arm, "seed": seed, "learning_rate": float(rates[like]), "tokens_per_second": pace,
-                    "dropped": float(np.mean(log.dropped)), "least_load": least, "entropy": entropy,
+                    "dropped": float(np.mean(run.log.dropped)), "least_load": least, "entropy": entropy,
                 }
             )  # fmt: skip
     table = pd.concat(parts, ignore_index=True)

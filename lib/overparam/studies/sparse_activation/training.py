@@ -6,13 +6,11 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache as remember
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,9 +19,9 @@ import psutil
 from overparam.data.packing import Packed, Tree, pack
 from overparam.models.translator import PLAIN
 from overparam.studies.sparse_activation import ACTIVE, MIXTURE, RANDOM, TOTAL, UPCYCLED, Params
-from overparam.support import cache
+from overparam.support import cache, files
 from overparam.support.allocator import keep_freed_memory
-from overparam.train import loop
+from overparam.train.causal import Log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,18 +35,12 @@ _PLAN = ("vocabulary", "hidden", "layers", "heads", "key_value_heads", "experts"
 
 
 @dataclass
-class Log(loop.Log):
-    """What a training logs beside its losses.
+class Training:
+    """A model, the log of its training, and losses by kind of held-out text after some steps."""
 
-    Attributes:
-        tokens: Seen so far, one value a step.
-        dropped: Share of the assignments that found their expert full, one value a step.
-        points: [step, loss by kind of held-out text] before a step, every `checkpoint_every` steps.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    dropped: list[float] = field(default_factory=list)
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    model: PreTrainedModel
+    log: Log = field(default_factory=Log)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,9 +162,7 @@ def _pieces(
     return [ids[at : at + length] for ids in found for at in range(0, len(ids), length)]
 
 
-def train(
-    params: Params, arm: str, *, seed: int, learning_rate: float, steps: int
-) -> tuple[PreTrainedModel, Log]:
+def train(params: Params, arm: str, *, seed: int, learning_rate: float, steps: int) -> Training:
     """Train an arm, or go on from its last checkpoint in the user's cache.
 
     The mixture that is upcycled is a dense model of its active size for the first half of the steps.
@@ -180,42 +170,33 @@ def train(
     Raises:
         FloatingPointError: The loss is not finite; the message names the model, the step and the last good checkpoint.
     """
-    if arm != UPCYCLED:
-        return _train(params, arm, build(params, arm, seed), seed, learning_rate, steps)
-    from overparam.compress.experts.upcycling import upcycle
+    first = Training(build(params, arm, seed))
+    if arm == UPCYCLED:
+        from overparam.compress.experts.upcycling import upcycle
 
-    half = steps // 2
-    dense, first = _train(
-        params, ACTIVE, build(params, ACTIVE, seed), seed, learning_rate, half, name="first half of "
-    )
-    model = upcycle(dense, build(params, MIXTURE, seed))
-    _, second = _train(params, arm, model, seed, learning_rate, steps - half, name="", after=half)
-    points = [(half + step, losses) for step, losses in second.points]
-    seconds = [first.seconds[-1] + each for each in second.seconds]
-    return model, Log(
-        loss=first.loss + second.loss,
-        seconds=first.seconds + seconds,
-        tokens=first.tokens + [first.tokens[-1] + each for each in second.tokens],
-        dropped=first.dropped + second.dropped,
-        points=[*first.points, *points],
-    )
+        dense = Training(build(params, ACTIVE, seed))
+        _train(params, dense, f"{ACTIVE}, to be upcycled", ACTIVE, seed, learning_rate, steps // 2)
+        first = Training(upcycle(dense.model, first.model), dense.log, dense.points)
+    _train(params, first, arm, arm, seed, learning_rate, steps - len(first.log.loss))
+    return first
 
 
-def state_folder(params: Params, arm: str, seed: int, learning_rate: float, steps: int) -> Path:
-    """Return the folder of a training's checkpoints."""
-    own = {"arm": arm, "seed": seed, "learning_rate": learning_rate, "steps": steps}
+def state_folder(params: Params, name: str, seed: int, learning_rate: float, steps: int) -> Path:
+    """Return the folder of a training's checkpoints; a shorter training has another one."""
+    own = {"name": name, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     named = params.model_dump(mode="json", include=set(_PLAN)) | own
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     return cache.folder("training") / digest
 
 
 def _train(
-    params: Params, arm: str, model: PreTrainedModel, seed: int, learning_rate: float, steps: int,
-    *, name: str = "", after: int = 0,
-) -> tuple[PreTrainedModel, Log]:  # fmt: skip
+    params: Params, training: Training, name: str, arm: str, seed: int, learning_rate: float, steps: int
+) -> None:
+    """Train a model for some more steps."""
     from overparam.train import causal
 
     keep_freed_memory()
+    model, after = training.model, len(training.log.loss)
     if arm == RANDOM:
         for layer in model.model.layers:
             layer.mlp.router.requires_grad_(False)
@@ -224,61 +205,43 @@ def _train(
         learning_rate=learning_rate,
         warmup=params.warmup,
         balance=params.balance if arm in (MIXTURE, UPCYCLED) else 0.0,
+        capacity=params.capacity,
         seed=seed,
     )
-    folder = state_folder(params, f"{name}{arm}", seed, learning_rate, steps)
-    log, text = Log(), texts(params)
-    measure = partial(validation_losses, model, text)
-    stream = islice(batches(params, seed), after, None)
+    folder = state_folder(params, name, seed, learning_rate, steps)
+    file = folder.with_name(f"{folder.name}.points.json")
+    points: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def measure(step: int) -> None:
+        points[str(step)] = validation_losses(model, texts(params))
+        files.write_atomic(file, json.dumps(points).encode())
+
     with cache.using(folder):
         try:
-            loop.run(
+            log = causal.train(
                 model,
-                causal.optimizers_of(model, recipe),
-                stream,
-                partial(_gradients, params, model, recipe, log, measure),
+                islice(batches(params, seed), after, None),
                 recipe,
-                log,
                 checkpoint=folder,
                 every=params.checkpoint_every,
-                label=f"training {name}{arm}",
+                at_checkpoint=measure,
+                bf16=params.precision == "bfloat16",
+                label=f"training {name}",
             )
         except FloatingPointError as error:
             raise FloatingPointError(
-                f"{name}{arm}, seed {seed}, learning rate {learning_rate:g}: {error}. The last good checkpoint is in "
+                f"{name}, seed {seed}, learning rate {learning_rate:g}: {error}. Its last good checkpoint is in "
                 f"{folder}; use a lower learning rate"
             ) from error
-    log.points = [*(point for point in log.points if point[0] < steps), (steps, measure())]
-    return model, log
-
-
-def _gradients(
-    params: Params, model: PreTrainedModel, recipe: Any, log: Log, measure: Any, step: int, batch: Packed
-) -> float:
-    """Add the gradients of a step, and return its loss."""
-    import torch
-
-    from overparam.train import batched, causal
-
-    if step % params.checkpoint_every == 0 and step:
-        model.eval()
-        log.points.append((step, measure()))
-        model.train()
-    tokens = batched.flat(batch)
-    half = torch.autocast("cpu", torch.bfloat16) if params.precision == "bfloat16" else nullcontext()
-    with batched.batched(model, params.capacity) as load, half:
-        hidden, routed = batched.hidden_states(model.get_decoder(), tokens, router_logits=recipe.balance > 0)
-        total, plain = batched.losses(hidden, model.get_output_embeddings().weight, tokens.labels)
-        predicted = int((tokens.labels >= 0).sum())
-        loss = total / predicted
-        if recipe.balance:
-            real = torch.ones(len(hidden), dtype=torch.bool)
-            each = [causal.load_balance(logits, params.top_k, real) for logits in routed]
-            loss = loss + recipe.balance * torch.stack(each).mean()
-        loss.backward()
-    log.tokens.append(sum(log.tokens[-1:]) + len(hidden))
-    log.dropped.append(float(np.mean(load.dropped)))
-    return float(plain) / predicted
+        if str(steps) not in points:  # the run was killed between its last checkpoint and this
+            measure(steps)
+    training.points |= {after + int(step): losses for step, losses in points.items()}
+    whole = training.log
+    tokens, seconds = sum(whole.tokens[-1:]), sum(whole.seconds[-1:])
+    whole.tokens += [tokens + each for each in log.tokens]
+    whole.seconds += [seconds + each for each in log.seconds]
+    whole.loss += log.loss
+    whole.dropped += log.dropped
 
 
 def validation_losses(model: PreTrainedModel, text: Texts) -> dict[str, float]:
@@ -321,22 +284,20 @@ def expert_use(model: PreTrainedModel, text: Texts) -> tuple[float, float]:
     return float(share.min() * experts), float(entropy.mean())
 
 
-def curve(log: Log) -> pd.DataFrame:
+def curve(training: Training) -> pd.DataFrame:
     """A row a point: step, tokens, seconds, and losses by kind of text; `loss` is their mean.
 
     Seconds are tokens times the median time of a token, so that pauses and measurements do not count.
     """
-    pace = np.diff(log.seconds, prepend=0.0) / np.diff(log.tokens, prepend=0)
-    rows = []
-    for step, losses in log.points:
-        tokens = log.tokens[step - 1]
-        rows.append(
-            {
-                "step": step,
-                "tokens": tokens,
-                "seconds": tokens * float(np.median(pace)),
-                "loss": float(np.mean(list(losses.values()))),
-                **{f"loss_{kind}": loss for kind, loss in losses.items()},
-            }
-        )
-    return pd.DataFrame(rows)
+    log = training.log
+    pace = float(np.median(np.diff(log.seconds, prepend=0.0) / np.diff(log.tokens, prepend=0)))
+    return pd.DataFrame(
+        {
+            "step": step,
+            "tokens": log.tokens[step - 1],
+            "seconds": log.tokens[step - 1] * pace,
+            "loss": float(np.mean(list(losses.values()))),
+            **{f"loss_{kind}": loss for kind, loss in losses.items()},
+        }
+        for step, losses in sorted(training.points.items())
+    )

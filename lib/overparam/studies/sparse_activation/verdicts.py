@@ -1,4 +1,4 @@
-"""What was published about sparse activation, and the verdict of this run on it; every cost says of what it is a part."""
+"""The verdict of this run on what was published about sparse activation; every cost says of what it is a part."""
 
 from __future__ import annotations
 
@@ -29,14 +29,21 @@ def verdicts(
 ) -> list[Claim]:
     """Judge each claim and check by its rule, and put it into the record."""
     params = study.params
-    seeds = f"{int(final['seeds'].max())} seeds" if final["seeds"].max() > 1 else "one seed, which bounds nothing"
+    seeds = (
+        f"{int(final['seeds'].max())} seeds" if final["seeds"].max() > 1 else "one seed, which bounds nothing"
+    )
     note = f"{seeds}; constant learning rate, so that every point of a curve is a training that ends there."
     found = [_counted(study, operations)]
     ends = final[final["kind"] == "all"].set_index("arm")
     found += [
-        ledger.judged("sparse-loss-active", measured=_estimate(ends.loc[ACTIVE], "above"), margin=0.0, note=note),
         ledger.judged(
-            "sparse-loss-total", measured=_negative(_estimate(ends.loc[TOTAL], "above")), margin=0.0, note=note
+            "sparse-loss-active", measured=_estimate(ends.loc[ACTIVE], "above"), margin=0.0, note=note
+        ),
+        ledger.judged(
+            "sparse-loss-total",
+            measured=_negative(_estimate(ends.loc[TOTAL], "above")),
+            margin=0.0,
+            note=note,
         ),
     ]
     lowest = savings[savings["lowest"]].set_index(["base", "cost"])
@@ -164,8 +171,8 @@ def _zeros(study: Study, activations: pd.DataFrame, decoding: pd.DataFrame) -> l
             "sparse-activation-speed",
             measured=_estimate(fast, "token", int(fast["repeats"])).shifted(-PUBLISHED_SPEED),
             margin=0.0,
-            note=f"Products alone {fast['product']:.2f} times, {fast['part_of_token']:.0%} of a token's time; one text, "
-            f"{fast['dtype']}, two cores. Computed from measured parts: no kernel leaves out zeros within a model here.",
+            note=f"Products alone {fast['product']:.2f} times, {fast['part_of_token']:.0%} of a token's time; "
+            f"one text, {fast['dtype']}. Computed from measured parts: no model here runs with such products.",
         ),
     ]
 
