@@ -62,13 +62,19 @@ TINY = Params(
     time_repeats=3,
 )
 IDS = torch.arange(3, 43).reshape(2, 20)
+WORDS = "when all were there each had said what other people made over time and what they may use"
+FOLDER = training.cache.folder
+
+
+def checkpoints_in(monkeypatch, path):
+    monkeypatch.setattr(training.cache, "folder", lambda kind: path if kind == "training" else FOLDER(kind))
 
 
 @pytest.fixture(autouse=True)
 def made_up_text(monkeypatch, tmp_path):
     """Words in random order, instead of texts whose reading takes a minute; checkpoints in a folder of their own."""
-    monkeypatch.setenv("OVERPARAM_CACHE", str(tmp_path / "cache"))
-    words = ["when", "all", "were", "there", "each", "had", "said", "what", "other", "people", "made", "over", "time", "and", "what", "they", "may", "use"]
+    checkpoints_in(monkeypatch, tmp_path / "states")
+    words = WORDS.split()
 
     def made(kind, split, max_texts=None):
         draw = random.Random(f"{kind} {split}")
@@ -159,7 +165,7 @@ def test_an_upcycled_mixture_computes_what_the_dense_model_does():
 
 def test_a_training_that_is_killed_goes_on_to_the_same_losses(monkeypatch, tmp_path):
     whole = training.train(TINY, MIXTURE, seed=1, learning_rate=3e-3, steps=6)
-    monkeypatch.setenv("OVERPARAM_CACHE", str(tmp_path / "other"))
+    checkpoints_in(monkeypatch, tmp_path / "other")
     step = causal._gradients
 
     def killed(*args):
@@ -354,7 +360,9 @@ def test_the_compute_saved_is_that_of_the_curves(tmp_path, monkeypatch):
     assert saved[TOTAL, "flops"] == pytest.approx(100 * (1 - 1.2 / 3), abs=1.5)
     assert saved[TOTAL, "tokens"] == pytest.approx(100 * (1 - 4 / 3), abs=1.5)
     of = pd.DataFrame({"arm": [ACTIVE, MIXTURE, TOTAL], "total": [1.0, 1.2, 4.0], "blocks": [1.0, 1.2, 4.0]})
-    found = study.dense_equivalent(run, pd.concat(parts), of.assign(bytes=[1.0, 4.0, 4.0])).set_index("cost")
+    found = study.dense_equivalent(
+        run, pd.concat(parts, ignore_index=True), of.assign(bytes=[1.0, 4.0, 4.0])
+    ).set_index("cost")
     between = 4 ** (np.log(3) / np.log(4))
     assert found.loc["total", "dense"] == pytest.approx(between)
     assert found.loc["total", "saved"] == pytest.approx(100 * (1 - 1.2 / between))
@@ -385,7 +393,8 @@ def test_the_whole_study_leaves_a_complete_record(tmp_path, monkeypatch):
     assert routed.set_index("system").loc["as trained", "lost"] == 0
     assert routed.set_index("system").loc["top-2", "lost"] == 0  # as the tiny model is
     zeros = inference.activations(run)
-    assert np.allclose(zeros["found"], zeros["share"], atol=0.1)
+    meant = zeros[zeros["choice"] != inference.LARGEST]  # without the largest, what follows is smaller
+    assert np.allclose(meant["found"], meant["share"], atol=0.1)
     decoded = inference.decoding(run)
     for figure in (
         plots.plot_curves(run, curves, live),

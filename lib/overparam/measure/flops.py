@@ -76,4 +76,4 @@ def counted(model: Any, length: int, *, experts: str = "eager") -> float:
             model(input_ids=torch.arange(length)[None] % config.vocab_size, use_cache=False)
     finally:
         config._experts_implementation_internal = before
-    return counter.get_total_flops() / length
+    return float(counter.get_total_flops()) / length

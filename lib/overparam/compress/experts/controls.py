@@ -29,7 +29,7 @@ def using_top_k(model: PreTrainedModel, top_k: int) -> Iterator[None]:
     before = [holder.top_k for holder in holders]  # type: ignore[union-attr]
     try:
         for holder in holders:
-            holder.top_k = top_k  # type: ignore[union-attr, assignment]
+            holder.top_k = top_k  # type: ignore[union-attr]
         yield
     finally:
         for holder, value in zip(holders, before, strict=True):

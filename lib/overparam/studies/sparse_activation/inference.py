@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,11 +53,11 @@ def routing(study: Study) -> pd.DataFrame:
     for name, states in systems.items():
         for number, state in enumerate(states):
             with state:
-                found = likelihood.negative_log_likelihood(
+                scores = likelihood.negative_log_likelihood(
                     model, tokenizer, asked, answers, label=f"scoring {name}"
                 )
-            study.recorder.keep(found, system=name, part=f"seed {number}")
-            items.setdefault(name, []).append(found)
+            study.recorder.keep(scores, system=name, part=f"seed {number}")
+            items.setdefault(name, []).append(scores)
     rows = []
     for name, found in items.items():
         lost = stats.difference(items[AS_TRAINED][0], found, statistic="nll_per_token", seed=params.seeds[0])
@@ -159,29 +160,26 @@ def decoding(study: Study) -> pd.DataFrame:
     calls: dict[str, Callable[[], object]] = {"token": _one_token(model)}
     for name, modules in groups.items():
         x = inputs[modules[0].in_features]
-        calls[name] = lambda modules=modules, x=x: [functional.linear(x, each.weight) for each in modules]
+        calls[name] = partial(_each, functional.linear, [(x, each.weight) for each in modules])
         rows = [activation.stored(each.weight) for each in modules]
         for share in params.shares:
             y = x * (uniform[len(x)] >= share)
-            calls[f"{name} {share}"] = lambda rows=rows, y=y: [
-                activation.sparse_product(y, each) for each in rows
-            ]
+            calls[f"{name} {share}"] = partial(_each, activation.sparse_product, [(y, each) for each in rows])
     with torch.inference_mode():
-        times = {
-            k: np.array(v.values) for k, v in speed.interleaved(calls, repeats=params.time_repeats).items()
-        }
+        timings = speed.interleaved(calls, repeats=params.time_repeats)
+    times = {name: np.array(timing.values) for name, timing in timings.items()}
     table = []
     for part, names in {ALL: list(groups), **({DOWN: [DOWN]} if DOWN in groups else {})}.items():
-        dense = sum((times[name] for name in names), np.zeros(1))
+        dense = np.sum([times[name] for name in names], 0)
         for share in params.shares:
-            sparse = sum((times[f"{name} {share}"] for name in names), np.zeros(1))
+            sparse = np.sum([times[f"{name} {share}"] for name in names], 0)
             whole = np.maximum(times["token"] - dense, 0) + sparse
             table.append(
                 {
                     "part": part, "share": share, "dtype": str(dtype).removeprefix("torch."),
                     "part_of_token": float(np.median(dense) / np.median(times["token"])),
-                    **speed_up(dense, sparse).columns("product"),
-                    **speed_up(times["token"], whole).columns("token"),
+                    **speed_up(dense.tolist(), sparse.tolist()).columns("product"),
+                    **speed_up(times["token"].tolist(), whole.tolist()).columns("token"),
                     "repeats": len(whole),
                 }
             )  # fmt: skip
@@ -192,6 +190,11 @@ def decoding(study: Study) -> pd.DataFrame:
 
 def _rest(share: float) -> float:
     return round(1 - share, 6)
+
+
+def _each(product: Callable[..., object], arguments: list[tuple[Tensor, Tensor]]) -> None:
+    for each in arguments:
+        product(*each)
 
 
 def _endings(found: dict[str, Any]) -> list[str]:
@@ -210,7 +213,7 @@ def _one_token(model: Any) -> Callable[[], object]:
     def call() -> object:
         with torch.inference_mode():
             out = model(input_ids=ids[:, :1], past_key_values=kept, use_cache=True)
-            kept.crop(_CONTEXT)
+            kept.crop(-1)
         return out
 
     return call

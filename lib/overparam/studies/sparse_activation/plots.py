@@ -61,9 +61,7 @@ def plot_curves(study: Study, curves: pd.DataFrame, live: pd.DataFrame) -> Any:
                 _draw_bytes(axes, data)
             else:
                 charts.curves(axes, data, cost, "loss", by="arm", look=LOOKS, band=True)
-                charts.curves(
-                    axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6, label=None
-                )
+                charts.curves(axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6)
             axes.set(xscale="log", xlabel=AXES[cost], ylabel="loss (nats/token)")
     return panels.flat[0].figure
 

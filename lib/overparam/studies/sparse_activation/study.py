@@ -158,7 +158,7 @@ def train(study: Study, operations: pd.DataFrame, tuned: pd.DataFrame) -> pd.Dat
     """
     params, parts, use = study.params, [], []
     rates = tuned[tuned["chosen"]].set_index("arm")["learning_rate"]
-    of = operations.set_index("arm")
+    of: Any = operations.set_index("arm")
     for arm in params.arms:
         like = arm if arm in of.index else MIXTURE
         for seed in params.seeds:
@@ -221,7 +221,7 @@ def final_losses(study: Study, curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for arm, own in ends.groupby("arm", sort=False):
         base = ends[ends["arm"] == MIXTURE].set_index("seed").loc[own["seed"]]
-        for column in [name for name in curves if name.startswith("loss")]:
+        for column in [name for name in map(str, curves) if name.startswith("loss")]:
             difference = own[column].to_numpy() - base[column].to_numpy()
             rows.append(
                 {
@@ -282,7 +282,8 @@ def dense_equivalent(study: Study, curves: pd.DataFrame, operations: pd.DataFram
         .pivot(index="seed", columns="arm", values="loss")
         .dropna(subset=[ACTIVE, MIXTURE, TOTAL])
     )
-    of, rows = operations.set_index("arm"), []
+    of: Any = operations.set_index("arm")
+    rows = []
     for cost in ("total", "blocks", "bytes"):
         dense = [
             horizontal.reached(of.loc[list(BASES), cost], [row[ACTIVE], row[TOTAL]], row[MIXTURE])

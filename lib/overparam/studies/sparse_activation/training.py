@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache as remember
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +51,7 @@ class Texts:
     held_out: dict[str, list[Packed]]
 
 
-def shape(params: Params, arm: str) -> dict[str, int]:
+def shape(params: Params, arm: str) -> dict[str, Any]:
     """Return the experts of an arm: a dense model is a mixture of one expert, which every token uses in full."""
     if arm in (ACTIVE, TOTAL):
         times = params.top_k if arm == ACTIVE else params.experts
@@ -63,7 +63,7 @@ def build(params: Params, arm: str, seed: int) -> PreTrainedModel:
     """Return the untrained model of an arm."""
     from overparam.models import translator
 
-    same = {
+    same: dict[str, Any] = {
         name: getattr(params, name) for name in ("vocabulary", "hidden", "layers", "heads", "key_value_heads")
     }
     return translator.build(architecture="gpt_oss", **same, **shape(params, arm), seed=seed)

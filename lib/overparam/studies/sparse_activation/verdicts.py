@@ -34,22 +34,20 @@ def verdicts(
     )
     note = f"{seeds}; constant learning rate, so that every point of a curve is a training that ends there."
     found = [_counted(study, operations)]
-    ends = final[final["kind"] == "all"].set_index("arm")
+    ends = _by(final[final["kind"] == "all"], "arm")
     found += [
-        ledger.judged(
-            "sparse-loss-active", measured=_estimate(ends.loc[ACTIVE], "above"), margin=0.0, note=note
-        ),
+        ledger.judged("sparse-loss-active", measured=_estimate(ends[ACTIVE], "above"), margin=0.0, note=note),
         ledger.judged(
             "sparse-loss-total",
-            measured=_negative(_estimate(ends.loc[TOTAL], "above")),
+            measured=_negative(_estimate(ends[TOTAL], "above")),
             margin=0.0,
             note=note,
         ),
     ]
-    lowest = savings[savings["lowest"]].set_index(["base", "cost"])
+    lowest = _by(savings[savings["lowest"]], "base", "cost")
     for base, word in ((TOTAL, "total"), (ACTIVE, "active")):
-        row = lowest.loc[(base, "flops")]
-        blocks = float(lowest.loc[(base, "flops_blocks"), "saved"])
+        row = lowest[base, "flops"]
+        blocks = lowest[base, "flops_blocks"]["saved"]
         found.append(
             ledger.judged(
                 f"sparse-compute-{word}",
@@ -60,7 +58,7 @@ def verdicts(
                 f"{row['loss']:.3f} nats a token; {blocks:.1f} % without the output embeddings. {note}",
             )
         )
-        row = lowest.loc[(base, "seconds")]
+        row = lowest[base, "seconds"]
         found.append(
             ledger.judged(
                 f"sparse-time-{word}",
@@ -79,8 +77,8 @@ def verdicts(
 
 def _counted(study: Study, operations: pd.DataFrame) -> Claim:
     apart = 100 * (operations["counted"] / operations["total"] - 1)
-    worst = float(apart.loc[apart.abs().idxmax()])
-    seen = operations.set_index("arm").loc[MIXTURE]
+    worst = max(apart.tolist(), key=abs)
+    seen = _by(operations, "arm")[MIXTURE]
     return ledger.judged(
         "sparse-operations",
         measured=Estimate(worst, worst, worst, len(apart)),
@@ -91,10 +89,10 @@ def _counted(study: Study, operations: pd.DataFrame) -> Claim:
 
 
 def _against_equal_dense(study: Study, equivalent: pd.DataFrame, note: str) -> list[Claim]:
-    rows = equivalent.set_index("cost")
-    outside = int(rows["outside"].max())
+    rows = _by(equivalent, "cost")
+    outside = int(equivalent["outside"].max())
     where = f"; {outside} seeds lie outside of the two dense models" if outside else ""
-    compute, memory = rows.loc["total"], rows.loc["bytes"]
+    compute, memory = rows["total"], rows["bytes"]
     return [
         ledger.judged(
             "sparse-compute-token",
@@ -102,7 +100,7 @@ def _against_equal_dense(study: Study, equivalent: pd.DataFrame, note: str) -> l
             margin=0.0,
             words={"saving": study.params.saving},
             note=f"{compute['mixture'] / 1e6:.2f} against {compute['dense'] / 1e6:.2f} million operations a token, "
-            f"output embeddings included; {rows.loc['blocks', 'saved']:.1f} % saved without{where}. {note}",
+            f"output embeddings included; {rows['blocks']['saved']:.1f} % saved without{where}. {note}",
         ),
         ledger.judged(
             "sparse-memory",
@@ -113,9 +111,9 @@ def _against_equal_dense(study: Study, equivalent: pd.DataFrame, note: str) -> l
     ]
 
 
-def _routed(study: Study, ends: pd.DataFrame, routing: pd.DataFrame) -> list[Claim]:
-    rows = routing.set_index("system")
-    trained = _estimate(ends.loc[RANDOM], "above") if RANDOM in ends.index else None
+def _routed(study: Study, ends: dict[Any, dict[str, Any]], routing: pd.DataFrame) -> list[Claim]:
+    rows = _by(routing, "system")
+    trained = _estimate(ends[RANDOM], "above") if RANDOM in ends else None
     found = [
         ledger.judged(
             "sparse-random-router",
@@ -125,7 +123,7 @@ def _routed(study: Study, ends: pd.DataFrame, routing: pd.DataFrame) -> list[Cla
         )
     ]
     for name, word in ((SHUFFLED, "shuffled"), (RANDOM_ROUTER, "random")):
-        row = rows.loc[name]
+        row = rows[name]
         found.append(
             ledger.judged(
                 f"sparse-routing-{word}",
@@ -140,13 +138,14 @@ def _routed(study: Study, ends: pd.DataFrame, routing: pd.DataFrame) -> list[Cla
 
 def _zeros(study: Study, activations: pd.DataFrame, decoding: pd.DataFrame) -> list[Claim]:
     params = study.params
-    quality = activations[(activations["part"] == ALL) & (activations["share"] == HALF)].set_index("choice")
-    time = decoding[(decoding["part"] == ALL) & (decoding["share"] == HALF)]
-    if quality.empty or time.empty:
+    quality = _by(activations, "choice", "part", "share")
+    time = _by(decoding, "part", "share")
+    if (SMALLEST, ALL, HALF) not in quality:
         left_out = "No model, or no share of 0.5, is set for this part."
         names = ("sparse-activation-quality", "sparse-activation-random", "sparse-activation-speed")
         return [ledger.judged(name, measured=None, margin=0.0, note=left_out) for name in names]
-    teal, random, fast = quality.loc[SMALLEST], quality.loc[AT_RANDOM], time.iloc[0]
+    teal, random = (quality[choice, ALL, HALF] for choice in (SMALLEST, AT_RANDOM))
+    fast = time[ALL, HALF]
     worse = _estimate(teal, "worse", int(teal["texts"]))
     return [
         ledger.judged(
@@ -175,6 +174,12 @@ def _zeros(study: Study, activations: pd.DataFrame, decoding: pd.DataFrame) -> l
             f"one text, {fast['dtype']}. Computed from measured parts: no model here runs with such products.",
         ),
     ]
+
+
+def _by(table: pd.DataFrame, *names: str) -> dict[Any, dict[str, Any]]:
+    """The rows of a table by one column, or by several."""
+    rows: list[dict[Any, Any]] = table.to_dict("records")
+    return {row[names[0]] if len(names) == 1 else tuple(row[name] for name in names): row for row in rows}
 
 
 def _estimate(row: Any, name: str, n: int | None = None) -> Estimate:
