@@ -78,7 +78,7 @@ def parameters(params: Params, arm: str) -> int:
     experts = of["experts"] * (
         (hidden + 1) * 2 * of["expert_width"] + (of["expert_width"] + 1) * hidden + hidden + 1
     )
-    return params.vocabulary * hidden + params.layers * (attention + experts + 2 * hidden) + hidden
+    return int(params.vocabulary * hidden + params.layers * (attention + experts + 2 * hidden) + hidden)
 
 
 def check_memory(params: Params) -> None:
