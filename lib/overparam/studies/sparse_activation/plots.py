@@ -25,7 +25,7 @@ AXES = {
     "tokens": "training tokens",
     "flops": "training operations",
     "seconds": "training time (s, two cores)",
-    "bytes": "bytes of the weights",
+    "megabytes": "size of the weights (MB)",
 }
 _LOOK_OF_COST = {"tokens": ":", "flops": "-", "seconds": "--"}
 _PARTS = 4  # of a training, after which losses are drawn against bytes
@@ -57,12 +57,15 @@ def plot_curves(study: Study, curves: pd.DataFrame, live: pd.DataFrame) -> Any:
         sharey=True,
     ) as panels:
         for axes, cost in zip(panels.flat, AXES, strict=True):
-            if cost == "bytes":
+            if cost == "megabytes":
                 _draw_bytes(axes, data)
             else:
+                axes.set_xscale("log")
                 charts.curves(axes, data, cost, "loss", by="arm", look=LOOKS, band=True)
                 charts.curves(axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6)
-            axes.set(xscale="log", xlabel=AXES[cost], ylabel="loss (nats/token)")
+            axes.set_xlabel(AXES[cost])
+        for axes in panels[:, 0]:
+            axes.set_ylabel("loss (nats/token)")
     return panels.flat[0].figure
 
 
@@ -71,13 +74,13 @@ def _draw_bytes(axes: Any, data: pd.DataFrame) -> None:
     last = int(data["step"].max())
     for part in range(1, _PARTS + 1):
         at = data.loc[(data["step"] - last * part / _PARTS).abs().groupby(data["arm"]).idxmin()]
-        dense = at[at["arm"].isin([ACTIVE, TOTAL])].sort_values("bytes")
-        axes.plot(dense["bytes"], dense["loss"], color=GREY, linewidth=0.8, marker="")
+        dense = at[at["arm"].isin([ACTIVE, TOTAL])].sort_values("megabytes")
+        axes.plot(dense["megabytes"], dense["loss"], color=GREY, linewidth=0.8, marker="")
         axes.annotate(
-            f"{dense['tokens'].iloc[-1] / 1e6:.2g}M tokens", (dense["bytes"].iloc[-1], dense["loss"].iloc[-1]),
+            f"{dense['tokens'].iloc[-1] / 1e6:.2g}M tokens", (dense["megabytes"].iloc[-1], dense["loss"].iloc[-1]),
             xytext=(-3, 5), textcoords="offset points", fontsize=6, color=GREY, ha="right",
         )  # fmt: skip
-        charts.curves(axes, at, "bytes", "loss", by="arm", look={k: _points(v) for k, v in LOOKS.items()})
+        charts.curves(axes, at, "megabytes", "loss", by="arm", look={k: _points(v) for k, v in LOOKS.items()})
 
 
 def _points(look: Look) -> Look:
@@ -88,14 +91,22 @@ def _over_seeds(curves: pd.DataFrame) -> pd.DataFrame:
     """Mean and interval of the loss over seeds, by model and step."""
     rows = []
     for (arm, step), group in curves.groupby(["arm", "step"], sort=False):
-        means = {name: float(group[name].mean()) for name in AXES}
+        means = {name: float(group[name].mean()) for name in ("tokens", "flops", "seconds")}
+        means["megabytes"] = float(group["bytes"].iloc[0]) / 1e6
         rows.append({"arm": arm, "step": step, **means, **equal_loss.mean(group["loss"]).columns("loss")})
     return pd.DataFrame(rows)
 
 
+def _bounded(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Without the intervals that are open on one side: a bar would look closed."""
+    ends = [f"{name}_low", f"{name}_high"]
+    closed = np.isfinite(table[ends]).all(axis=1)
+    return table.assign(**{end: table[end].where(closed) for end in ends})
+
+
 def plot_savings(study: Study, savings: pd.DataFrame) -> Any:
     """Draw what the mixture saves at equal loss, by loss, against both dense models."""
-    data = savings[savings["cost"].isin(_LOOK_OF_COST)].replace([np.inf, -np.inf], np.nan)
+    data = _bounded(savings[savings["cost"].isin(_LOOK_OF_COST)], "saved")
     caption = (
         "What the mixture saves of a dense model's training cost until both have the same held-out loss; 0: as much as "
         "the dense model. Training goes from left to right; losses that one of the curves does not reach are left out. "
@@ -121,7 +132,7 @@ def plot_savings(study: Study, savings: pd.DataFrame) -> Any:
 
 def plot_kinds(study: Study, final: pd.DataFrame) -> Any:
     """Draw how far every model ends above the mixture, by kind of text."""
-    data = final[final["arm"] != MIXTURE].replace([np.inf, -np.inf], np.nan)
+    data = _bounded(final[final["arm"] != MIXTURE], "above")
     caption = (
         "Held-out loss at the end of training, above (worse, right) or below the mixture's, paired by seed; 95 % "
         f"interval (Student) over {int(final['seeds'].max())} seeds."
@@ -147,6 +158,7 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
         charts.reference(axes, 0, line="-", upright=True)
         charts.dots(axes, data, "system", "lost", look=Look(BLUE, "o"))
         axes.set_xlabel("rise of the loss (nats/token)")
+        axes.locator_params(axis="x", nbins=5)
     return axes.figure
 
 
@@ -191,4 +203,6 @@ def plot_activations(study: Study, activations: pd.DataFrame, decoding: pd.DataF
             )
         charts.reference(right, 1, line=":")
         right.set(xlabel="inputs set to zero (%)", ylabel="times as fast as dense")
+        for axes in (left, right):
+            axes.set_xticks(percent["zeros"].unique())
     return left.figure
