@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from overparam.evaluate import equal_loss
 from overparam.experiment import charts
@@ -61,6 +62,9 @@ def plot_curves(study: Study, curves: pd.DataFrame, live: pd.DataFrame) -> Any:
                 _draw_bytes(axes, data)
             else:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+                axes.xaxis.set_minor_formatter(NullFormatter())
                 charts.curves(axes, data, cost, "loss", by="arm", look=LOOKS, band=True)
                 charts.curves(axes, beside, cost, "loss", by="arm", look=LOOKS, marker="", alpha=0.6)
             axes.set_xlabel(AXES[cost])
@@ -80,6 +84,7 @@ def _draw_bytes(axes: Any, data: pd.DataFrame) -> None:
             f"{dense['tokens'].iloc[-1] / 1e6:.2g}M tokens", (dense["megabytes"].iloc[-1], dense["loss"].iloc[-1]),
             xytext=(-3, 5), textcoords="offset points", fontsize=6, color=GREY, ha="right",
         )  # fmt: skip
+        at = at[["arm", "megabytes", "loss"]]  # intervals would hide each other
         charts.curves(axes, at, "megabytes", "loss", by="arm", look={k: _points(v) for k, v in LOOKS.items()})
 
 
@@ -158,7 +163,7 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
         charts.reference(axes, 0, line="-", upright=True)
         charts.dots(axes, data, "system", "lost", look=Look(BLUE, "o"))
         axes.set_xlabel("rise of the loss (nats/token)")
-        axes.locator_params(axis="x", nbins=5)
+        axes.set_xscale("symlog", linthresh=0.1)
     return axes.figure
 
 
