@@ -164,6 +164,7 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
         charts.dots(axes, data, "system", "lost", look=Look(BLUE, "o"))
         axes.set_xlabel("rise of the loss (nats/token)")
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.margins(x=0.1)
     return axes.figure
 
 
