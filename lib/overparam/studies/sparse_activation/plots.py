@@ -105,7 +105,7 @@ def _over_seeds(curves: pd.DataFrame) -> pd.DataFrame:
 def _bounded(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """Without the intervals that are open on one side: a bar would look closed."""
     ends = [f"{name}_low", f"{name}_high"]
-    closed = np.isfinite(table[ends]).all(axis=1)
+    closed = np.isfinite(table[ends].to_numpy(float)).all(axis=1)
     return table.assign(**{end: table[end].where(closed) for end in ends})
 
 
