@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -13,6 +13,7 @@ from overparam.models.tables import principal_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+Architecture = Literal["qwen3_moe", "gpt_oss"]
 LANGUAGES = ("en", "fr", "de", "es", "it")
 PLAIN = "<lm>"  # precedes text that is not to be translated
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", *(f"<2{language}>" for language in LANGUAGES), PLAIN)
@@ -55,6 +56,7 @@ def tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFa
 
 def build(
     *,
+    architecture: Architecture = "qwen3_moe",
     vocabulary: int,
     hidden: int,
     layers: int,
@@ -65,31 +67,56 @@ def build(
     key_value_heads: int,
     seed: int,
 ) -> PreTrainedModel:
-    """Build an untrained Qwen3-MoE decoder of this shape, input and output embeddings tied."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    """Build an untrained mixture-of-experts decoder of this shape, input and output embeddings tied.
 
-    config = Qwen3MoeConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=expert_width,
-        moe_intermediate_size=expert_width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=hidden // heads,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    Args:
+        architecture: "gpt_oss" has learned attention sinks, biases in router and experts, and a clamped SwiGLU.
+        vocabulary: Number of tokens.
+        hidden: Width of the hidden states.
+        layers: Transformer blocks, all with full attention.
+        experts: Experts per layer.
+        top_k: Experts that each token uses per layer.
+        expert_width: Hidden units per expert.
+        heads: Attention heads.
+        key_value_heads: Heads of the keys and values.
+        seed: Seed of the weights.
+    """
+    import torch
+    from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shared = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": hidden // heads,
+        "num_experts_per_tok": top_k,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     with seeded(seed):
         # eager attention: the flash kernel's backward pass is slow on CPUs at these lengths
-        return Qwen3MoeForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        if architecture == "gpt_oss":
+            oss = GptOssConfig(
+                intermediate_size=expert_width,
+                num_local_experts=experts,
+                layer_types=["full_attention"] * layers,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                **shared,
+            )
+            return GptOssForCausalLM._from_config(oss, attn_implementation="eager", dtype=torch.float32)
+        qwen = Qwen3MoeConfig(
+            intermediate_size=expert_width,
+            moe_intermediate_size=expert_width,
+            num_experts=experts,
+            norm_topk_prob=True,
+            **shared,
+        )
+        return Qwen3MoeForCausalLM._from_config(qwen, attn_implementation="eager", dtype=torch.float32)
 
 
 def borrow_embeddings(

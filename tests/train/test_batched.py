@@ -1,0 +1,73 @@
+"""The fast layers against transformers' own, on a tiny gpt_oss: outputs, losses and every gradient."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from overparam.data.packing import IGNORED, Tree, pack
+from overparam.models import translator
+from overparam.train import batched, causal
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(3)
+    built = translator.build(
+        architecture="gpt_oss", vocabulary=300, hidden=32, layers=3, experts=8, top_k=3, expert_width=16, heads=4,
+        key_value_heads=2, seed=1,
+    )  # fmt: skip
+    with torch.no_grad():  # so that clamps, sinks and biases matter
+        for name, parameter in built.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "sinks" in name else 0.3))
+    return built
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    words = lambda n: rng.integers(4, 300, n).tolist()  # noqa: E731
+    trees = [Tree(words(6), [words(5), words(9)]), Tree(words(3), [words(12)]), Tree([1], [words(17)])]
+    (packed,) = pack(trees, rows=2, length=40)
+    return packed
+
+
+def by_transformers(model, batch):
+    hidden, routers = causal.hidden_states(model, batch, router_logits=True)
+    real = torch.from_numpy(batch.tree > 0)
+    labels = torch.from_numpy(batch.labels)[real]
+    at = labels != IGNORED
+    logits = model.lm_head(hidden[real][at])
+    loss = functional.cross_entropy(logits, labels[at], label_smoothing=0.1, reduction="sum")
+    return hidden[real], [each[real.flatten()] for each in routers], loss
+
+
+def by_batches(model, batch, capacity=None):
+    tokens = batched.flat(batch)
+    with batched.batched(model, capacity) as load:
+        hidden, routers = batched.hidden_states(model.get_decoder(), tokens, router_logits=True)
+        loss, _ = batched.losses(hidden, model.lm_head.weight, tokens.labels, 0.1)
+    return hidden, list(routers), loss, load
+
+
+def gradients(model, loss, routers):
+    model.zero_grad()
+    (loss + sum(each.square().mean() for each in routers)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_outputs_and_gradients_are_those_of_transformers(model, batch):
+    hidden, routers, loss = by_transformers(model, batch)
+    expected = gradients(model, loss, routers)
+    again, again_routers, again_loss, load = by_batches(model, batch)
+    assert load.dropped == [0, 0, 0]
+    torch.testing.assert_close(again, hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again_routers, routers, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again_loss, loss, rtol=1e-5, atol=1e-3)
+    actual = gradients(model, again_loss, again_routers)
+    assert expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6, msg=name
+        )
