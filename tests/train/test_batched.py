@@ -71,3 +71,44 @@ def test_outputs_and_gradients_are_those_of_transformers(model, batch):
         torch.testing.assert_close(
             actual[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6, msg=name
         )
+
+
+def test_a_full_expert_drops_the_last_tokens_and_only_these_change(model, batch, monkeypatch):
+    monkeypatch.setattr(batched, "_ROUNDED", 1)
+    one, *_ = model.get_decoder().layers
+    hidden = torch.randn(40, 32)
+    with batched.batched(model, None), torch.no_grad():
+        expected, _ = one.mlp(hidden[None])
+    with batched.batched(model, 1.0) as load, torch.no_grad():
+        bounded, _ = one.mlp(hidden[None])
+    assert 0 < load.dropped[0] < 0.5
+    same = torch.isclose(bounded, expected, atol=1e-6).all(-1)[0]
+    assert same[:15].all()
+    assert not same.all()
+
+
+def test_a_model_without_sinks_attends_as_if_there_were_none(model, batch):
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:
+            layer.self_attn.sinks.fill_(-30_000.0)
+    hidden, _, _ = by_transformers(model, batch)
+    again, *_ = by_batches(model, batch)
+    torch.testing.assert_close(again, hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_the_loss_and_its_gradients_are_nearly_the_same(model, batch):
+    _, routers, loss, _ = by_batches(model, batch)
+    expected = gradients(model, loss, routers)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, routers, again, _ = by_batches(model, batch)
+    actual = gradients(model, again, routers)
+    assert float(again) == pytest.approx(float(loss), rel=0.02)
+    for name, gradient in expected.items():
+        if gradient.norm() > 0:
+            assert functional.cosine_similarity(actual[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
+
+
+def test_the_model_is_as_before_after_the_block(model, batch):
+    before = by_transformers(model, batch)[0]
+    by_batches(model, batch)
+    assert torch.equal(by_transformers(model, batch)[0], before)

@@ -186,7 +186,8 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
     *, scaling: float, s_aux: Tensor, spans: list[Span], **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    out = _TreeAttention.apply(query[0], key[0], value[0], s_aux, spans, scaling)  # [heads, tokens, width]
+    query, key = query[0].to(value.dtype), key[0].to(value.dtype)  # rotary positions are float32
+    out = _TreeAttention.apply(query, key, value[0], s_aux, spans, scaling)  # [heads, tokens, width]
     return out.transpose(0, 1)[None], None
 
 

@@ -21,22 +21,28 @@ class Params(StudyParams):
     study: ClassVar = "moe_pretraining"
     code_in_key: ClassVar = False  # hours of training: `version` says when the recipe's outcome changed
 
+    architecture: Literal["gpt_oss", "qwen3_moe"] = Field(
+        "gpt_oss", description="gpt_oss: learned attention sinks, biases, clamped SwiGLU; qwen3_moe: none of these"
+    )
+    sinks: bool = Field(True, description="learned attention sinks; false: the same gpt_oss model without them")
     vocabulary: int = Field(8000, ge=300, description="tokens of the vocabulary, shared by all languages")
     hidden: Count = Field(256, description="width of the hidden states")
     layers: Count = Field(6, description="transformer blocks")
-    experts: Count = Field(16, description="experts per layer")
-    top_k: Count = Field(2, description="experts that each token uses per layer")
-    expert_width: Count = Field(256, description="hidden units per expert")
-    heads: Count = Field(8, description="attention heads")
-    key_value_heads: Count = Field(4, description="heads of the keys and values")
+    experts: Count = Field(32, description="experts per layer")
+    top_k: Count = Field(4, description="experts that each token uses per layer")
+    expert_width: Count = Field(128, description="hidden units per expert")
+    heads: Count = Field(4, description="attention heads")
+    key_value_heads: Count = Field(2, description="heads of the keys and values")
     embedding_donor: str | None = Field(
         "gemma-3-270m",
         description="model whose embeddings' principal components initialize ours; null: random",
     )
 
+    translation_share: float = Field(
+        0.5, gt=0, lt=1, description="share of the training tokens that is translation; the rest is plain text"
+    )
     unseen_share: Proportion = Field(0.35, description="share of the verses also translated into Italian")
     reverse_share: Proportion = Field(0.5, description="share of the verses also translated into English")
-    plain_share: float = Field(0.3, ge=0, description="pieces of English news and newsgroup text per verse")
     max_texts: Count | None = Field(
         None, description="use only the first texts of each corpus, for a trial; null: all"
     )
@@ -60,7 +66,12 @@ class Params(StudyParams):
         ((0, 0.01), (350, 0.1)),
         description="(from step, factor) of the load-balancing loss, which is computed per layer",
     )
-    compiled: bool = Field(True, description="compile the decoder, which takes a minute or two once")
+    capacity: Positive | None = Field(
+        1.25,
+        description="tokens that an expert takes in training, in multiples of the mean load, the others are dropped; "
+        "null: all, as transformers computes them, three times as slow",
+    )
+    compiled: bool = Field(False, description="compile the decoder, which takes a minute or two once")
     seed: int = Field(42, description="random seed of weights, order of the texts, and samples")
     version: int = Field(
         1, description="version of the recipe; raise it when a code change changes the model"
@@ -90,6 +101,10 @@ class Params(StudyParams):
                 "hidden must be a multiple of heads, and heads of key_value_heads, "
                 f"got {self.hidden}, {self.heads}, {self.key_value_heads}"
             )
+        if self.architecture == "qwen3_moe" and (self.capacity is not None or not self.sinks):
+            raise ValueError("qwen3_moe has no sinks to leave out and no capacity: give sinks true and capacity null")
+        if self.compiled and self.capacity is not None:
+            raise ValueError("compiled needs capacity null: batches without padding differ in length")
         if self.steps and self.warmup + self.decay > self.steps:
             raise ValueError(f"warmup and decay must fit into steps = {self.steps}")
         return self
@@ -100,4 +115,6 @@ class Params(StudyParams):
 
     def slug(self) -> str:
         """Return the name of the model that is trained."""
-        return "moe-translator"
+        if self.architecture == "qwen3_moe":
+            return "moe-translator-qwen3"
+        return "moe-translator" if self.sinks else "moe-translator-without-sinks"

@@ -1,4 +1,4 @@
-"""What the small generalist is trained on: verses in both directions, and English news and newsgroup text."""
+"""What the small generalist is trained on: verses in several directions, and plain text of several kinds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from overparam.data import corpora, splits
+from overparam.data import kinds, splits
+from overparam.data.kinds import KINDS
 from overparam.data.packing import Tree
 from overparam.data.parallel import VERSIONS
 from overparam.models.translator import PLAIN
@@ -15,29 +16,33 @@ from overparam.models.translator import PLAIN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE = 120  # tokens of a piece of plain text: short enough to fill what verses leave of a row
-PLAIN_CORPORA = ("20newsgroups", "reuters-r52")
-_NEWS_CHARACTERS = 2000  # of a text that the tokenizer is trained on
-_NEWS_TEXTS = 3000
+TRANSLATION = "translation"
+PIECE = 200  # tokens of a piece of plain text: short enough to fill what verses leave of a row
+_TOKENIZER_CHARACTERS = 2_000_000  # of each kind of plain text that the tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How the three kinds of text are mixed.
+    """How the kinds of text are mixed.
 
     Attributes:
+        translation: Share of the tokens that belongs to translation; the kinds of plain text share the rest equally.
         languages: Target languages of every verse.
         unseen: A language that only some verses are translated into, and that calibration never uses.
         unseen_share: Share of the verses that are.
         reverse_share: Share of the verses that are also translated into English, from one language each.
-        plain_share: Pieces of plain English text for each verse.
     """
 
+    translation: float = 0.5
     languages: tuple[str, ...] = ("fr", "de", "es")
     unseen: str = "it"
     unseen_share: float = 0.35
     reverse_share: float = 0.5
-    plain_share: float = 0.3
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of the tokens of every kind of text."""
+        plain = (1 - self.translation) / len(KINDS)
+        return {TRANSLATION: self.translation, **dict.fromkeys(KINDS, plain)}
 
 
 def tokenizer_texts(max_texts: int | None = None) -> list[str]:
@@ -46,15 +51,15 @@ def tokenizer_texts(max_texts: int | None = None) -> list[str]:
     Args:
         max_texts: Read only the first of each corpus, for a trial; None: all.
     """
-    verses = [
-        verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")[:max_texts]
-    ]
-    plain = [
-        text[:_NEWS_CHARACTERS]
-        for corpus in PLAIN_CORPORA
-        for _, text in corpora.topic_rows(corpus, "train")[:_NEWS_TEXTS][:max_texts]
-    ]
-    return verses + plain
+    texts = [verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")[:max_texts]]
+    for kind in KINDS:
+        characters = 0
+        for text in random.Random(0).sample(found := kinds.texts(kind, "train", max_texts), len(found)):
+            texts.append(text[: _TOKENIZER_CHARACTERS - characters])
+            characters += len(text)
+            if characters >= _TOKENIZER_CHARACTERS:
+                break
+    return texts
 
 
 def trees(
@@ -62,22 +67,61 @@ def trees(
     mix: Mix,
     *,
     seed: int,
-    split: str = "train",
+    split: kinds.Split = "train",
     length: int = 320,
     max_texts: int | None = None,
 ) -> Iterator[Tree]:
     """Yield training sequences for ever, each epoch in another order: the same ones for the same seed.
 
-    A verse with its translations that is longer than `length` loses translations, the last of a random order first.
+    The next sequence is of the kind that lacks most of its share of the tokens so far.
     """
+    shares = {kind: share for kind, share in mix.shares().items() if share}
+    streams = {kind: of_kind(kind, tokenizer, mix, seed, split, length, max_texts) for kind in shares}
+    tokens = dict.fromkeys(shares, 0)
+    while True:
+        kind = min(shares, key=lambda each: tokens[each] / shares[each])
+        tree = next(streams[kind])
+        tokens[kind] += len(tree)
+        yield tree
+
+
+def of_kind(
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    mix: Mix,
+    seed: int,
+    split: kinds.Split,
+    length: int,
+    max_texts: int | None = None,
+) -> Iterator[Tree]:
+    """Yield sequences of one kind of text for ever: "translation", or one of `KINDS`."""
+    if kind == TRANSLATION:
+        yield from _translations(tokenizer, mix, seed, split, length, max_texts)
+        return
+    found = pieces(tokenizer, kind, split, max_texts)
+    head = tokenizer.convert_tokens_to_ids(PLAIN)
+    epoch = 0
+    while True:
+        for piece in random.Random(f"{seed} {kind} {epoch}").sample(found, len(found)):
+            yield Tree([tokenizer.bos_token_id], [[head, *piece]])
+        epoch += 1
+
+
+def _translations(
+    tokenizer: PreTrainedTokenizerBase,
+    mix: Mix,
+    seed: int,
+    split: kinds.Split,
+    length: int,
+    max_texts: int | None,
+) -> Iterator[Tree]:
+    """Verses with their translations; one that is longer than `length` loses the last translations of a random order."""
     tokens = {
         language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)[:max_texts]])
         for language, name in VERSIONS.items()
     }
-    plain_text = pieces(tokenizer, split, max_texts)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tag = {language: tokenizer.convert_tokens_to_ids(f"<2{language}>") for language in VERSIONS}
-    plain = tokenizer.convert_tokens_to_ids(PLAIN)
     ids = [identity for identity in tokens["en"] if all(identity in each for each in tokens.values())]
     epoch = 0
     while True:
@@ -101,8 +145,6 @@ def trees(
                 branch = [tag["en"], *tokens["en"][other], eos]
                 if len(prefix) + len(branch) <= length:
                     yield Tree(prefix, [branch])
-            if rng.random() < mix.plain_share:
-                yield Tree([bos], [[plain, *rng.choice(plain_text)]])
         epoch += 1
 
 
@@ -111,12 +153,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
     return {identity: ids for (identity, _), ids in zip(texts, encoded, strict=True)}
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, split: str, max_texts: int | None = None) -> list[list[int]]:
-    """Return plain text in pieces of at most `PIECE` tokens.
-
-    Newsgroups and news have no validation split: "validation" gives the test split.
-    """
-    part = "train" if split == "train" else "test"
-    texts = [text for corpus in PLAIN_CORPORA for _, text in corpora.topic_rows(corpus, part)[:max_texts]]
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, kind: str, split: kinds.Split, max_texts: int | None = None
+) -> list[list[int]]:
+    """Return plain text of a kind in pieces of at most `PIECE` tokens."""
+    texts = kinds.texts(kind, split, max_texts)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids[at : at + PIECE] for ids in encoded for at in range(0, len(ids), PIECE)]
