@@ -83,7 +83,7 @@ def test_a_full_expert_drops_the_last_tokens_and_only_these_change(model, batch,
         bounded, _ = one.mlp(hidden[None])
     assert 0 < load.dropped[0] < 0.5
     same = torch.isclose(bounded, expected, atol=1e-6).all(-1)[0]
-    assert same[:15].all()
+    assert same[:10].all()
     assert not same.all()
 
 

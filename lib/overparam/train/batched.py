@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -28,16 +29,36 @@ if TYPE_CHECKING:
 
 NAME = "overparam_batched"  # under which transformers finds the attention and the experts of this module
 _ROUNDED = 64  # capacities are multiples of it: buffers of few sizes, which the allocator can use again
+_TREES = 8  # trees whose attention is computed together
 _CHUNK = 1024  # targets whose logits are in memory at once
 
 
 @dataclass(frozen=True)
-class Span:
-    """A tree among the tokens of a batch: where it begins and ends, and what is added to its attention scores."""
+class Group:
+    """Trees of about one length, padded to the longest: where they are among the padded tokens, and their mask."""
 
     start: int
-    stop: int
-    mask: Tensor  # [tokens, tokens]: 0 or minus infinity
+    mask: Tensor  # [trees, 1, length, length]: 0 or minus infinity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Trees and tokens."""
+        return self.mask.shape[0], self.mask.shape[-1]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The trees of a batch, sorted by length into groups for attention.
+
+    Attributes:
+        padded: For each token of the groups, in a row, which token of the batch it is; 0 for padding. [padded]
+        places: For each token of the batch, where it is among those. [tokens]
+        groups: The groups, in order.
+    """
+
+    padded: Tensor
+    places: Tensor
+    groups: list[Group]
 
 
 @dataclass(frozen=True)
@@ -48,37 +69,46 @@ class Flat:
         input_ids: [1, tokens].
         positions: [1, tokens].
         labels: [tokens]; `IGNORED` where nothing is predicted.
-        spans: The trees, in order.
+        trees: Which tokens attend to each other.
     """
 
     input_ids: Tensor
     positions: Tensor
     labels: Tensor
-    spans: list[Span]
+    trees: Trees
 
 
 def flat(batch: Packed) -> Flat:
     """Put the trees of a batch in one row."""
     real = batch.tree > 0
-    starts = [
-        (row, np.flatnonzero(batch.tree[row] == number))
-        for row in range(len(batch.tree))
-        for number in range(1, int(batch.tree[row].max(initial=0)) + 1)
-    ]
-    spans, at = [], 0
-    for row, where in starts:
-        branch = batch.branch[row, where]
-        seen = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-        hidden = torch.from_numpy(~(seen & np.tri(len(where), dtype=bool)))
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        spans.append(Span(at, at + len(where), mask))
-        at += len(where)
+    key = (np.arange(len(real))[:, None] * (batch.tree.max() + 1) + batch.tree)[real]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    branch = batch.branch[real]
     return Flat(
         torch.from_numpy(batch.input_ids[real])[None],
         torch.from_numpy(batch.positions[real])[None],
         torch.from_numpy(batch.labels[real]),
-        spans,
+        _grouped(starts, np.diff(starts, append=len(key)), branch),
     )
+
+
+def _grouped(starts: NDArray[np.int64], lengths: NDArray[np.int64], branch: NDArray[np.int64]) -> Trees:
+    order = np.argsort(-lengths, kind="stable")
+    groups, index, at = [], [], 0
+    for chosen in (order[i : i + _TREES] for i in range(0, len(order), _TREES)):
+        longest = int(lengths[chosen[0]])
+        inside = np.arange(longest) < lengths[chosen, None]  # [trees, length]
+        tokens = np.where(inside, starts[chosen, None] + np.arange(longest), 0)
+        here = np.where(inside, branch[tokens], -1)  # padding is a branch of its own, which only padding sees
+        seen = ((here[:, None] == 0) | (here[:, :, None] == here[:, None])) & np.tri(longest, dtype=bool)
+        mask = torch.zeros(seen.shape).masked_fill_(torch.from_numpy(~seen), -torch.inf)
+        groups.append(Group(at, mask[:, None]))
+        index.append(np.where(inside, tokens, -1).ravel())
+        at += inside.size
+    padded = np.concatenate(index)
+    places = np.empty(len(branch), np.int64)
+    places[padded[padded >= 0]] = np.flatnonzero(padded >= 0)
+    return Trees(torch.from_numpy(padded.clip(0)), torch.from_numpy(places), groups)
 
 
 @dataclass
@@ -124,70 +154,80 @@ def batched(model: PreTrainedModel, capacity: float | None) -> Iterator[Load]:
 
 def hidden_states(decoder: Any, tokens: Flat, *, router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return hidden states [tokens, hidden], and router logits [tokens, experts] by layer where they are asked for."""
-    nothing = {"full_attention": None, "sliding_attention": None}  # the spans say what is seen
+    nothing = {"full_attention": None, "sliding_attention": None}  # the trees say what is seen
     out = decoder(
         input_ids=tokens.input_ids,
         attention_mask=nothing,
         position_ids=tokens.positions,
         use_cache=False,
-        spans=tokens.spans,
+        trees=tokens.trees,
         **({"output_router_logits": True} if router_logits else {}),
     )
     return out.last_hidden_state[0], out.router_logits if router_logits else ()
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Attention with learned sinks inside of each span."""
+    """Attention with learned sinks inside of each tree."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, spans: list[Span], scaling: float) -> Tensor:
-        # query [heads, tokens, width]; key and value [groups, tokens, width]
-        each = query.shape[0] // key.shape[0]
-        out = torch.empty_like(query)
-        probabilities = []
-        sink = sinks.detach().float()[:, None, None]
-        for span in spans:
-            here = slice(span.start, span.stop)
-            keys = key[:, here].repeat_interleave(each, 0)
-            scores = torch.bmm(query[:, here], keys.mT).float().mul_(scaling).add_(span.mask)  # [heads, n, n]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, trees: Trees, scaling: float
+    ) -> Tensor:
+        # query [heads, tokens, width]; key and value [key heads, tokens, width]
+        heads, each = query.shape[0], query.shape[0] // key.shape[0]
+        q, k, v = (x[:, trees.padded] for x in (query, key, value))
+        k, v = k.repeat_interleave(each, 0), v.repeat_interleave(each, 0)
+        out = torch.empty_like(q)
+        sink = sinks.detach().float()[None, :, None, None]
+        kept = []
+        for group in trees.groups:
+            scores = torch.matmul(_part(q, group), _part(k, group).mT).float()  # [trees, heads, n, n]
+            scores.mul_(scaling).add_(group.mask)
             top = torch.maximum(scores.amax(-1, keepdim=True), sink)
             scores.sub_(top).exp_()
             scores.div_(scores.sum(-1, keepdim=True).add_((sink - top).exp_()))
-            kept = scores.to(query.dtype)
-            probabilities.append(kept)
-            torch.bmm(kept, value[:, here].repeat_interleave(each, 0), out=out[:, here])
-        ctx.save_for_backward(query, key, value, *probabilities)
-        ctx.spans, ctx.scaling, ctx.sinks = spans, scaling, sinks.dtype
-        return out
+            kept.append(scores.to(q.dtype))
+            _part(out, group).copy_(torch.matmul(kept[-1], _part(v, group)))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.constants = trees, scaling, sinks.dtype, (heads // each, each)
+        return out[:, trees.places]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, *probabilities = ctx.saved_tensors
-        groups, each = key.shape[0], query.shape[0] // key.shape[0]
-        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        d_sinks = torch.zeros(query.shape[0])
-        for span, p in zip(ctx.spans, probabilities, strict=True):
-            here = slice(span.start, span.stop)
-            g, q = grad[:, here], query[:, here]
-            n, width = q.shape[1:]
-            keys, values = (x[:, here].repeat_interleave(each, 0) for x in (key, value))
-            d_value[:, here] = torch.bmm(p.mT, g).view(groups, each, n, width).sum(1)
-            d_scores = torch.bmm(g, values.mT).float()
+        q, k, v, *kept = ctx.saved_tensors
+        trees, scaling, sinks_dtype, (key_heads, each) = ctx.constants
+        padding = torch.ones(len(trees.padded), dtype=torch.bool)
+        padding[trees.places] = False
+        g = grad[:, trees.padded].masked_fill_(padding[:, None], 0)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_sinks = torch.zeros(len(q))
+        for group, p in zip(trees.groups, kept, strict=True):
+            here = _part(g, group)
+            _part(d_v, group).copy_(torch.matmul(p.mT, here))
+            d_scores = torch.matmul(here, _part(v, group).mT).float()
             weights = p.float()
             mean = (d_scores * weights).sum(-1, keepdim=True)
-            d_sinks -= ((1 - weights.sum(-1)) * mean[..., 0]).sum(-1)
-            d_scores = d_scores.sub_(mean).mul_(weights).mul_(ctx.scaling).to(q.dtype)
-            torch.bmm(d_scores, keys, out=d_query[:, here])
-            d_key[:, here] = torch.bmm(d_scores.mT, q).view(groups, each, n, width).sum(1)
-        return d_query, d_key, d_value, d_sinks.to(ctx.sinks), None, None
+            d_sinks -= ((1 - weights.sum(-1)) * mean[..., 0]).sum((0, 2))
+            d_scores = d_scores.sub_(mean).mul_(weights).mul_(scaling).to(q.dtype)
+            _part(d_q, group).copy_(torch.matmul(d_scores, _part(k, group)))
+            _part(d_k, group).copy_(torch.matmul(d_scores.mT, _part(q, group)))
+        d_q, d_k, d_v = (x[:, trees.places] for x in (d_q, d_k, d_v))
+        d_k, d_v = (x.unflatten(0, (key_heads, each)).sum(1) for x in (d_k, d_v))
+        return d_q, d_k, d_v, d_sinks.to(sinks_dtype), None, None
+
+
+def _part(padded: Tensor, group: Group) -> Tensor:
+    """What belongs to a group: [heads, padded, width] -> a view [trees, heads, length, width]."""
+    trees, length = group.shape
+    return padded[:, group.start : group.start + trees * length].unflatten(1, (trees, length)).transpose(0, 1)
 
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
-    *, scaling: float, s_aux: Tensor, spans: list[Span], **_: Any,
+    *, scaling: float, s_aux: Tensor, trees: Trees, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)  # rotary positions are float32
-    out = _TreeAttention.apply(query, key, value[0], s_aux, spans, scaling)  # [heads, tokens, width]
+    out = _TreeAttention.apply(query, key, value[0], s_aux, trees, scaling)  # [heads, tokens, width]
     return out.transpose(0, 1)[None], None
 
 
@@ -197,48 +237,49 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weights: Tensor, slots: Tensor, sources: Tensor, shape: tuple[int, int],
-        gate: Tensor, up: Tensor, down: Tensor, gate_bias: Tensor, up_bias: Tensor, down_bias: Tensor,
-        alpha: float, limit: float,
+        gate_up: Tensor, gate_up_bias: Tensor, down: Tensor, down_bias: Tensor, alpha: float, limit: float,
     ) -> Tensor:  # fmt: skip
         # slots [tokens, top_k]: an assignment's place in the buffer, or the buffer's length if it is dropped;
         # sources [experts * capacity]: a place's token, or the number of tokens if it is empty
-        dtype, width = gate.dtype, hidden.shape[-1]
-        padded = torch.cat([hidden.to(dtype), hidden.new_zeros(1, width, dtype=dtype)])
-        buffer = padded[sources].view(*shape, width)  # [experts, capacity, hidden]
-        a = torch.baddbmm(gate_bias[:, None], buffer, gate)
-        b = torch.baddbmm(up_bias[:, None], buffer, up)
-        inner = _glu(a, b, alpha, limit)
-        out = torch.baddbmm(down_bias[:, None], inner, down).view(-1, width)
-        out = torch.cat([out, out.new_zeros(1, width)])
+        dtype, width = gate_up.dtype, hidden.shape[-1]
+        buffer = _with_zeros(hidden.to(dtype))[sources].view(*shape, width)  # [experts, capacity, hidden]
+        both = torch.baddbmm(gate_up_bias[:, None], buffer, gate_up)
+        inner = _glu(*both.chunk(2, -1), alpha, limit)
+        out = both.new_empty(len(sources) + 1, width)
+        out[-1] = 0
+        torch.baddbmm(down_bias[:, None], inner, down, out=out[:-1].view(*shape, width))
         total = torch.zeros(hidden.shape, dtype=torch.float32)
         for k in range(slots.shape[1]):
             total.addcmul_(out[slots[:, k]].float(), weights[:, k, None].float())
-        ctx.save_for_backward(weights, slots, sources, buffer, a, b, inner, out, gate, up, down)
+        ctx.save_for_backward(weights, slots, sources, buffer, both, inner, out, gate_up, down)
         ctx.constants = alpha, limit, hidden.dtype
         return total.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weights, slots, sources, buffer, a, b, inner, out, gate, up, down = ctx.saved_tensors
+        weights, slots, sources, buffer, both, inner, out, gate_up, down = ctx.saved_tensors
         alpha, limit, hidden_dtype = ctx.constants
-        tokens, width = grad.shape
-        d_weights = torch.stack([(out[slots[:, k]].float() * grad).sum(-1) for k in range(slots.shape[1])], 1)
+        width, choices = grad.shape[1], range(slots.shape[1])
+        d_weights = torch.stack([(out[slots[:, k]].float() * grad).sum(-1) for k in choices], 1)
         of_slots = torch.zeros(len(sources) + 1)
         of_slots[slots.flatten()] = weights.flatten().float()  # the last place is of those that are dropped
-        padded = torch.cat([grad.float(), grad.new_zeros(1, width, dtype=torch.float32)])
-        d_out = padded[sources].mul_(of_slots[:-1, None]).to(gate.dtype).view_as(buffer)
-        d_down, d_down_bias = torch.bmm(inner.mT, d_out), d_out.sum(1)
-        d_a, d_b = _glu_backward(torch.bmm(d_out, down.mT), a, b, alpha, limit)
-        d_gate, d_up = torch.bmm(buffer.mT, d_a), torch.bmm(buffer.mT, d_b)
-        d_buffer = torch.baddbmm(torch.bmm(d_a, gate.mT), d_b, up.mT).view(-1, width)
-        d_buffer = torch.cat([d_buffer, d_buffer.new_zeros(1, width)])
+        d_out = _with_zeros(grad.float())[sources].mul_(of_slots[:-1, None]).to(both.dtype).view_as(buffer)
+        d_both = _glu_backward(torch.bmm(d_out, down.mT.contiguous()), both, alpha, limit)
+        d_buffer = both.new_empty(len(sources) + 1, width)
+        d_buffer[-1] = 0
+        torch.bmm(d_both, gate_up.mT.contiguous(), out=d_buffer[:-1].view_as(buffer))
         d_hidden = d_buffer[slots[:, 0]].float()
-        for k in range(1, slots.shape[1]):
+        for k in choices[1:]:
             d_hidden += d_buffer[slots[:, k]]
         return (
             d_hidden.to(hidden_dtype), d_weights.to(weights.dtype), None, None, None,
-            d_gate, d_up, d_down, d_a.sum(1), d_b.sum(1), d_down_bias, None, None,
+            torch.bmm(buffer.mT, d_both), d_both.sum(1), torch.bmm(inner.mT, d_out), d_out.sum(1), None, None,
         )  # fmt: skip
+
+
+def _with_zeros(rows: Tensor) -> Tensor:
+    """Add a row of zeros, for places without a token."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
 def _glu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -247,12 +288,16 @@ def _glu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
 
-def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
-    clamped, up_clamped = gate.clamp(max=limit), up.clamp(-limit, limit)
+def _glu_backward(grad: Tensor, both: Tensor, alpha: float, limit: float) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    clamped = gate.clamp(max=limit)
     sigmoid = torch.sigmoid(clamped * alpha)
-    d_up = (grad * clamped).mul_(sigmoid).mul_(up.abs() <= limit)
-    slope = (clamped * alpha).mul_(1 - sigmoid).add_(1).mul_(sigmoid)
-    return up_clamped.add_(1).mul_(grad).mul_(slope).mul_(gate <= limit), d_up
+    d_both = torch.empty_like(both)
+    d_gate, d_up = d_both.chunk(2, -1)
+    torch.mul(grad, clamped, out=d_up).mul_(sigmoid).mul_(up.abs() <= limit)
+    torch.addcmul(sigmoid, clamped.mul_(sigmoid), 1 - sigmoid, value=alpha, out=d_gate)
+    d_gate.mul_(up.clamp(-limit, limit).add_(1)).mul_(grad).mul_(gate <= limit)
+    return d_both
 
 
 def _experts(module: Any, hidden: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -272,17 +317,21 @@ def _experts(module: Any, hidden: Tensor, router_indices: Tensor, routing_weight
     sources[places] = torch.arange(tokens).repeat_interleave(top_k)
     module.load.dropped.append(1 - float(fits.float().mean()))
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden.dtype
-    weights = [
-        each.to(dtype).contiguous()
+    gate_up, gate_up_bias, down, down_bias = (
+        each.to(dtype)
         for each in (
-            module.gate_up_proj[..., ::2], module.gate_up_proj[..., 1::2], module.down_proj,
-            module.gate_up_proj_bias[..., ::2], module.gate_up_proj_bias[..., 1::2], module.down_proj_bias,
+            _halves(module.gate_up_proj), _halves(module.gate_up_proj_bias), module.down_proj, module.down_proj_bias
         )
-    ]  # fmt: skip
-    return _Experts.apply(
-        hidden, routing_weights, places.view(tokens, top_k), sources[:-1], (number, capacity), *weights,
-        module.alpha, module.limit,
     )  # fmt: skip
+    return _Experts.apply(
+        hidden, routing_weights, places.view(tokens, top_k), sources[:-1], (number, capacity),
+        gate_up, gate_up_bias, down, down_bias, module.alpha, module.limit,
+    )  # fmt: skip
+
+
+def _halves(interleaved: Tensor) -> Tensor:
+    """Put the columns of gate and up, which gpt_oss stores in turns, one after the other."""
+    return interleaved.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 class _ChunkedLoss(torch.autograd.Function):
