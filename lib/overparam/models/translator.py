@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Architecture = Literal["qwen3_moe", "gpt_oss"]
 LANGUAGES = ("en", "fr", "de", "es", "it")
+_NO_SINK = -30_000.0  # in bfloat16 too; the exponential of it is 0
 PLAIN = "<lm>"  # precedes text that is not to be translated
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", *(f"<2{language}>" for language in LANGUAGES), PLAIN)
 
@@ -56,7 +57,8 @@ def tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFa
 
 def build(
     *,
-    architecture: Architecture = "qwen3_moe",
+    architecture: Architecture,
+    sinks: bool = True,
     vocabulary: int,
     hidden: int,
     layers: int,
@@ -71,6 +73,7 @@ def build(
 
     Args:
         architecture: "gpt_oss" has learned attention sinks, biases in router and experts, and a clamped SwiGLU.
+        sinks: Whether gpt_oss learns its attention sinks; False: they are so low that nothing attends to them.
         vocabulary: Number of tokens.
         hidden: Width of the hidden states.
         layers: Transformer blocks, all with full attention.
@@ -108,7 +111,12 @@ def build(
                 rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
                 **shared,
             )
-            return GptOssForCausalLM._from_config(oss, attn_implementation="eager", dtype=torch.float32)
+            model = GptOssForCausalLM._from_config(oss, attn_implementation="eager", dtype=torch.float32)
+            if not sinks:
+                for layer in model.model.layers:
+                    layer.self_attn.sinks.data.fill_(_NO_SINK)
+                    layer.self_attn.sinks.requires_grad_(False)
+            return model
         qwen = Qwen3MoeConfig(
             intermediate_size=expert_width,
             moe_intermediate_size=expert_width,

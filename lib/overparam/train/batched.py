@@ -152,7 +152,9 @@ def batched(model: PreTrainedModel, capacity: float | None) -> Iterator[Load]:
             del module.load
 
 
-def hidden_states(decoder: Any, tokens: Flat, *, router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+def hidden_states(
+    decoder: Any, tokens: Flat, *, router_logits: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return hidden states [tokens, hidden], and router logits [tokens, experts] by layer where they are asked for."""
     nothing = {"full_attention": None, "sliding_attention": None}  # the trees say what is seen
     out = decoder(
@@ -212,22 +214,24 @@ class _TreeAttention(torch.autograd.Function):
             _part(d_q, group).copy_(torch.matmul(d_scores, _part(k, group)))
             _part(d_k, group).copy_(torch.matmul(d_scores.mT, _part(q, group)))
         d_q, d_k, d_v = (x[:, trees.places] for x in (d_q, d_k, d_v))
-        d_k, d_v = (x.unflatten(0, (key_heads, each)).sum(1) for x in (d_k, d_v))
+        d_k, d_v = (x.view(key_heads, each, *x.shape[1:]).sum(1) for x in (d_k, d_v))
         return d_q, d_k, d_v, d_sinks.to(sinks_dtype), None, None
 
 
 def _part(padded: Tensor, group: Group) -> Tensor:
     """What belongs to a group: [heads, padded, width] -> a view [trees, heads, length, width]."""
     trees, length = group.shape
-    return padded[:, group.start : group.start + trees * length].unflatten(1, (trees, length)).transpose(0, 1)
+    here = padded[:, group.start : group.start + trees * length]
+    return here.view(len(padded), trees, length, -1).transpose(0, 1)
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,  # noqa: ARG001
     *, scaling: float, s_aux: Tensor, trees: Trees, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)  # rotary positions are float32
-    out = _TreeAttention.apply(query, key, value[0], s_aux, trees, scaling)  # [heads, tokens, width]
+    # [heads, tokens, width]
+    out = _TreeAttention.apply(query, key, value[0], s_aux, trees, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None
 
 
@@ -244,7 +248,7 @@ class _Experts(torch.autograd.Function):
         dtype, width = gate_up.dtype, hidden.shape[-1]
         buffer = _with_zeros(hidden.to(dtype))[sources].view(*shape, width)  # [experts, capacity, hidden]
         both = torch.baddbmm(gate_up_bias[:, None], buffer, gate_up)
-        inner = _glu(*both.chunk(2, -1), alpha, limit)
+        inner = _glu(both, alpha, limit)
         out = both.new_empty(len(sources) + 1, width)
         out[-1] = 0
         torch.baddbmm(down_bias[:, None], inner, down, out=out[:-1].view(*shape, width))
@@ -282,8 +286,9 @@ def _with_zeros(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def _glu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+def _glu(both: Tensor, alpha: float, limit: float) -> Tensor:
     """The clamped SwiGLU of gpt_oss."""
+    gate, up = both.chunk(2, -1)
     gate = gate.clamp(max=limit)
     return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
@@ -323,22 +328,25 @@ def _experts(module: Any, hidden: Tensor, router_indices: Tensor, routing_weight
             _halves(module.gate_up_proj), _halves(module.gate_up_proj_bias), module.down_proj, module.down_proj_bias
         )
     )  # fmt: skip
-    return _Experts.apply(
+    total: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
         hidden, routing_weights, places.view(tokens, top_k), sources[:-1], (number, capacity),
         gate_up, gate_up_bias, down, down_bias, module.alpha, module.limit,
     )  # fmt: skip
+    return total
 
 
 def _halves(interleaved: Tensor) -> Tensor:
     """Put the columns of gate and up, which gpt_oss stores in turns, one after the other."""
-    return interleaved.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return interleaved.view(*interleaved.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of the smoothed cross entropies; the gradients are computed with the loss, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, labels: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden.dtype
         weights, words = table.to(dtype), len(table)
         d_hidden, d_table = torch.empty_like(hidden), torch.zeros_like(table)
@@ -350,7 +358,9 @@ class _ChunkedLoss(torch.autograd.Function):
             total = logits.logsumexp(-1, keepdim=True)
             losses = total - logits.gather(1, target)
             plain += float(losses.sum())
-            smoothed += float((1 - smoothing) * losses.sum() + smoothing * (total - logits.mean(-1, keepdim=True)).sum())
+            smoothed += float(
+                (1 - smoothing) * losses.sum() + smoothing * (total - logits.mean(-1, keepdim=True)).sum()
+            )
             grad = logits.sub_(total).exp_().sub_(smoothing / words)
             grad.scatter_add_(1, target, torch.full_like(total, smoothing - 1))
             grad = grad.to(dtype)
@@ -375,7 +385,7 @@ def losses(hidden: Tensor, table: Tensor, labels: Tensor, smoothing: float = 0.0
         smoothing: Label smoothing.
     """
     at = (labels != IGNORED).nonzero().squeeze(1)
-    smoothed, plain = _ChunkedLoss.apply(hidden[at], table, labels[at], smoothing)
+    smoothed, plain = _ChunkedLoss.apply(hidden[at], table, labels[at], smoothing)  # type: ignore[no-untyped-call]
     return smoothed, plain
 
 

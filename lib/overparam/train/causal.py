@@ -36,6 +36,8 @@ class Recipe(LoopRecipe):
         label_smoothing: Label smoothing of the cross entropy.
         balance: Factor of the load-balancing loss, which is computed per layer; 0 for none. Or a schedule of
             (from step, factor).
+        capacity: Tokens that an expert takes, in multiples of the mean load; the others are dropped. For gpt_oss, which
+            is then computed as `batched` says; None: as transformers computes it.
     """
 
     extendable: ClassVar[bool] = True
@@ -45,6 +47,7 @@ class Recipe(LoopRecipe):
     optimizer: Literal["muon", "adamw"] = "adamw"
     label_smoothing: float = 0.0
     balance: float | tuple[tuple[int, float], ...] = 0.0
+    capacity: float | None = None
 
     def balance_at(self, step: int) -> float:
         """Return the factor of the load-balancing loss at a step, counted from 0."""
@@ -61,11 +64,13 @@ class Log(loop.Log):
         balance: Load-balancing loss; 1 when all experts carry the same load.
         tokens: Tokens seen so far, padding excluded.
         predicted: Predicted tokens so far.
+        dropped: Share of the assignments to experts that found their expert full.
     """
 
     balance: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
 
 
 def train(
@@ -77,6 +82,7 @@ def train(
     every: int = 200,
     at_checkpoint: Callable[[int], None] | None = None,
     compiled: bool = False,
+    bf16: bool = False,
     label: str = "training",
 ) -> Log:
     """Train all parameters of `model` that require a gradient, in place.
@@ -94,6 +100,7 @@ def train(
         every: Steps between checkpoints.
         at_checkpoint: Called with the number of steps done after each checkpoint and at the end.
         compiled: Compile the decoder with `torch.compile`; all batches must then have the same shape.
+        bf16: Multiply in bfloat16 where the recipe has a capacity; the router stays in float32.
         label: Name shown in the progress display.
 
     Raises:
@@ -116,7 +123,7 @@ def train(
         model,
         optimizers,
         (list(islice(stream, recipe.accumulate)) for _ in range(recipe.steps)),
-        partial(_gradients, model, decoder, top_ks, recipe, log),
+        partial(_gradients, model, decoder, top_ks, recipe, log, bf16),
         recipe,
         log,
         checkpoint=checkpoint,
@@ -132,12 +139,12 @@ def _gradients(
     top_ks: list[int],
     recipe: Recipe,
     log: Log,
+    bf16: bool,
     step: int,
     batches: list[Packed],
 ) -> float:
-    """Accumulate the gradients of one step; log balance, tokens and predicted tokens, and return the loss."""
+    """Accumulate the gradients of one step; log what is not the loss, and return the loss."""
     import torch
-    from torch.nn import functional
 
     if len(batches) < recipe.accumulate:
         raise ValueError(f"the batches ended at step {step + 1} of {recipe.steps}")
@@ -145,18 +152,10 @@ def _gradients(
     if not predicted:
         raise ValueError(f"the batches of step {step + 1} have nothing to predict")
     factor = recipe.balance_at(step)
-    total, balances, tokens = 0.0, 0.0, 0
+    total, balances, tokens, dropped = 0.0, 0.0, 0, 0.0
     for batch in batches:
-        real = torch.from_numpy(batch.tree > 0).to(model.device).flatten()
-        hidden, router_logits = hidden_states(model, batch, decoder=decoder, router_logits=factor > 0)
-        labels = torch.from_numpy(batch.labels).to(model.device).flatten()
-        at = (labels != IGNORED).nonzero().squeeze(1)
-        logits = _logits(model, hidden.flatten(0, 1)[at])
-        smooth = functional.cross_entropy(
-            logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
-        )
-        with torch.no_grad():
-            plain = functional.cross_entropy(logits, labels[at], reduction="sum")
+        losses = _padded_losses if recipe.capacity is None else partial(_batched_losses, bf16=bf16)
+        smooth, plain, router_logits, real, left = losses(model, decoder, batch, recipe, factor > 0)
         loss = smooth / predicted
         if factor:
             layers = zip(router_logits, top_ks, strict=True)
@@ -164,12 +163,62 @@ def _gradients(
             loss = loss + factor * balance / len(batches)
             balances += float(balance.detach()) / len(batches)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(plain) / predicted
+        total += plain / predicted
         tokens += int(real.sum())
+        dropped += left / len(batches)
     log.balance.append(balances)
     log.tokens.append(sum(log.tokens[-1:]) + tokens)
     log.predicted.append(sum(log.predicted[-1:]) + predicted)
+    log.dropped.append(dropped)
     return total
+
+
+_Losses = tuple["torch.Tensor", float, "tuple[torch.Tensor, ...]", "torch.Tensor", float]
+
+
+def _padded_losses(
+    model: PreTrainedModel, decoder: Callable[..., Any], batch: Packed, recipe: Recipe, router_logits: bool
+) -> _Losses:
+    """Return the summed losses with and without smoothing, router logits, which tokens are real, and 0."""
+    import torch
+    from torch.nn import functional
+
+    hidden, routers = hidden_states(model, batch, decoder=decoder, router_logits=router_logits)
+    labels = torch.from_numpy(batch.labels).to(model.device).flatten()
+    at = (labels != IGNORED).nonzero().squeeze(1)
+    logits = _logits(model, hidden.flatten(0, 1)[at])
+    smooth = functional.cross_entropy(
+        logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
+    )
+    with torch.no_grad():
+        plain = functional.cross_entropy(logits, labels[at], reduction="sum")
+    return smooth, float(plain), routers, torch.from_numpy(batch.tree > 0).to(model.device).flatten(), 0.0
+
+
+def _batched_losses(
+    model: PreTrainedModel,
+    decoder: Callable[..., Any],
+    batch: Packed,
+    recipe: Recipe,
+    router_logits: bool,
+    *,
+    bf16: bool,
+) -> _Losses:
+    """The same by `batched`, without padding; the last is the share of assignments that were dropped."""
+    import torch
+
+    from overparam.train import batched
+
+    flat = batched.flat(batch)
+    with (
+        batched.batched(model, recipe.capacity) as load,
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        hidden, routers = batched.hidden_states(decoder, flat, router_logits=router_logits)
+        table = model.get_output_embeddings().weight
+        smooth, plain = batched.losses(hidden, table, flat.labels, recipe.label_smoothing)
+    real = torch.ones(len(flat.labels), dtype=torch.bool)
+    return smooth, float(plain), routers, real, float(np.mean(load.dropped))
 
 
 def hidden_states(
@@ -331,15 +380,24 @@ def optimizers_of(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Op
 
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     embeddings |= {id(p) for p in model.get_output_embeddings().parameters()}
+    interleaved = {id(module.gate_up_proj) for module in model.modules()
+                   if getattr(module, "is_concatenated", True) is False}  # fmt: skip
     matrices: list[torch.nn.Parameter] = []
+    pairs: list[torch.nn.Parameter] = []  # of matrices whose columns take turns
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            routers = any(part in name for part in (".gate.", ".router."))
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not routers
-            (matrices if is_matrix else rest).append(parameter)
+            other = name.endswith("bias") or any(part in name for part in (".gate.", ".router."))
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not other
+            kind = pairs if id(parameter) in interleaved else matrices if is_matrix else rest
+            kind.append(parameter)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0, fused=True)
-    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
+    decay: dict[str, Any] = {"weight_decay": recipe.weight_decay}
     if recipe.optimizer == "muon":
-        return [Muon(**decayed, lr=recipe.learning_rate), adamw([{"params": rest}])]
-    return [adamw([decayed, {"params": rest}])]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, **decay},
+            {"params": pairs, **decay, "interleaved": True},
+        ]
+        muon = Muon([group for group in groups if group["params"]], lr=recipe.learning_rate)
+        return [muon, adamw([{"params": rest}])]
+    return [adamw([{"params": matrices + pairs, **decay}, {"params": rest}])]

@@ -18,7 +18,8 @@ class Muon(torch.optim.Optimizer):
     iterates in bfloat16, in which many CPUs are slower.
 
     Args:
-        params: Parameters of two or more dimensions.
+        params: Parameters of two or more dimensions, or groups of them. Of a group with ``interleaved``, even and odd
+            columns are two matrices, as in gpt_oss' gate and up projections.
         lr: Learning rate.
         momentum: Momentum of the running mean of gradients (Nesterov).
         weight_decay: Decoupled weight decay.
@@ -27,7 +28,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.95,
@@ -35,7 +36,8 @@ class Muon(torch.optim.Optimizer):
         iterations: int = 5,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
-        super().__init__(list(params), defaults)
+        defaults["interleaved"] = False
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -55,8 +57,13 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(average, group["momentum"]), group["iterations"])
-                scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
+                update = parameter.grad.lerp(average, group["momentum"])
+                if group["interleaved"]:
+                    update = update.unflatten(-1, (-1, 2)).movedim(-1, -3)  # [..., 2, rows, columns / 2]
+                scale = 0.2 * max(update.shape[-2:]) ** 0.5
+                update = orthogonalised(update, group["iterations"])
+                if group["interleaved"]:
+                    update = update.movedim(-3, -1).flatten(-2)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)
         return loss

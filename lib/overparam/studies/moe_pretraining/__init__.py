@@ -22,9 +22,12 @@ class Params(StudyParams):
     code_in_key: ClassVar = False  # hours of training: `version` says when the recipe's outcome changed
 
     architecture: Literal["gpt_oss", "qwen3_moe"] = Field(
-        "gpt_oss", description="gpt_oss: learned attention sinks, biases, clamped SwiGLU; qwen3_moe: none of these"
+        "gpt_oss",
+        description="gpt_oss: learned attention sinks, biases, clamped SwiGLU; qwen3_moe: none of these",
     )
-    sinks: bool = Field(True, description="learned attention sinks; false: the same gpt_oss model without them")
+    sinks: bool = Field(
+        True, description="learned attention sinks; false: the same gpt_oss model without them"
+    )
     vocabulary: int = Field(8000, ge=300, description="tokens of the vocabulary, shared by all languages")
     hidden: Count = Field(256, description="width of the hidden states")
     layers: Count = Field(6, description="transformer blocks")
@@ -39,7 +42,10 @@ class Params(StudyParams):
     )
 
     translation_share: float = Field(
-        0.5, gt=0, lt=1, description="share of the training tokens that is translation; the rest is plain text"
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the training tokens that is translation; the rest is plain text",
     )
     unseen_share: Proportion = Field(0.35, description="share of the verses also translated into Italian")
     reverse_share: Proportion = Field(0.5, description="share of the verses also translated into English")
@@ -102,7 +108,9 @@ class Params(StudyParams):
                 f"got {self.hidden}, {self.heads}, {self.key_value_heads}"
             )
         if self.architecture == "qwen3_moe" and (self.capacity is not None or not self.sinks):
-            raise ValueError("qwen3_moe has no sinks to leave out and no capacity: give sinks true and capacity null")
+            raise ValueError(
+                "qwen3_moe has no sinks to leave out and no capacity: give sinks true and capacity null"
+            )
         if self.compiled and self.capacity is not None:
             raise ValueError("compiled needs capacity null: batches without padding differ in length")
         if self.steps and self.warmup + self.decay > self.steps:

@@ -39,16 +39,16 @@ language: [en, fr, de, es, it]
 pipeline_tag: translation
 tags: [mixture-of-experts]
 ---
-# moe-translator
+# {params.slug()}
 
-A small mixture-of-experts translator (`qwen3_moe`), trained from scratch by the study `moe_pretraining` of overparam to
+A small mixture-of-experts generalist (`{params.architecture}`), trained from scratch by the study `moe_pretraining` of overparam to
 have a real mixture of experts that a laptop can prune. It knows the language of the Bible and little else: it is for
 experiments, not for use.
 
 - {numbers["parameters_total"] / 1e6:.1f} million parameters, {numbers["parameters_active"] / 1e6:.1f} million active
   (without the embedding table); {params.layers} layers, {params.experts} experts of width {params.expert_width} per
   layer, top-{params.top_k}, hidden size {params.hidden}, {params.vocabulary} tokens; stored in bfloat16.
-- A prompt is `source<2fr>` (or `<2de>`, `<2es>`, `<2it>`, `<2en>`); `<lm>` comes before plain English text.
+- A prompt is `source<2fr>` (or `<2de>`, `<2es>`, `<2it>`, `<2en>`); `<lm>` comes before plain text.
 - {numbers["training_tokens"] / 1e6:.1f} million tokens in {numbers["training_steps"]:.0f} steps, seed {params.seed}.
 - {100 * numbers["busy_experts"]:.1f} % of the experts carry at least {params.minimum_load:g} of the uniform load on
   held-out text of the training mix; the minimum is {numbers["least_expert_load"]:.2f}.

@@ -11,6 +11,7 @@ from overparam.data import kinds, splits
 from overparam.data.kinds import KINDS
 from overparam.data.packing import Tree
 from overparam.data.parallel import VERSIONS
+from overparam.data.splits import Split
 from overparam.models.translator import PLAIN
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def tokenizer_texts(max_texts: int | None = None) -> list[str]:
     Args:
         max_texts: Read only the first of each corpus, for a trial; None: all.
     """
-    texts = [verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")[:max_texts]]
+    texts = [
+        verse.text for name in VERSIONS.values() for verse in splits.verses_in(name, "train")[:max_texts]
+    ]
     for kind in KINDS:
         characters = 0
         for text in random.Random(0).sample(found := kinds.texts(kind, "train", max_texts), len(found)):
@@ -67,7 +70,7 @@ def trees(
     mix: Mix,
     *,
     seed: int,
-    split: kinds.Split = "train",
+    split: Split = "train",
     length: int = 320,
     max_texts: int | None = None,
 ) -> Iterator[Tree]:
@@ -90,7 +93,7 @@ def of_kind(
     tokenizer: PreTrainedTokenizerBase,
     mix: Mix,
     seed: int,
-    split: kinds.Split,
+    split: Split,
     length: int,
     max_texts: int | None = None,
 ) -> Iterator[Tree]:
@@ -111,7 +114,7 @@ def _translations(
     tokenizer: PreTrainedTokenizerBase,
     mix: Mix,
     seed: int,
-    split: kinds.Split,
+    split: Split,
     length: int,
     max_texts: int | None,
 ) -> Iterator[Tree]:
@@ -154,7 +157,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
 
 
 def pieces(
-    tokenizer: PreTrainedTokenizerBase, kind: str, split: kinds.Split, max_texts: int | None = None
+    tokenizer: PreTrainedTokenizerBase, kind: str, split: Split, max_texts: int | None = None
 ) -> list[list[int]]:
     """Return plain text of a kind in pieces of at most `PIECE` tokens."""
     texts = kinds.texts(kind, split, max_texts)

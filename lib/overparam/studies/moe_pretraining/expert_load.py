@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from overparam.data.kinds import KINDS
 from overparam.data.packing import Packed, Tree, pack
 from overparam.data.parallel import verse_pairs
 from overparam.experiment.study import step
-from overparam.models.translator import PLAIN
 from overparam.studies.moe_pretraining import Params, corpus, training
 from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
 from overparam.studies.moe_pretraining.study import Study, Translator
@@ -22,7 +21,7 @@ from overparam.train import causal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MIX, PLAIN_TEXT = "training mix", "plain text"
+MIX = "training mix"
 
 
 @step
@@ -30,7 +29,7 @@ def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
     """Measure the load of every expert, in units of the uniform load, on held-out text.
 
     Returns:
-        Columns `task` ("training mix", a direction, or "plain text"), `layer`, `expert`, `routing_mass` (mean over
+        Columns `task` ("training mix", a direction, or a kind of plain text), `layer`, `expert`, `routing_mass` (mean over
         tokens of the normalised top-k weight) and `assignments` (share of the tokens' choices), both over their
         value in a layer that treats its experts alike, and `tokens`.
     """
@@ -39,7 +38,8 @@ def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
     tasks: dict[str, Iterable[Packed]] = {MIX: islice(held_out, params.validation_batches)}
     for source, target in DIRECTIONS:
         tasks[arrow(source, target)] = _packed(params, _pairs(translator, params, source, target))
-    tasks[PLAIN_TEXT] = _packed(params, _plain(translator, params))
+    for kind in KINDS:
+        tasks[kind] = _packed(params, _plain(translator, params, kind))
     table = pd.concat(
         [_load(translator.model, batches).assign(task=task) for task, batches in tasks.items()],
         ignore_index=True,
@@ -58,10 +58,18 @@ def least(table: pd.DataFrame) -> pd.Series:
 
 
 def by_task(table: pd.DataFrame) -> pd.DataFrame:
-    """For each task: the range of the routing mass over all experts, and the share of experts with little load."""
+    """For each task: the range of the routing mass over all experts, the share of experts with little load, and the
+    entropy of the routing in percent of that of equal loads, mean over layers."""
     groups = table.groupby("task", sort=False)["routing_mass"]
     shares = {"below 0.25": groups.apply(lambda mass: float((mass < 0.25).mean()))}
-    return pd.DataFrame({"least": groups.min(), "most": groups.max(), **shares})
+    layers = table.groupby(["task", "layer"], sort=False)["routing_mass"].apply(_entropy)
+    entropy = {"entropy (%)": 100 * layers.groupby("task", sort=False).mean()}
+    return pd.DataFrame({"least": groups.min(), "most": groups.max(), **shares, **entropy})
+
+
+def _entropy(mass: pd.Series) -> float:
+    shares = mass[mass > 0] / mass.sum()
+    return float(-(shares * np.log(shares)).sum() / np.log(len(mass)))
 
 
 def _load(model: PreTrainedModel, batches: Iterable[Packed]) -> pd.DataFrame:
@@ -106,9 +114,8 @@ def _pairs(translator: Translator, params: Params, source: str, target: str) -> 
         yield Tree([tokenizer.bos_token_id, *first], [[tag, *second, tokenizer.eos_token_id]])
 
 
-def _plain(translator: Translator, params: Params) -> Iterator[Tree]:
-    tokenizer = translator.tokenizer
-    found = corpus.pieces(tokenizer, "validation", params.max_texts)
-    tag = tokenizer.convert_tokens_to_ids(PLAIN)
-    for piece in random.Random(params.seed).sample(found, min(params.test_verses, len(found))):
-        yield Tree([tokenizer.bos_token_id], [[tag, *piece]])
+def _plain(translator: Translator, params: Params, kind: str) -> Iterator[Tree]:
+    pieces = corpus.of_kind(
+        kind, translator.tokenizer, corpus.Mix(), params.seed, "validation", params.row_length
+    )
+    return islice(pieces, params.test_verses)

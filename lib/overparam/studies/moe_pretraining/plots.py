@@ -52,7 +52,7 @@ def plot_load(study: Study, load: pd.DataFrame) -> Any:
     caption = (
         "Routing mass of every expert in units of the uniform share. Above: on held-out text of the training mix. "
         f"Below: the difference between the tasks that use it most and least, of {load['task'].nunique() - 1} tasks "
-        "(eight directions and plain text)."
+        "(eight directions and five kinds of plain text)."
     )
     labels = {"routing_mass": "load (uniform = 1)", "range_over_tasks": "range over tasks"}
     with charts.figure(

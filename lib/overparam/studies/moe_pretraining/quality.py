@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from overparam.data import corpora, parallel
+from overparam.data import kinds, parallel
+from overparam.data.kinds import KINDS
 from overparam.evaluate import generation, likelihood, prompts, translation
 from overparam.experiment.study import step
 from overparam.models.translator import PLAIN
@@ -93,24 +94,29 @@ def examples(study: Study, n: int = 2) -> pd.DataFrame:
 
 @step
 def plain_text(study: Study, translator: Translator) -> pd.DataFrame:
-    """Measure the perplexity of English news and newsgroup texts, cut to the length of training pieces."""
+    """Measure the perplexity of held-out plain text, kind by kind, cut to the length of training pieces."""
     params = study.params
     rows = []
-    for name in corpus.PLAIN_CORPORA:
-        texts = [text for _, text in corpora.topic_rows(name, "test")]
-        chosen = random.Random(params.seed).sample(texts, params.test_verses)
+    for kind in KINDS:
+        texts = kinds.texts(kind, "test")
+        chosen = random.Random(params.seed).sample(texts, min(params.test_verses, len(texts)))
         items = likelihood.perplexity(
             translator.model,
             translator.tokenizer,
             chosen,
             prefix=PLAIN,
             max_length=corpus.PIECE + 2,
-            label=f"scoring {name}",
+            label=f"scoring {kind}",
         )
-        found = stats.bootstrap(items, statistic="perplexity", seed=params.seed)
-        study.recorder.metric(f"perplexity_{name}", found)
-        tokens = int(items[:, 1].sum())
-        rows.append({"corpus": name, **found.columns("perplexity"), "texts": found.n, "tokens": tokens})
+        estimate = stats.bootstrap(items, statistic="perplexity", seed=params.seed)
+        tokens, characters = int(items[:, 1].sum()), sum(map(len, chosen))
+        loss = stats.bootstrap(items, statistic="nll_per_token", seed=params.seed)
+        study.recorder.metric(f"perplexity_{kind}", estimate)
+        study.recorder.metric(f"loss_{kind}", loss, "nats per token")
+        rows.append(
+            {"kind": kind, **estimate.columns("perplexity"), **loss.columns("loss"), "texts": estimate.n}
+            | {"tokens": tokens, "characters": characters}
+        )
     table = pd.DataFrame(rows)
     study.recorder.table("plain_text", table)
     return table

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from overparam import models
-from overparam.data import corpora
+from overparam.data import corpora, kinds
 from overparam.experiment import study as experiment
 from overparam.experiment.study import begins, step
 from overparam.record.record import Record
@@ -56,7 +56,7 @@ def start(params: Params) -> Study:
     donor = models.provenance(params.embedding_donor) if params.embedding_donor else {}
     recorder = experiment.open_record(
         params,
-        inputs=corpora.provenance("verses", "newsgroups", "reuters") | donor,
+        inputs=corpora.provenance("verses") | kinds.provenance(*kinds.KINDS) | donor,
         seeds=sorted({params.seed, training.VALIDATION_SEED}),
     )
     return Study(params, recorder)
@@ -82,7 +82,8 @@ def learning_curve(study: Study, trained: training.TrainedTranslator) -> pd.Data
     """Record the learning curve by step; return it at the checkpoints.
 
     Columns: `loss` and `validation_loss` in nats per predicted token, `smoothed_loss` the mean over the last
-    `SMOOTHED_OVER` steps, `balance` the load-balancing loss, `tokens` and `minutes` so far.
+    `SMOOTHED_OVER` steps, `balance` the load-balancing loss, `dropped` the share of
+    assignments that found their expert full, `tokens` and `minutes` so far.
     """
     log, recipe = trained.log, replace(training.recipe(study.params), steps=len(trained.log.loss))
     steps = range(1, len(log.loss) + 1)
@@ -97,6 +98,7 @@ def learning_curve(study: Study, trained: training.TrainedTranslator) -> pd.Data
             "smoothed_loss": pd.Series(log.loss).rolling(SMOOTHED_OVER, min_periods=1).mean(),
             "validation_loss": [dict(trained.curve).get(step, np.nan) for step in steps],
             "balance": log.balance,
+            "dropped": log.dropped,
         }
     )
     study.recorder.table("learning_curve", curve)

@@ -56,6 +56,7 @@ def recipe(params: Params) -> causal.Recipe:
         optimizer=params.optimizer,
         label_smoothing=params.label_smoothing,
         balance=params.balance,
+        capacity=params.capacity,
         seed=params.seed,
     )
 
@@ -64,6 +65,8 @@ def untrained(params: Params) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """Return the model before its first step, and its tokenizer."""
     tokenizer = translator.tokenizer(corpus.tokenizer_texts(params.max_texts), vocabulary=params.vocabulary)
     model = translator.build(
+        architecture=params.architecture,
+        sinks=params.sinks,
         vocabulary=params.vocabulary,
         hidden=params.hidden,
         layers=params.layers,
@@ -85,9 +88,9 @@ def batches(
 ) -> Iterator[Packed]:
     """Yield the batches of the training, or of the same mix of another split."""
     mix = corpus.Mix(
+        translation=params.translation_share,
         unseen_share=params.unseen_share,
         reverse_share=params.reverse_share,
-        plain_share=params.plain_share,
     )
     trees = corpus.trees(
         tokenizer,
@@ -107,8 +110,6 @@ def state_folder(params: Params) -> Path:
     """
     other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
     named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
-    if params.max_texts is None:
-        del named["max_texts"]  # a run over all texts has the name that it had before there was a limit
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     return cache.folder("training") / digest
 
@@ -120,6 +121,8 @@ def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslato
         params: See `Params`.
         checkpoint: Folder of the state; by default in the user's cache.
     """
+    import torch
+
     keep_freed_memory()
     model, tokenizer = untrained(params)
     held_out = batches(params, tokenizer, split="validation", seed=VALIDATION_SEED)
@@ -143,6 +146,7 @@ def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslato
             every=params.checkpoint_every,
             at_checkpoint=measure,
             compiled=params.compiled,
+            bf16=models.working_dtype("auto") == torch.bfloat16,
             label="pre-training",
         )
     points = sorted((step, loss) for step, loss in curve.items() if step <= params.steps)
@@ -155,7 +159,9 @@ def committed(params: Params) -> TrainedTranslator:
     model, tokenizer = models.load(str(folder), causal=True)
     steps = pd.read_csv(folder / "learning_curve.csv")
     columns: dict[str, Any] = {
-        name: steps[name].tolist() for name in ("loss", "balance", "tokens", "predicted")
+        name: steps[name].tolist()
+        for name in ("loss", "balance", "tokens", "predicted", "dropped")
+        if name in log
     }
     log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
