@@ -41,9 +41,9 @@ tags: [mixture-of-experts]
 ---
 # {params.slug()}
 
-A small mixture-of-experts generalist (`{params.architecture}`), trained from scratch by the study `moe_pretraining` of overparam to
-have a real mixture of experts that a laptop can prune. It knows the language of the Bible and little else: it is for
-experiments, not for use.
+A small mixture-of-experts generalist (`{params.architecture}`), trained from scratch by the study `moe_pretraining` of
+overparam to have a real mixture of experts that a laptop can prune. It translates the language of the Bible and has
+read a little of other text: it is for experiments, not for use.
 
 - {numbers["parameters_total"] / 1e6:.1f} million parameters, {numbers["parameters_active"] / 1e6:.1f} million active
   (without the embedding table); {params.layers} layers, {params.experts} experts of width {params.expert_width} per

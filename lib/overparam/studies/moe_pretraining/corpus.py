@@ -118,7 +118,7 @@ def _translations(
     length: int,
     max_texts: int | None,
 ) -> Iterator[Tree]:
-    """Verses with their translations; one that is longer than `length` loses the last translations of a random order."""
+    """Verses with their translations; one longer than `length` loses the last translations of a random order."""
     tokens = {
         language: _tokens(tokenizer, [(v.id, v.text) for v in splits.verses_in(name, split)[:max_texts]])
         for language, name in VERSIONS.items()

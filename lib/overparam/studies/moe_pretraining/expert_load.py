@@ -29,8 +29,8 @@ def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
     """Measure the load of every expert, in units of the uniform load, on held-out text.
 
     Returns:
-        Columns `task` ("training mix", a direction, or a kind of plain text), `layer`, `expert`, `routing_mass` (mean over
-        tokens of the normalised top-k weight) and `assignments` (share of the tokens' choices), both over their
+        Columns `task` ("training mix", a direction, or a kind of plain text), `layer`, `expert`, `routing_mass` (mean
+        over tokens of the normalised top-k weight) and `assignments` (share of the tokens' choices), both over their
         value in a layer that treats its experts alike, and `tokens`.
     """
     params, tokenizer = study.params, translator.tokenizer
@@ -58,8 +58,10 @@ def least(table: pd.DataFrame) -> pd.Series:
 
 
 def by_task(table: pd.DataFrame) -> pd.DataFrame:
-    """For each task: the range of the routing mass over all experts, the share of experts with little load, and the
-    entropy of the routing in percent of that of equal loads, mean over layers."""
+    """For each task: least and most routing mass, the share of experts with little of it, and its entropy.
+
+    The entropy is in percent of that of equal loads, mean over layers.
+    """
     groups = table.groupby("task", sort=False)["routing_mass"]
     shares = {"below 0.25": groups.apply(lambda mass: float((mass < 0.25).mean()))}
     layers = table.groupby(["task", "layer"], sort=False)["routing_mass"].apply(_entropy)

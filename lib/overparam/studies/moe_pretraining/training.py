@@ -16,6 +16,7 @@ import pandas as pd
 from overparam import models
 from overparam.assets import trained
 from overparam.data.packing import IGNORED, Packed, pack
+from overparam.data.splits import Split
 from overparam.models import translator
 from overparam.studies.moe_pretraining import Params, corpus
 from overparam.support import cache, files
@@ -84,7 +85,7 @@ def untrained(params: Params) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def batches(
-    params: Params, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", seed: int | None = None
+    params: Params, tokenizer: PreTrainedTokenizerBase, *, split: Split = "train", seed: int | None = None
 ) -> Iterator[Packed]:
     """Yield the batches of the training, or of the same mix of another split."""
     mix = corpus.Mix(
@@ -161,7 +162,7 @@ def committed(params: Params) -> TrainedTranslator:
     columns: dict[str, Any] = {
         name: steps[name].tolist()
         for name in ("loss", "balance", "tokens", "predicted", "dropped")
-        if name in log
+        if name in steps
     }
     log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
