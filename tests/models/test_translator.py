@@ -49,7 +49,8 @@ def test_model_is_the_same_for_the_same_seed_and_leaves_the_caller_alone(tokeniz
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    first, second, other = (translator.build(architecture="qwen3_moe", vocabulary=320, seed=seed, **SHAPE) for seed in (1, 1, 2))
+    shape = {"architecture": "qwen3_moe", "vocabulary": 320, **SHAPE}
+    first, second, other = (translator.build(**shape, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
