@@ -31,7 +31,7 @@ def folder(name: str) -> Path:
     started = {
         path.parent: str(json.loads(path.read_text(encoding="utf-8"))["started"])
         for path in RESULTS.glob(
-            f"{study}/{name}-*/record.json"
+            f"{study}/{name}-{'[0-9a-f]' * 8}/record.json"
         )  # written last: a folder that has it is complete
         if not path.parent.name.endswith((".partial", ".failed"))
     }

@@ -121,7 +121,9 @@ class Params(StudyParams):
         return {} if self.steps else trained.hashes(self.slug())
 
     def slug(self) -> str:
-        """Return the name of the model that is trained."""
+        """Return the name of the model that is trained, or measured."""
+        if not self.steps:
+            return "moe-translator"
         if self.architecture == "qwen3_moe":
             return "moe-translator-qwen3"
         return "moe-translator" if self.sinks else "moe-translator-without-sinks"
