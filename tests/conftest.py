@@ -14,6 +14,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 
+# the longest first: the workers that are free take the others meanwhile (files are given out in this order)
+LONGEST = (
+    "test_smoke",
+    "test_redraw",
+    "test_execute",
+    "test_quantize",
+    "test_moe_expert_pruning",
+    "test_cluster",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the test files that take longest."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_runtest_setup():
     """Begin no test after the time that `make check` has (tests/changed.py)."""
     end = os.environ.get("OVERPARAM_TESTS_END")

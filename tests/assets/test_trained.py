@@ -30,16 +30,18 @@ def results(tmp_path, monkeypatch):
 def test_the_newest_finished_record_is_loaded_as_float32(results):
     weights = {}
     for seed, (name, started) in enumerate({"a": "2026-01-02", "b": "2026-01-01", "c": "2026-01-03"}.items()):
-        weights[name] = save(results / f"{NAME}-{name}", seed=seed).lm_head.weight
+        weights[name] = save(results / f"{NAME}-{name * 8}", seed=seed).lm_head.weight
         if name != "c":
-            record(results / f"{NAME}-{name}", started)
-    (results / f"{NAME}-d.failed").mkdir()
-    record(results / f"{NAME}-d.failed", "2026-01-04")
+            record(results / f"{NAME}-{name * 8}", started)
+    (results / f"{NAME}-{'d' * 8}.failed").mkdir()
+    record(results / f"{NAME}-{'d' * 8}.failed", "2026-01-04")
+    (results / f"{NAME}-without-sinks-{'e' * 8}").mkdir()  # another model
+    record(results / f"{NAME}-without-sinks-{'e' * 8}", "2026-01-05")
     model, tokenizer = models.load(NAME, causal=True)
     assert model.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, weights["a"].float())
     assert tokenizer.eos_token_id is not None
-    assert models.provenance(NAME) == models.provenance(str(results / f"{NAME}-a"))
+    assert models.provenance(NAME) == models.provenance(str(results / f"{NAME}-aaaaaaaa"))
     assert models.required_memory(NAME) > 0
     (digest,) = trained.hashes(NAME).values()
     assert digest in models.provenance(NAME).values()

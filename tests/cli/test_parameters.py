@@ -11,7 +11,7 @@ COMMAND = "run `python -m overparam.cli.parameters`"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_comments_of_a_notebook_are_those_of_its_params(path):
+def test_parameters_of_a_notebook_are_those_of_its_params(path):
     assert path.read_text(encoding="utf-8") == parameters.commented(path), COMMAND
 
 
@@ -25,10 +25,10 @@ def test_every_parameter_says_what_it_is(path):
 
 def test_cell_has_a_comment_for_each_value_and_breaks_long_lists():
     class Params(BaseModel):
-        rate: float = Field(description="learning rate")
-        names: list[str] = Field(description="tasks")
+        rate: float = Field(1e-05, description="learning rate")
+        names: tuple[str, ...] = Field(("é" * 60, "b" * 60), description="tasks")
 
-    source = parameters.cell_source(Params, {"names": ["é" * 60, "b" * 60], "rate": 1e-05})
+    source = parameters.cell_source(Params)
     assert source == (
         f'# learning rate\nrate = 1e-05\n# tasks\nnames = [\n    "{"é" * 60}",\n    "{"b" * 60}",\n]'
     )

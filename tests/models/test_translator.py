@@ -49,7 +49,8 @@ def test_model_is_the_same_for_the_same_seed_and_leaves_the_caller_alone(tokeniz
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    first, second, other = (translator.build(vocabulary=320, seed=seed, **SHAPE) for seed in (1, 1, 2))
+    shape = {"architecture": "qwen3_moe", "vocabulary": 320, **SHAPE}
+    first, second, other = (translator.build(**shape, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
@@ -60,7 +61,7 @@ def test_model_is_the_same_for_the_same_seed_and_leaves_the_caller_alone(tokeniz
 
 def test_borrowed_embeddings_are_the_donors_seen_from_fewer_sides(tokenizer):
     donor, donor_tokenizer = models.load("tiny-llama")  # 32 dimensions, a token a byte
-    model = translator.build(vocabulary=320, seed=1, **SHAPE)
+    model = translator.build(architecture="qwen3_moe", vocabulary=320, seed=1, **SHAPE)
     before = model.get_input_embeddings().weight.detach().clone()
     translator.borrow_embeddings(model, tokenizer, donor, donor_tokenizer)
     table = model.get_input_embeddings().weight.detach()

@@ -58,7 +58,7 @@ def test_quantization_embeds_as_the_folder_says(sentence_folder):
     name = sentence_folder(**DENSE, prompts={"q": "ask: "}, default_prompt_name="q")
     study = start_quantizing(name)
     run = study.quantized(quantize.BASELINE).run
-    np.testing.assert_allclose(study.embed(run, TEXTS), published(name), atol=1e-5)
+    np.testing.assert_allclose(study.subject.embed(run, TEXTS), published(name), atol=1e-5)
     assert said(study)["pooling"] == ("cls", "cls")
     assert said(study)["dense"] == ("32 to 24, Tanh", "32 to 24, Tanh")
     assert said(study)["prompt"] == ("'ask: '", "'ask: '")
@@ -68,8 +68,8 @@ def test_quantization_embeds_as_the_folder_says(sentence_folder):
 def test_quantization_compares_directions_where_the_folder_has_no_unit_length(sentence_folder):
     study = start_quantizing(sentence_folder(normalize=False))
     run = study.quantized(quantize.BASELINE).run
-    assert np.linalg.norm(study.embed(run, TEXTS), axis=1) != pytest.approx(1)
-    assert np.linalg.norm(study.directions(run, TEXTS), axis=1) == pytest.approx(1)
+    assert np.linalg.norm(study.subject.embed(run, TEXTS), axis=1) != pytest.approx(1)
+    assert np.linalg.norm(study.subject.outputs(run, TEXTS), axis=1) == pytest.approx(1)
 
 
 def test_a_model_without_a_recipe_is_embedded_by_its_mean():
@@ -82,7 +82,7 @@ def test_an_embedder_made_of_a_decoder_is_an_encoder_unless_said_otherwise(sente
     study = start_quantizing(name)
     assert not study.decoder
     np.testing.assert_allclose(
-        study.embed(study.quantized(quantize.BASELINE).run, TEXTS), published(name), atol=1e-5
+        study.subject.embed(study.quantized(quantize.BASELINE).run, TEXTS), published(name), atol=1e-5
     )
 
 

@@ -112,3 +112,38 @@ def test_the_model_is_as_before_after_the_block(model, batch):
     before = by_transformers(model, batch)[0]
     by_batches(model, batch)
     assert torch.equal(by_transformers(model, batch)[0], before)
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(model, batch, tmp_path):
+    recipe = causal.Recipe(steps=4, warmup=1, decay=2, balance=0.1, optimizer="muon", learning_rate=1e-2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def train(folder, steps):
+        return causal.train(
+            model, [batch] * steps, recipe, capacity=1.5, checkpoint=tmp_path / folder, every=2
+        )
+
+    whole = train("a", 4)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    with pytest.raises(ValueError, match="the batches ended at step 4"):
+        train("b", 3)
+    model.load_state_dict(start)
+    again = train("b", 4)
+    assert again.resumed == 2
+    assert (again.loss, again.dropped) == (whole.loss, whole.dropped)
+    assert again.loss[-1] < again.loss[0]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="capacity"):
+        causal.train(model, [batch] * 4, recipe, capacity=2.0, checkpoint=tmp_path / "b")
+
+
+def test_biases_of_experts_are_no_matrices_and_gate_and_up_are_two(model):
+    muon, adamw = causal.optimizers_of(model, causal.Recipe(steps=1, optimizer="muon"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(each)].rpartition(".")[2] for each in group["params"]] for group in muon.param_groups]
+    assert set(groups[1]) == {"gate_up_proj"}
+    assert set(groups[0]) == {"down_proj", "weight"}
+    rest = [names[id(each)] for each in adamw.param_groups[0]["params"]]
+    assert {"down_proj_bias", "gate_up_proj_bias", "sinks"} <= {name.rpartition(".")[2] for name in rest}
+    assert sum(".router." in name for name in rest) == 6

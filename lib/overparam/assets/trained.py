@@ -64,7 +64,7 @@ def _newest(study: str, slug: str) -> Path | None:
     started = {
         path.parent: str(json.loads(path.read_text(encoding="utf-8"))["started"])
         for path in RESULTS.glob(
-            f"{study}/{slug}-*/record.json"
+            f"{study}/{slug}-{'[0-9a-f]' * 8}/record.json"
         )  # written last: a folder that has it is complete
         if not path.parent.name.endswith((".partial", ".failed"))
     }

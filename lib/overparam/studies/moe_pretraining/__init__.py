@@ -74,8 +74,7 @@ class Params(StudyParams):
     )
     capacity: Positive | None = Field(
         1.25,
-        description="tokens that an expert takes in training, in multiples of the mean load, the others are dropped; "
-        "null: all, as transformers computes them, three times as slow",
+        description="tokens that an expert takes in training, times the mean load; others are dropped; null: all",
     )
     compiled: bool = Field(False, description="compile the decoder, which takes a minute or two once")
     seed: int = Field(42, description="random seed of weights, order of the texts, and samples")
@@ -122,7 +121,9 @@ class Params(StudyParams):
         return {} if self.steps else trained.hashes(self.slug())
 
     def slug(self) -> str:
-        """Return the name of the model that is trained."""
+        """Return the name of the model that is trained, or measured."""
+        if not self.steps:
+            return "moe-translator"
         if self.architecture == "qwen3_moe":
             return "moe-translator-qwen3"
         return "moe-translator" if self.sinks else "moe-translator-without-sinks"

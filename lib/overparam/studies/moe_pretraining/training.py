@@ -57,7 +57,6 @@ def recipe(params: Params) -> causal.Recipe:
         optimizer=params.optimizer,
         label_smoothing=params.label_smoothing,
         balance=params.balance,
-        capacity=params.capacity,
         seed=params.seed,
     )
 
@@ -147,6 +146,7 @@ def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslato
             every=params.checkpoint_every,
             at_checkpoint=measure,
             compiled=params.compiled,
+            capacity=params.capacity,
             bf16=models.working_dtype("auto") == torch.bfloat16,
             label="pre-training",
         )
@@ -174,7 +174,9 @@ def replay(params: Params, steps: int) -> list[float]:
     keep_freed_memory()
     model, tokenizer = untrained(params)
     first = replace(recipe(params), steps=steps, decay=0)
-    return causal.train(model, batches(params, tokenizer), first, label="replaying").loss
+    return causal.train(
+        model, batches(params, tokenizer), first, capacity=params.capacity, label="replaying"
+    ).loss
 
 
 def validation_loss(model: PreTrainedModel, validation: list[Packed]) -> float:

@@ -205,7 +205,6 @@ def _train(
         learning_rate=learning_rate,
         warmup=params.warmup,
         balance=params.balance if arm in (MIXTURE, UPCYCLED) else 0.0,
-        capacity=params.capacity,
         seed=seed,
     )
     folder = state_folder(params, name, seed, learning_rate, steps)
@@ -222,6 +221,7 @@ def _train(
                 model,
                 islice(batches(params, seed), after, None),
                 recipe,
+                capacity=params.capacity,
                 checkpoint=folder,
                 every=params.checkpoint_every,
                 at_checkpoint=measure,
