@@ -159,12 +159,12 @@ def committed(params: Params) -> TrainedTranslator:
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
     steps = pd.read_csv(folder / "learning_curve.csv")
-    columns: dict[str, Any] = {
-        name: steps[name].tolist()
-        for name in ("loss", "balance", "tokens", "predicted", "dropped")
-        if name in steps
-    }
-    log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
+    if "dropped" not in steps:  # a training that dropped nothing
+        steps["dropped"] = 0.0
+    columns = ("loss", "balance", "tokens", "predicted", "dropped")
+    log = causal.Log(
+        **{name: steps[name].tolist() for name in columns}, seconds=(60 * steps["minutes"]).tolist()
+    )
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
     return TrainedTranslator(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
