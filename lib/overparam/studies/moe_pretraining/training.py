@@ -161,10 +161,10 @@ def committed(params: Params) -> TrainedTranslator:
     steps = pd.read_csv(folder / "learning_curve.csv")
     if "dropped" not in steps:  # a training that dropped nothing
         steps["dropped"] = 0.0
-    columns = ("loss", "balance", "tokens", "predicted", "dropped")
-    log = causal.Log(
-        **{name: steps[name].tolist() for name in columns}, seconds=(60 * steps["minutes"]).tolist()
-    )
+    columns: dict[str, Any] = {
+        name: steps[name].tolist() for name in ("loss", "balance", "tokens", "predicted", "dropped")
+    }
+    log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
     return TrainedTranslator(model.eval(), tokenizer, log, list(points.itertuples(index=False, name=None)))
 
