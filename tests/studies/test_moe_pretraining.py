@@ -16,6 +16,7 @@ from overparam.data.parallel import VERSIONS
 from overparam.models import translator
 from overparam.record import record
 from overparam.record.stats import Estimate
+from overparam.runner.plan import load_profile
 from overparam.studies.moe_pretraining import (
     Params,
     card,
@@ -301,6 +302,15 @@ def test_a_donor_brings_its_terms(tmp_path, monkeypatch):
     )
     assert "license: gemma" in text
     assert "ai.google.dev/gemma/terms" in text
+
+
+def test_the_translator_of_the_repository_has_its_learning_curve(tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
+    (shape,) = load_profile("quick").jobs["moe_pretraining"]
+    run = study.start(Params(**shape))
+    trained = study.train(run)
+    assert trained.model.config.model_type == run.params.architecture
+    assert study.learning_curve(run, trained)["validation_loss"].notna().all()
 
 
 @pytest.mark.timeout(1800)  # two steps of the full size: a minute on two cores

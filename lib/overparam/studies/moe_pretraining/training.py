@@ -159,10 +159,10 @@ def committed(params: Params) -> TrainedTranslator:
     folder = trained.folder(params.slug())
     model, tokenizer = models.load(str(folder), causal=True)
     steps = pd.read_csv(folder / "learning_curve.csv")
+    if "dropped" not in steps:  # a training that dropped nothing
+        steps["dropped"] = 0.0
     columns: dict[str, Any] = {
-        name: steps[name].tolist()
-        for name in ("loss", "balance", "tokens", "predicted", "dropped")
-        if name in steps
+        name: steps[name].tolist() for name in ("loss", "balance", "tokens", "predicted", "dropped")
     }
     log = causal.Log(**columns, seconds=(60 * steps["minutes"]).tolist())
     points = steps.loc[steps["validation_loss"].notna(), ["step", "validation_loss"]]
