@@ -49,10 +49,13 @@ def front(inventory: Inventory, relative_to: str | Path) -> str:
 
 
 def table(inventory: Inventory) -> str:
-    """One row per selected claim, in the order of the ledger."""
+    """One row per selected claim of the studies that have a record, in the order of the ledger."""
     answered = {question.claim.id: question for question in inventory.questions("claim")}
+    measured = {record.study for record in inventory.studies}
     rows = [
-        _row(entry, entry.front, answered.get(entry.front_id())) for entry in ledger.entries() if entry.front
+        _row(entry, entry.front, answered.get(entry.front_id()))
+        for entry in ledger.entries()
+        if entry.front and entry.study in measured
     ]
     return tables.markdown(["claim", "published", "measured [95 % CI]", "verdict"], rows)
 
