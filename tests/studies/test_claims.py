@@ -60,7 +60,7 @@ def test_checks_say_whether_they_are_met(tmp_path, monkeypatch):
     study = steps.start(Params())
     table = steps.check_table(study).set_index("check")
     assert table.loc["The small translator reaches chrF++ 42 from English into French", "outcome"] == "met"
-    assert len(table) == len(list(study.found.verdicts("check")))
+    assert (table["outcome"] != "no record").sum() == len(list(study.found.verdicts("check")))
     counts = steps.counts(study)
     assert counts.to_numpy().sum() == len(list(study.found.verdicts("claim")))
     assert counts.index.tolist()[0] == "Trailing layer pruning"
