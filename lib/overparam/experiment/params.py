@@ -63,6 +63,21 @@ EmbeddingTasks = Annotated[Distinct[str], among(LOCAL_TASKS)]
 Topics = Annotated[Distinct[str], among((*TOPIC_TASKS, *GLUE_TASKS))]
 
 
+def check_mixture(params: Any) -> None:
+    """Refuse the shape of a mixture of experts that is to be built, given as parameters of these names.
+
+    Raises:
+        ValueError: Not fewer experts per token than there are, or widths that heads do not divide.
+    """
+    if params.top_k >= params.experts:
+        raise ValueError(f"top_k must be below experts = {params.experts}, got {params.top_k}")
+    if params.hidden % params.heads or params.heads % params.key_value_heads:
+        raise ValueError(
+            "hidden must be a multiple of heads, and heads of key_value_heads, "
+            f"got {params.hidden}, {params.heads}, {params.key_value_heads}"
+        )
+
+
 class StudyParams(BaseModel):
     """Parameters of a study; unknown names are errors, and nothing is changed afterwards.
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from overparam.assets import trained
-from overparam.experiment.params import Count, Percent, Positive, StudyParams
+from overparam.experiment.params import Count, Percent, Positive, StudyParams, check_mixture
 
 Proportion = Annotated[float, Field(ge=0, le=1)]
 
@@ -99,13 +99,7 @@ class Params(StudyParams):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.top_k >= self.experts:
-            raise ValueError(f"top_k must be below experts = {self.experts}, got {self.top_k}")
-        if self.hidden % self.heads or self.heads % self.key_value_heads:
-            raise ValueError(
-                "hidden must be a multiple of heads, and heads of key_value_heads, "
-                f"got {self.hidden}, {self.heads}, {self.key_value_heads}"
-            )
+        check_mixture(self)
         if self.architecture == "qwen3_moe" and (self.capacity is not None or not self.sinks):
             raise ValueError(
                 "qwen3_moe has no sinks to leave out and no capacity: give sinks true and capacity null"

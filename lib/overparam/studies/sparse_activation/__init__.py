@@ -20,6 +20,7 @@ from overparam.experiment.params import (
     Share,
     StudyParams,
     among,
+    check_mixture,
 )
 
 ACTIVE, MIXTURE, TOTAL = "dense, active size", "mixture", "dense, total size"
@@ -115,13 +116,7 @@ class Params(StudyParams):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.top_k >= self.experts:
-            raise ValueError(f"top_k must be below experts = {self.experts}, got {self.top_k}")
-        if self.hidden % self.heads or self.heads % self.key_value_heads:
-            raise ValueError(
-                "hidden must be a multiple of heads, and heads of key_value_heads, "
-                f"got {self.hidden}, {self.heads}, {self.key_value_heads}"
-            )
+        check_mixture(self)
         if missing := {ACTIVE, MIXTURE, TOTAL} - set(self.arms):
             raise ValueError(f"arms must have {', '.join(sorted(missing))}: nothing can be compared without")
         if UPCYCLED in self.arms and self.experts % self.top_k:
