@@ -8,7 +8,8 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,32 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(map(len, self.branches))
+
+
+def balanced(streams: Mapping[str, Iterator[Tree]], shares: Mapping[str, float]) -> Iterator[Tree]:
+    """Yield from endless streams in turns: next comes the one that lacks most of its share of the tokens so far."""
+    tokens = dict.fromkeys(shares, 0)
+    while True:
+        name = min(shares, key=lambda each: tokens[each] / shares[each])
+        tree = next(streams[name])
+        tokens[name] += len(tree)
+        yield tree
+
+
+def endless(pieces: Sequence[Sequence[int]], *, first: int, head: int, seed: str) -> Iterator[Tree]:
+    """Yield pieces of text for ever, each epoch in another order: the same ones for the same seed.
+
+    Args:
+        pieces: Token ids.
+        first: Token that begins a sequence.
+        head: Token before each piece, which is given as it is.
+        seed: Of the orders.
+    """
+    epoch = 0
+    while True:
+        for piece in random.Random(f"{seed} {epoch}").sample(pieces, len(pieces)):
+            yield Tree([first], [[head, *piece]])
+        epoch += 1
 
 
 @dataclass(frozen=True)

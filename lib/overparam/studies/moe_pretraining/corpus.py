@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from overparam.data import kinds, splits
 from overparam.data.kinds import KINDS
-from overparam.data.packing import Tree
+from overparam.data.packing import Tree, balanced, endless
 from overparam.data.parallel import VERSIONS
 from overparam.data.splits import Split
 from overparam.models.translator import PLAIN
@@ -80,12 +80,7 @@ def trees(
     """
     shares = {kind: share for kind, share in mix.shares().items() if share}
     streams = {kind: of_kind(kind, tokenizer, mix, seed, split, length, max_texts) for kind in shares}
-    tokens = dict.fromkeys(shares, 0)
-    while True:
-        kind = min(shares, key=lambda each: tokens[each] / shares[each])
-        tree = next(streams[kind])
-        tokens[kind] += len(tree)
-        yield tree
+    yield from balanced(streams, shares)
 
 
 def of_kind(
@@ -101,13 +96,12 @@ def of_kind(
     if kind == TRANSLATION:
         yield from _translations(tokenizer, mix, seed, split, length, max_texts)
         return
-    found = pieces(tokenizer, kind, split, max_texts)
-    head = tokenizer.convert_tokens_to_ids(PLAIN)
-    epoch = 0
-    while True:
-        for piece in random.Random(f"{seed} {kind} {epoch}").sample(found, len(found)):
-            yield Tree([tokenizer.bos_token_id], [[head, *piece]])
-        epoch += 1
+    yield from endless(
+        pieces(tokenizer, kind, split, max_texts),
+        first=tokenizer.bos_token_id,
+        head=tokenizer.convert_tokens_to_ids(PLAIN),
+        seed=f"{seed} {kind}",
+    )
 
 
 def _translations(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -110,8 +109,7 @@ def state_folder(params: Params) -> Path:
     """
     other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
     named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
-    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-    return cache.folder("training") / digest
+    return cache.folder("training") / files.digest(named)[:16]
 
 
 def train(params: Params, *, checkpoint: Path | None = None) -> TrainedTranslator:

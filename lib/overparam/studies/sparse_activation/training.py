@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache as remember
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from overparam.data.packing import Packed, Tree, pack
+from overparam.data.packing import Packed, Tree, balanced, endless, pack
 from overparam.models.translator import PLAIN
 from overparam.studies.sparse_activation import ACTIVE, MIXTURE, RANDOM, TOTAL, UPCYCLED, Params
 from overparam.support import cache, files
@@ -127,27 +125,20 @@ def batches(params: Params, seed: int) -> Iterator[Packed]:
     tokenizer = texts(params).tokenizer
     streams = {kind: _trees(params, tokenizer, kind, "train", seed) for kind in params.kinds}
 
-    def mixed() -> Iterator[Tree]:
-        tokens = dict.fromkeys(streams, 0)
-        while True:
-            kind = min(tokens, key=lambda each: tokens[each])
-            tree = next(streams[kind])
-            tokens[kind] += len(tree)
-            yield tree
-
-    return pack(mixed(), rows=params.rows, length=params.row_length)
+    trees = balanced(streams, dict.fromkeys(streams, 1.0))
+    return pack(trees, rows=params.rows, length=params.row_length)
 
 
 def _trees(
     params: Params, tokenizer: PreTrainedTokenizerBase, kind: str, split: str, seed: int
 ) -> Iterator[Tree]:
     """Pieces of text of one kind for ever, each epoch in another order."""
-    pieces = _pieces(tokenizer, kind, split, params.max_texts, params.row_length - 2)
-    head, epoch = tokenizer.convert_tokens_to_ids(PLAIN), 0
-    while True:
-        for piece in random.Random(f"{seed} {kind} {epoch}").sample(pieces, len(pieces)):
-            yield Tree([tokenizer.bos_token_id], [[head, *piece]])
-        epoch += 1
+    return endless(
+        _pieces(tokenizer, kind, split, params.max_texts, params.row_length - 2),
+        first=tokenizer.bos_token_id,
+        head=tokenizer.convert_tokens_to_ids(PLAIN),
+        seed=f"{seed} {kind}",
+    )
 
 
 @remember
@@ -185,8 +176,7 @@ def state_folder(params: Params, name: str, seed: int, learning_rate: float, ste
     """Return the folder of a training's checkpoints; a shorter training has another one."""
     own = {"name": name, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     named = params.model_dump(mode="json", include=set(_PLAN)) | own
-    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-    return cache.folder("training") / digest
+    return cache.folder("training") / files.digest(named)[:16]
 
 
 def _train(
