@@ -219,7 +219,7 @@ def _batched_losses(
         hidden, routers = batched.hidden_states(decoder, flat, router_logits=router_logits)
         smooth, plain = batched.losses(hidden, model.get_output_embeddings().weight, flat.labels, smoothing)
     real = torch.ones(len(flat.labels), dtype=torch.bool)
-    return smooth, float(plain), routers, real, float(np.mean(load.dropped))
+    return smooth, plain.item(), routers, real, float(np.mean(load.dropped))
 
 
 def hidden_states(

@@ -72,7 +72,7 @@ class Params(StudyParams):
         1.5, ge=1, description="tokens that an expert takes in training, in multiples of the mean load"
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="of the products in training; bfloat16 is fast with AMX and slow without"
+        "float32", description="of the products in training; bfloat16 is fast with AMX and slow without"
     )
     seeds: Distinct[int] = Field(
         (42, 43, 44), min_length=1, description="of weights and of the order of the texts"
@@ -108,7 +108,7 @@ class Params(StudyParams):
     calibration_texts: Count = Field(16, description="texts that the thresholds come from")
     test_texts: Count = Field(40, description="texts that quality is measured on")
     text_length: int = Field(128, ge=8, description="tokens of each of these texts at most")
-    time_repeats: int = Field(30, ge=3, description="timed products, and tokens")
+    time_repeats: int = Field(30, ge=3, description="timed products, tokens, and training steps")
 
     margin: Percent = Field(2.0, description="what counts as kept: rise of the perplexity, %")
     saving: Percent = Field(50.0, description="what counts as saved, % of the cost at equal loss")

@@ -110,6 +110,23 @@ def count(study: Study) -> pd.DataFrame:
 
 
 @step
+def speed(study: Study) -> pd.DataFrame:
+    """Time a training step of each model, in turns.
+
+    Returns:
+        A row a model: `seconds` of a step with their 95 % interval, and `tokens_per_second`.
+    """
+    timings, tokens = training.speeds(study.params)
+    table = pd.DataFrame(
+        {"arm": arm, "seconds": each.median, "seconds_low": each.low, "seconds_high": each.high,
+         "tokens_per_second": tokens / each.median}
+        for arm, each in timings.items()
+    )  # fmt: skip
+    study.recorder.table("speeds", table)
+    return table
+
+
+@step
 def tune(study: Study) -> pd.DataFrame:
     """Train every model for some steps with every learning rate, and choose the one with the lowest held-out loss.
 
@@ -149,34 +166,38 @@ def _tuned(params: Params, arm: str, rate: float) -> float:
 
 
 @step
-def train(study: Study, operations: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
+def train(study: Study, operations: pd.DataFrame, speeds: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     """Train every model with every seed, each with the learning rate chosen for its kind.
 
     Returns:
         A row a model, seed and point of its learning curve: cost so far (`tokens`, `flops`, `flops_blocks` without the
-        head, `seconds`), `bytes` of the weights, held-out `loss` (mean over kinds of text) and ``loss_<kind>``.
+        head, `seconds` at the measured speed), `bytes` of the weights, held-out `loss` (mean over kinds of
+        text) and ``loss_<kind>``.
     """
     params, parts, use = study.params, [], []
     rates = tuned[tuned["chosen"]].set_index("arm")["learning_rate"]
     of: Any = operations.set_index("arm")
+    prices = {
+        "flops": flops.TRAINING * of["total"],
+        "flops_blocks": flops.TRAINING * of["blocks"],
+        "seconds": 1 / speeds.set_index("arm")["tokens_per_second"],
+    }
     for arm in params.arms:
         like = arm if arm in of.index else MIXTURE
         for seed in params.seeds:
             run = training.train(params, arm, seed=seed, learning_rate=float(rates[like]), steps=params.steps)
             found = training.curve(run).assign(arm=arm, seed=seed, bytes=int(of.loc[like, "bytes"]))
             half = run.log.tokens[params.steps // 2 - 1] if arm == UPCYCLED else 0
-            for column, part in {"flops": "total", "flops_blocks": "blocks"}.items():
-                dense = found["tokens"].clip(upper=half)
-                spent = dense * of.loc[ACTIVE, part] + (found["tokens"] - dense) * of.loc[like, part]
-                found[column] = flops.TRAINING * spent
+            dense = found["tokens"].clip(upper=half)
+            for column, price in prices.items():  # of a token
+                found[column] = dense * price[ACTIVE] + (found["tokens"] - dense) * price[like]
             parts.append(found)
             least, entropy = (
                 training.expert_use(run.model, training.texts(params)) if like == MIXTURE else (1.0, 1.0)
             )
-            pace = found["tokens"].iloc[-1] / found["seconds"].iloc[-1]
             use.append(
                 {
-                    "arm": arm, "seed": seed, "learning_rate": float(rates[like]), "tokens_per_second": pace,
+                    "arm": arm, "seed": seed, "learning_rate": float(rates[like]),
                     "dropped": float(np.mean(run.log.dropped)), "least_load": least, "entropy": entropy,
                 }
             )  # fmt: skip

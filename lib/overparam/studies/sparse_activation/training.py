@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache as remember
 from itertools import islice
@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 
 from overparam.data.packing import Packed, Tree, balanced, endless, pack
+from overparam.measure.speed import Timing, interleaved
 from overparam.models.translator import PLAIN
 from overparam.studies.sparse_activation import ACTIVE, MIXTURE, RANDOM, TOTAL, UPCYCLED, Params
 from overparam.support import cache, files
@@ -227,11 +228,31 @@ def _train(
             measure(steps)
     training.points |= {after + int(step): losses for step, losses in points.items()}
     whole = training.log
-    tokens, seconds = sum(whole.tokens[-1:]), sum(whole.seconds[-1:])
+    tokens = sum(whole.tokens[-1:])
     whole.tokens += [tokens + each for each in log.tokens]
-    whole.seconds += [seconds + each for each in log.seconds]
     whole.loss += log.loss
     whole.dropped += log.dropped
+
+
+def speeds(params: Params) -> tuple[dict[str, Timing], int]:
+    """Time one step of each kind of model, in turns and untouched by what else the machine did during the trainings.
+
+    Returns:
+        Seconds by arm, and the tokens of a step.
+    """
+    from overparam.train import causal
+
+    keep_freed_memory()
+    batch = next(batches(params, params.seeds[0]))
+
+    def call(arm: str) -> Callable[[], Any]:
+        model = build(params, arm, params.seeds[0])
+        recipe = causal.Recipe(steps=1, learning_rate=0.0, balance=params.balance if arm == MIXTURE else 0.0)
+        bf16 = params.precision == "bfloat16"
+        return lambda: causal.train(model, [batch], recipe, capacity=params.capacity, bf16=bf16, label=arm)
+
+    calls = {arm: call(arm) for arm in (ACTIVE, MIXTURE, TOTAL)}
+    return interleaved(calls, repeats=params.time_repeats), int((batch.tree > 0).sum())
 
 
 def validation_losses(model: PreTrainedModel, text: Texts) -> dict[str, float]:
@@ -275,17 +296,12 @@ def expert_use(model: PreTrainedModel, text: Texts) -> tuple[float, float]:
 
 
 def curve(training: Training) -> pd.DataFrame:
-    """A row a point: step, tokens, seconds, and losses by kind of text; `loss` is their mean.
-
-    Seconds are tokens times the median time of a token, so that pauses and measurements do not count.
-    """
+    """A row a point: step, tokens, and losses by kind of text; `loss` is their mean."""
     log = training.log
-    pace = float(np.median(np.diff(log.seconds, prepend=0.0) / np.diff(log.tokens, prepend=0)))
     return pd.DataFrame(
         {
             "step": step,
             "tokens": log.tokens[step - 1],
-            "seconds": log.tokens[step - 1] * pace,
             "loss": float(np.mean(list(losses.values()))),
             **{f"loss_{kind}": loss for kind, loss in losses.items()},
         }
