@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import re
+import sys
 import unicodedata
 import zipfile
 from collections.abc import Iterator
@@ -27,11 +28,12 @@ from typing import NamedTuple
 
 import polib
 
-from overparam.assets import packages
-from overparam.data import corpora
+from overparam.assets import packages, unpack
+from overparam.data import corpora, parallel, splits
 from overparam.data.corpora import known, normalise
 from overparam.data.parallel import interface_pairs
 from overparam.data.splits import SPLITS, Split, split_of
+from overparam.support import cache
 
 KINDS = ("news", "chat", "documentation", "code", "languages")
 LANGUAGES = ("fr", "de", "es", "it")
@@ -105,7 +107,16 @@ def _chosen(kind: str, split: str, language: str | None, max_texts: int | None) 
 
 @functools.cache
 def _all(kind: str) -> tuple[_Text, ...]:
-    """All texts of a kind in the order of their hashes; of texts that normalise to the same one, the first."""
+    """All texts of a kind in the order of their hashes; of texts that normalise to the same one, the first.
+
+    Kept in the cache directory, under a name that depends on the packages and on the code that reads them.
+    """
+    parts = [packages.hashes(name) for name in _SETS[kind]]
+    code = (unpack, corpora, parallel, splits, sys.modules[__name__])
+    return tuple(_Text(*each) for each in cache.values(kind, parts, code, lambda: _read(kind)))
+
+
+def _read(kind: str) -> list[_Text]:
     source = {
         "news": _news,
         "chat": _chat,
@@ -118,7 +129,7 @@ def _all(kind: str) -> tuple[_Text, ...]:
         key = normalise(each.text)
         if _is_text(key, each.text):
             first.setdefault(key, each)
-    return tuple(sorted(first.values(), key=lambda each: hashlib.sha256(each.text.encode()).digest()))
+    return sorted(first.values(), key=lambda each: hashlib.sha256(each.text.encode()).digest())
 
 
 def _is_text(key: str, text: str) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from overparam.assets import packages, unpack
 from overparam.data import corpora
 from overparam.data.corpora import LANGUAGES, Verse, known, normalise, verses
-from overparam.support import cache, files
+from overparam.support import cache
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -48,21 +45,9 @@ def verse_splits(*, test: float = 0.1, validation: float = 0.05) -> Mapping[str,
     text of a group decides its split (`split_of`). The result is kept in the cache directory, under a name that
     depends on the texts and on the code that splits them.
     """
-    file = cache.folder("splits") / f"verses-{_fingerprint(test, validation)}.json"
-    try:
-        return MappingProxyType(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        made = _verse_splits(test, validation)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a few seconds next time
-        files.write_atomic(file, json.dumps(made).encode())
-    return MappingProxyType(made)
-
-
-def _fingerprint(test: float, validation: float) -> str:
-    digest = hashlib.sha256(json.dumps([packages.hashes("bible"), test, validation], sort_keys=True).encode())
-    for module in (unpack, corpora, sys.modules[__name__]):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:16]
+    parts = [packages.hashes("bible"), test, validation]
+    code = (unpack, corpora, sys.modules[__name__])
+    return MappingProxyType(cache.values("verses", parts, code, lambda: _verse_splits(test, validation)))
 
 
 def _verse_splits(test: float, validation: float) -> dict[str, Split]:

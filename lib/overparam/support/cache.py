@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
-from overparam.support import progress
+from overparam.support import files, progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ KINDS = {
     "embeddings": "embeddings of texts",
     "students": "states of distillations",
     "training": "states of pre-trainings",
-    "splits": "splits of texts",
+    "splits": "texts and their splits",
 }
 _LIMIT = 20.0  # GB
 
@@ -123,6 +124,33 @@ def array(kind: str, parts: Sequence[object], make: Callable[[], NDArray[np.floa
             return made
         stored: NDArray[np.float32] = load_file(path / "array.safetensors")["array"]
         return stored
+
+
+def values(name: str, parts: Sequence[object], code: Sequence[ModuleType], make: Callable[[], Any]) -> Any:
+    """Return the plain values that `make` returns, about texts, from the cache if they were made before.
+
+    A cache that cannot be read or written costs time alone.
+
+    Args:
+        name: The file's name begins with it.
+        parts: Everything that the values depend on beside code, as plain values.
+        code: Modules that they depend on.
+        make: Computes the values, which JSON can hold.
+    """
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for module in code:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    file = folder("splits") / f"{name}-{digest.hexdigest()[:16]}.json"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = make()
+        with suppress(OSError):
+            files.write_atomic(file, json.dumps(made).encode())
+        return made
+    with suppress(OSError):
+        os.utime(file)
+    return stored
 
 
 def entries() -> list[Entry]:
