@@ -1,6 +1,7 @@
 import itertools
 import math
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
@@ -228,3 +229,42 @@ def test_expected_overlap_is_the_hypergeometric_expectation():
 def test_impossible_overlaps_are_refused(counts, message):
     with pytest.raises(ValueError, match=message):
         experts.expected_overlap(counts, 4)
+
+
+def test_budgets_by_measured_rises_have_the_smallest_sum_of_all():
+    rng = np.random.default_rng(0)
+    kept, top_k, n_experts, layers = [2, 3, 5], 2, 7, 3
+    for _ in range(20):
+        rises = np.sort(rng.random((layers, len(kept))), axis=1)[:, ::-1]
+        cost = [np.interp(range(n_experts + 1), [*kept, n_experts], [*row, 0.0]) for row in rises]
+        for total in range(layers * top_k, layers * n_experts + 1):
+            found = experts.allocate_by_rise(rises, kept, total, top_k, n_experts)
+            every = product(range(top_k, n_experts + 1), repeat=layers)
+            best = min(
+                sum(row[count] for row, count in zip(cost, counts, strict=True))
+                for counts in every
+                if sum(counts) == total
+            )
+            assert sum(found) == total
+            assert sum(row[count] for row, count in zip(cost, found, strict=True)) == pytest.approx(best)
+
+
+def test_a_layer_that_costs_most_keeps_most_and_noise_rewards_no_cut():
+    assert experts.allocate_by_rise([[2.0, 1.0], [0.2, 0.1]], [1, 2], 5, 1, 4) == [4, 1]
+    noisy = [[-0.3, 0.1], [0.1, -0.2]]  # a layer that keeps more is not worse
+    assert experts.allocate_by_rise(noisy, [1, 2], 6, 1, 4) == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("rises", "kept", "total", "message"),
+    [
+        ([[1.0]], [1, 2], 3, "2 numbers of kept"),
+        ([[math.nan, 0.0]], [1, 2], 3, "finite"),
+        ([[1.0, 0.0]], [2, 1], 3, "must increase from 1"),
+        ([[1.0, 0.0]], [1, 4], 3, "to below 4"),
+        ([[1.0, 0.0]], [1, 2], 5, "total must be in 1..4"),
+    ],
+)
+def test_measured_rises_that_cannot_be_used_are_refused(rises, kept, total, message):
+    with pytest.raises(ValueError, match=message):
+        experts.allocate_by_rise(rises, kept, total, 1, 4)

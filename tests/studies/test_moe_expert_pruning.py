@@ -7,6 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from overparam.compress import experts
+from overparam.data import splits
+from overparam.data.kinds import KINDS
+from overparam.data.parallel import VERSIONS
 from overparam.record import ledger, stats
 from overparam.studies.moe_expert_pruning import (
     Params,
@@ -96,13 +99,28 @@ def calibration(started):
 
 
 @pytest.fixture(scope="module")
-def swept(started, base, calibration):
-    return sweep.sweep(started, base, calibration)
+def rises(started, calibration):
+    return calibrations.sensitivity(started, calibration)
 
 
 @pytest.fixture(scope="module")
-def translated(started, base, calibration):
-    return sweep.quality(started, base, calibration)
+def swept(started, base, calibration, rises):
+    return sweep.sweep(started, base, calibration, rises)
+
+
+@pytest.fixture(scope="module")
+def transferred(started, base, calibration):
+    return sweep.transfer(started, base, calibration)
+
+
+@pytest.fixture(scope="module")
+def agreement(started, calibration):
+    return overlap.overlap(started, calibration)
+
+
+@pytest.fixture(scope="module")
+def translated(started, base, calibration, rises):
+    return sweep.quality(started, base, calibration, rises)
 
 
 def test_every_kind_of_text_is_tested(started):
@@ -111,13 +129,19 @@ def test_every_kind_of_text_is_tested(started):
     assert groups["en-it"] == "unseen"
     assert groups["it-en"] == groups["fr-en"] == "reverse"
     assert groups["interface en-de"] == "interface"
-    assert groups["news"] == groups["newsgroups"] == "plain"
+    assert {name for name, group in groups.items() if group == "plain"} == set(KINDS)
     assert all(len(test.prompts) == len(test.targets) == 8 for test in started.tests.values())
 
 
-def test_calibration_sentences_are_not_test_sentences(started):
-    ids = {part: {pair.id for pair in started.pairs("en", "fr", part, 8)} for part in ("calibration", "test")}
-    assert not ids["calibration"] & ids["test"]
+def test_no_two_parts_share_a_sentence_and_no_parent_was_trained_on_one(started):
+    trained = {verse.id for verse in splits.verses_in(VERSIONS["en"], "train")}
+    seen = set()
+    for part in ("test", "calibration", "training", "examples"):
+        ids = {pair.id for pair in started.pairs("en", "fr", part, 8)}
+        assert len(ids) == 8
+        assert ids == {pair.id for pair in started.pairs("de", "en", part, 8)}
+        assert not ids & (seen | trained)
+        seen |= ids
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(started, calibration):
@@ -130,11 +154,13 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(started, calibration):
     assert np.allclose(calibration.mix.sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("allocation", ["divergence", "uniform", "inverse"])
+@pytest.mark.parametrize(
+    "allocation", ["divergence", "divergence, written", "uniform", "inverse", "sensitivity"]
+)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_budgets_are_met_exactly(started, calibration, allocation, share):
+def test_budgets_are_met_exactly(started, calibration, rises, allocation, share):
     keep = calibrations.keep_sets(
-        started, calibration.pooled, calibration.english, share, allocation=allocation
+        started, calibration.pooled, calibration, share, allocation=allocation, rises=rises
     )
     assert sum(map(len, keep)) == round(len(started.layers) * started.n_experts * (1 - share))
     assert min(map(len, keep)) >= started.top_k
@@ -143,11 +169,48 @@ def test_budgets_are_met_exactly(started, calibration, allocation, share):
 
 
 def test_pruning_a_copy_leaves_the_unpruned_model_as_it_was(started, base, calibration):
-    keep = calibrations.keep_sets(started, calibration.pooled, calibration.english, 0.5)
+    keep = calibrations.keep_sets(started, calibration.pooled, calibration, 0.5)
     started.pruned(keep)
     again = started.losses("again", started.model, ["en-fr"])["en-fr"]
     assert np.array_equal(again, base.losses["en-fr"])
     assert all(layer.n_experts == started.n_experts for layer in experts.layers(started.model))
+
+
+def test_the_rise_of_one_layer_is_that_of_a_model_with_only_this_layer_cut(started, calibration, rises):
+    assert rises.groupby("layer")["kept"].apply(list).tolist() == [[2, 3, 4, 6]] * len(started.layers)
+    mass = experts.scores(calibration.pooled, "routing_mass")
+    keep = experts.select(mass, [8, 2, 8, 8, 8, 8])
+    tests = started.calibration_tests
+    before, after = (started.losses_on(tests, model) for model in (started.model, started.pruned(keep)))
+    per_token = [
+        [items[:, 0].sum() / items[:, 1].sum() for items in each.values()] for each in (before, after)
+    ]
+    row = rises.query("layer == 1 and kept == 2").iloc[0]
+    assert row["loss_change"] == pytest.approx(np.mean(per_token[1]) - np.mean(per_token[0]), abs=1e-6)
+    assert row["loss_change_low"] <= row["loss_change"] <= row["loss_change_high"]
+
+
+def test_the_text_of_the_budgets_can_be_chosen(started, calibration, monkeypatch):
+    both = calibrations.keep_sets(started, calibration.pooled, calibration, 0.5)
+    alone = calibrations.keep_sets(
+        started, calibration.pooled, calibration, 0.5, allocation="divergence, written"
+    )
+    other = started.params.model_copy(update={"budget_text": "written"})
+    assert sweep.WRITTEN in [(each.method, each.allocation) for each in sweep.systems(started, 0.5)]
+    monkeypatch.setattr(started, "params", other)
+    assert calibrations.keep_sets(started, calibration.pooled, calibration, 0.5) == alone
+    assert sweep.WRITTEN not in [(each.method, each.allocation) for each in sweep.systems(started, 0.5)]
+    mass = [calibration.target(text).routing_mass for text in ("read and written", "written")]
+    assert not np.allclose(*mass)
+    assert sum(map(len, both)) == sum(map(len, alone))
+
+
+def test_below_the_floor_a_token_uses_fewer_experts(started, calibration, swept):
+    assert started.lowered == 1 - 1 / 8
+    keep = swept.keep["routing_mass", started.lowered]
+    assert [len(each) for each in keep] == [1] * len(started.layers)
+    assert {layer.top_k for layer in experts.layers(started.pruned(keep))} == {1}
+    assert {layer.top_k for layer in experts.layers(started.model)} == {2}
 
 
 def test_a_random_model_bounds_no_change_of_chrf(started, base):
@@ -158,11 +221,12 @@ def test_a_random_model_bounds_no_change_of_chrf(started, base):
 
 def test_sweep_holds_every_system_at_every_share(started, swept):
     table = swept.table
-    assert len(table) == len(started.params.shares) * len(sweep.systems(started, 0.5)) == 11
+    assert len(table) == len(started.params.shares) * len(sweep.systems(started, 0.5)) + 1 == 14
     assert set(table["method"]) == set(experts.METHODS) - {"reap_renormalised"}
     assert table["idle_among_pruned"].between(0, 1).all()
     assert (table["low"] <= table["loss_change"]).all()
-    assert set(swept.losses) == set(swept.keep) == {("routing_mass", 0.5), ("routing_mass_super", 0.5)}
+    expected = {("routing_mass", 0.5), ("routing_mass_super", 0.5), ("routing_mass", 0.875)}
+    assert set(swept.losses) == set(swept.keep) == expected
 
 
 def test_a_super_expert_is_pruned_alone_and_beside_the_most_used_one(started, base, calibration, monkeypatch):
@@ -185,8 +249,8 @@ def test_idle_experts_are_those_that_hardly_work(started, calibration):
         assert layer == {e for e, value in enumerate(mass) if value < 0.25 / started.n_experts}
 
 
-def test_overlap_is_one_with_itself_and_beats_chance_for_one_text_twice(started, calibration):
-    found = overlap.overlap(started, calibration)
+def test_overlap_is_one_with_itself_and_beats_chance_for_one_text_twice(started, calibration, agreement):
+    found = agreement
     assert np.allclose(np.diag(found.matrix), 1)
     assert np.allclose(found.matrix, found.matrix.T)
     assert 0 < found.chance < 1
@@ -224,6 +288,9 @@ def test_recovery_trains_a_copy_of_its_own(started, base, swept, translated, tmp
     found = recovery.recover(started, base, swept, translated, texts)
     assert set(found.table["trained"]) == {"all parameters", "adapters"}
     assert set(found.change) == {
+        recovery.Kind(0.0, "routing_mass", "references"),
+        recovery.Kind(0.0, "routing_mass", "parent"),
+        recovery.Kind(0.875, "routing_mass", "parent"),
         recovery.Kind(0.5, "routing_mass", "references"),
         recovery.Kind(0.5, "routing_mass", "parent"),
         recovery.Kind(0.5, "routing_mass", "parent", lora=True),
@@ -250,14 +317,17 @@ def test_a_parent_that_ends_nothing_teaches_nothing(started, base, swept, transl
     assert set(found.table["targets"]) == {"references"}
 
 
-def test_figures_are_drawn_from_what_they_save(started, base, calibration, swept):
+def test_figures_are_drawn_from_what_they_save(
+    started, base, calibration, rises, swept, agreement, transferred
+):
     plots.plot_routing(started, overlap.routing_table(started, calibration))
     plots.plot_methods(started, swept)
+    plots.plot_sensitivity(started, rises)
     plots.plot_elsewhere(started, sweep.elsewhere(started, base, swept))
-    plots.plot_transfer(started, sweep.transfer(started, base, calibration))
-    plots.plot_overlap(started, overlap.overlap(started, calibration))
+    plots.plot_transfer(started, transferred)
+    plots.plot_overlap(started, agreement)
     saved = {figure.id: figure for figure in started.recorder.record.figures}
-    assert len(saved) >= 5
+    assert len(saved) >= 6
     csv = pd.read_csv(started.recorder.directory / "figure_methods.csv")
     assert set(csv["method"]) == set(experts.METHODS) - {
         "reap_renormalised"
@@ -315,17 +385,30 @@ def test_bytes_are_judged_against_the_parameters(bytes_kept, verdict):
     ("seconds", "verdict"), [(1.02, "reproduced"), (0.5, "not reproduced"), (2.0, "not reproduced")]
 )
 def test_time_that_stays_is_what_was_published(seconds, verdict):
-    assert verdicts.time_claim(_costs(400), _latencies(seconds)).verdict == verdict
+    unchanged, faster, active = verdicts.time_claims(_costs(400), _latencies(seconds))
+    assert unchanged.verdict == verdict
+    assert faster.verdict == ("reproduced" if seconds == 0.5 else "not reproduced")
+    assert active.verdict == "not reproduced"  # a token uses as many parameters as before
 
 
-def test_every_claim_gets_a_verdict(started, base, swept, translated, calibration):
+def test_other_tasks_are_compared_with_translation_each_pruned_for_itself(started, transferred):
+    rise = transferred.set_index(["calibration", "test"])["loss_change"]
+    assert set(KINDS) <= set(transferred["calibration"])
+    claim = verdicts._other_tasks(started, transferred)
+    own = np.mean([rise[kind, kind] for kind in ("news", "chat", "documentation", "code")])
+    translation = np.mean([rise["all languages", f"en-{language}"] for language in ("fr", "de")])
+    assert claim.measured.value == pytest.approx(translation - own)
+    assert claim.measured.low < claim.measured.value < claim.measured.high
+
+
+def test_every_claim_gets_a_verdict(started, base, swept, translated, agreement, transferred):
     recovered = recovery.Recovered(
         pd.DataFrame(), {recovery.Kind(0.75, "routing_mass", "parent"): stats.Estimate(-1.0, -1.8, -0.2, 8)}
     )
-    agreement, cost = overlap.overlap(started, calibration), (_costs(400), _latencies(1.0))
-    claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost)
+    cost = (_costs(400), _latencies(1.0))
+    claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, transferred, cost)
     found = {claim.id: claim for claim in claims}
-    assert len(found) == len(claims) == 11
+    assert len(found) == len(claims) == 14
     assert found["experts-75-recovered"].verdict == "reproduced"
     assert found["experts-70"].verdict == "not testable at this scale"
     assert found["experts-half"].verdict == "inconclusive"
@@ -335,7 +418,9 @@ def test_every_claim_gets_a_verdict(started, base, swept, translated, calibratio
         (f"recovered, {name}", 0.75, "parent", "all parameters"): stats.Estimate(-9.0, -9.8, -8.2, 8),
     }
     scored = comet.CometScores(pd.DataFrame(), change)
-    claims = verdicts.verdicts(started, base, swept, translated, recovered, agreement, cost, scored)
+    claims = verdicts.verdicts(
+        started, base, swept, translated, recovered, agreement, transferred, cost, scored
+    )
     found = {claim.id: (claim.verdict, claim.unit) for claim in claims}
     assert found["experts-half"] == ("reproduced", "% of COMET")
     assert found["experts-75-recovered"] == ("not reproduced", "% of COMET")
@@ -345,7 +430,7 @@ def test_a_base_model_is_asked_by_examples_of_the_training_text(tmp_path, monkey
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
     asked = study.start(Params(**{**TINY, "prompt": "few_shot"}))
     test = asked.tests["en-fr"]
-    examples = asked.pairs("en", "fr", "training", 11)[8:]  # behind those that recovery trains on
+    examples = asked.pairs("en", "fr", "examples", 3)
     assert all(prompt.count("English:") == 4 and prompt.endswith("French:") for prompt in test.prompts)
     assert all(pair.target in test.prompts[0] for pair in examples)
     assert all(target.startswith(" ") and target.endswith("\n") for target in test.targets)
@@ -391,7 +476,7 @@ def test_sentences_of_the_hub_are_split_into_calibration_and_test(tmp_path, monk
     asked = study.start(Params(**{**TINY, "corpus": "flores"}))
     for part in ("calibration", "training", "test"):
         assert len(asked.pairs("en", "fr", part, 8)) == 8
-    assert splits == ["dev", "dev", "devtest"]
+    assert splits == ["dev", "dev", "dev", "devtest"]  # the first when the study starts
     monkeypatch.setattr(study.parallel, "wmt24pp", wmt24pp)
     assert asked.tests["wmt24++ en-de"].group == "wmt24++"
     assert "wmt24++ en-it" not in asked.tests

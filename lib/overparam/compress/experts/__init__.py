@@ -12,6 +12,7 @@ from overparam.support import lazy
 if TYPE_CHECKING:
     from overparam.compress.experts.allocation import (
         allocate,
+        allocate_by_rise,
         allocate_inverse,
         allocate_uniform,
         divergence,
@@ -36,6 +37,7 @@ __all__ = [
     "MoeLayer",
     "RoutingStatistics",
     "allocate",
+    "allocate_by_rise",
     "allocate_inverse",
     "allocate_uniform",
     "collect",

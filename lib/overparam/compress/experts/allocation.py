@@ -1,7 +1,7 @@
 """How many experts each layer keeps, and which.
 
 The layer budget follows arXiv 2605.28042: layers whose routing differs most between the target language and English
-keep the most experts.
+keep the most experts. `allocate_by_rise` is our own: layers whose cut costs most, measured one by one, keep the most.
 """
 
 from __future__ import annotations
@@ -88,6 +88,64 @@ def allocate_inverse(divergence: ArrayLike, total: int, top_k: int, n_experts: i
     return _share([high + low - weight for weight in weights], total, top_k, n_experts)
 
 
+def allocate_by_rise(
+    rises: ArrayLike, kept: Sequence[int], total: int, top_k: int, n_experts: int
+) -> list[int]:
+    """Share `total` kept experts so that rises of the loss, measured layer by layer, have the smallest sum.
+
+    Between measured numbers of experts the rise is interpolated linearly; at `n_experts` it is zero. A layer that keeps
+    more never counts as worse, so that noise cannot reward a cut. That rises of several layers add up is an assumption.
+    Of equal sums, earlier layers keep more. Exact, by dynamic programming over layers.
+
+    Args:
+        rises: Rise of the loss when this layer alone keeps so many experts. [layers, numbers]
+        kept: Those numbers, increasing, from `top_k` to below `n_experts`. [numbers]
+        total: Experts kept in all layers together, from ``layers * top_k`` to ``layers * n_experts``.
+        top_k: Minimum per layer.
+        n_experts: Maximum per layer.
+
+    Returns:
+        Kept experts of each layer; they sum to `total`.
+
+    Raises:
+        ValueError: If the total is impossible, numbers are out of order or range, or a rise is not finite.
+    """
+    table = np.asarray(rises, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != len(kept) or not len(kept) or not np.isfinite(table).all():
+        raise ValueError(
+            f"rises must be finite, [layers, numbers] with the {len(kept)} numbers of kept, got {table.tolist()}"
+        )
+    if list(kept) != sorted(set(kept)) or kept[0] != top_k or kept[-1] >= n_experts:
+        raise ValueError(
+            f"kept must increase from {top_k} (top_k) to below {n_experts} (n_experts), got {list(kept)}"
+        )
+    layers = len(table)
+    _check_total(layers, total, top_k, n_experts)
+    ends = np.concatenate([table.clip(min=0), np.zeros((layers, 1))], axis=1)
+    falling = np.maximum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+    every = np.arange(top_k, n_experts + 1)
+    costs = np.array([np.interp(every, [*kept, n_experts], row) for row in falling])  # [layers, every]
+    best = np.full(
+        total + 1, np.inf
+    )  # least sum of the layers so far, by the experts that they keep together
+    best[0] = 0.0
+    choices = []
+    for cost in costs[::-1]:
+        following, choice = np.full(total + 1, np.inf), np.zeros(total + 1, dtype=int)
+        for count, rise in zip(every, cost, strict=True):
+            reached = np.full(total + 1, np.inf)
+            reached[count:] = best[: total + 1 - count] + rise
+            better = reached <= following
+            following[better], choice[better] = reached[better], count
+        best = following
+        choices.append(choice)
+    counts, left = [], total
+    for choice in choices[::-1]:
+        counts.append(int(choice[left]))
+        left -= counts[-1]
+    return counts
+
+
 def select(scores: ArrayLike, counts: Sequence[int], *, groups: int = 1) -> list[list[int]]:
     """Keep the experts with the highest scores in each layer.
 
@@ -172,19 +230,23 @@ def expected_overlap(
 def _share(weights: list[Fraction], total: int, top_k: int, n_experts: int) -> list[int]:
     """Do the same as `allocate`, with exact weights."""
     count = len(weights)
-    if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k must be in 1..{n_experts} (n_experts), got {top_k}")
-    if not count * top_k <= total <= count * n_experts:
-        raise ValueError(
-            f"total must be in {count * top_k}..{count * n_experts} ({count} layers of {top_k} (top-k) to "
-            f"{n_experts} experts), got {total}"
-        )
+    _check_total(count, total, top_k, n_experts)
     shares = _fill(weights, total - count * top_k, n_experts - top_k)
     kept = [top_k + math.floor(share) for share in shares]
     order = sorted(range(count), key=lambda layer: (math.floor(shares[layer]) - shares[layer], layer))
     for layer in order[: total - sum(kept)]:
         kept[layer] += 1
     return kept
+
+
+def _check_total(layers: int, total: int, top_k: int, n_experts: int) -> None:
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k must be in 1..{n_experts} (n_experts), got {top_k}")
+    if not layers * top_k <= total <= layers * n_experts:
+        raise ValueError(
+            f"total must be in {layers * top_k}..{layers * n_experts} ({layers} layers of {top_k} (top-k) to "
+            f"{n_experts} experts), got {total}"
+        )
 
 
 def _fill(weights: list[Fraction], spare: int, room: int) -> list[Fraction]:

@@ -41,7 +41,9 @@ class Params(StudyParams):
     calibration_items: int = Field(64, ge=8, description="calibration sentences per language")
     test_items: int = Field(32, ge=8, description="sentences per direction whose likelihood is measured")
     translated_items: int = Field(24, ge=8, description="sentences translated per language")
-    plain_characters: int = Field(400, ge=64, description="maximum characters per news or newsgroup text")
+    plain_characters: int = Field(
+        400, ge=64, description="maximum characters of a text that is not translated"
+    )
     batch_tokens: Count = Field(2048, description="maximum tokens per batch, padding included")
     max_new_tokens: Count | None = Field(
         None, description="maximum tokens per translation; null: twice the source's tokens plus 20"
@@ -49,6 +51,10 @@ class Params(StudyParams):
 
     shares: Increasing[Share] = Field(
         (0.25, 0.5, 0.625, 0.6875, 0.75, 0.875), min_length=1, description="shares of the experts to prune"
+    )
+    budget_text: Literal["read and written", "written"] = Field(
+        "read and written",
+        description="whose routing the published budgets compare with English: source and translation, or the latter",
     )
     random_seeds: int = Field(3, ge=3, description="random selections of experts, as a control")
     idle_below: float = Field(
@@ -86,6 +92,9 @@ class Params(StudyParams):
     )
     recovered_margin: Percent = Field(
         5.0, description="loss after recovery, % of the baseline; published at 75 % pruned: 4.2 % of xCOMET"
+    )
+    task_margin: Positive = Field(
+        0.1, description="how much more another task may lose than translation, nats a token"
     )
     transfer_margin: Percent = Field(
         3.0,

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from overparam.compress import experts
+from overparam.data.kinds import KINDS
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
+from overparam.record import stats
 from overparam.studies.moe_expert_pruning.study import Study
 from overparam.support import progress
 
@@ -28,16 +32,16 @@ class Calibration:
             translation.
         generated: For each language, statistics of the generated tokens alone.
         english: The same sentences as plain English text.
-        news: English news.
+        kinds: Text that is not translated, by kind.
         reverse: Into English, for each language.
         others: What is never calibrated on, and counts only where idle experts are looked for: the unseen
-            languages in both directions, and newsgroup text.
+            languages in both directions.
     """
 
     parts: dict[str, list[experts.RoutingStatistics]]
     generated: dict[str, experts.RoutingStatistics]
     english: experts.RoutingStatistics
-    news: experts.RoutingStatistics
+    kinds: dict[str, experts.RoutingStatistics]
     reverse: dict[str, experts.RoutingStatistics]
     others: list[experts.RoutingStatistics]
 
@@ -50,10 +54,22 @@ class Calibration:
         """Statistics of all languages of the calibration together."""
         return added([part for parts in self.parts.values() for part in parts])
 
+    def target(self, text: str, language: str = "") -> experts.RoutingStatistics:
+        """Statistics of "read and written" text, or of "written" text alone, of one language or of all."""
+        if text == "read and written":
+            return self.of(language) if language else self.pooled
+        return self.generated[language] if language else added(list(self.generated.values()))
+
     @property
     def mix(self) -> NDArray[np.float64]:
         """Mean routing mass over every direction and kind of text of the study, each counted alike."""
-        every = [*map(self.of, self.parts), *self.reverse.values(), self.english, self.news, *self.others]
+        every = [
+            *map(self.of, self.parts),
+            *self.reverse.values(),
+            self.english,
+            *self.kinds.values(),
+            *self.others,
+        ]
         return np.asarray(np.mean([each.routing_mass for each in every], axis=0))
 
 
@@ -65,6 +81,7 @@ def added(parts: Sequence[experts.RoutingStatistics]) -> experts.RoutingStatisti
     return total
 
 
+_SENSITIVITY_SHARES = (1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the experts, that a layer keeps alone
 _PART = 4  # sentences of a part: what a bootstrap over calibration text draws
 
 
@@ -92,10 +109,12 @@ def calibrate(study: Study) -> Calibration:
         )
         reverse[language] = _reading(study, language, "en")
     texts = [pair.source for pair in study.pairs("en", params.languages[0], "calibration", n)]
-    collections = (texts, *(study.plain_texts(name, "train", n) for name in ("reuters-r52", "20newsgroups")))
-    english, news, newsgroups = (_collected(study, *study.plain(some), end=False) for some in collections)
+    english, *plain = (
+        _collected(study, *study.plain(some), end=False)
+        for some in (texts, *(study.plain_texts(kind, "validation", n) for kind in KINDS))
+    )
     others = [_reading(study, *way) for other in params.unseen for way in (("en", other), (other, "en"))]
-    return Calibration(parts, generated, english, news, reverse, [*others, newsgroups])
+    return Calibration(parts, generated, english, dict(zip(KINDS, plain, strict=True)), reverse, others)
 
 
 def _reading(study: Study, source: str, target: str) -> experts.RoutingStatistics:
@@ -142,36 +161,83 @@ def _batch(
     return {"input_ids": ids, "attention_mask": mask, "count_mask": count}
 
 
+@step
+def sensitivity(study: Study, calibration: Calibration) -> pd.DataFrame:
+    """Cut one layer alone to several numbers of experts, and measure the loss of the calibration text's references.
+
+    Returns:
+        A row a layer (counted among the mixture-of-experts layers) and number of experts `kept`: rise of the negative
+        log-likelihood a token, with its interval.
+    """
+    tests = study.calibration_tests
+    before = study.losses_on(tests, study.model)
+    mass = experts.scores(calibration.pooled, "routing_mass")
+    groups, full = study.layers[0].groups, [study.n_experts] * len(study.layers)
+    least = groups * math.ceil(study.top_k / groups)
+    counts = {least, *(groups * round(study.n_experts * share / groups) for share in _SENSITIVITY_SHARES)}
+    every = [
+        (layer, kept)
+        for layer in range(len(full))
+        for kept in sorted(count for count in counts if least <= count < study.n_experts)
+    ]
+    rows = []
+    for layer, kept in progress.track(every, "cutting one layer"):
+        keep = experts.select(mass, [*full[:layer], kept, *full[layer + 1 :]], groups=groups)
+        after = study.losses_on(tests, study.pruned(keep))
+        change = stats.suite_difference(
+            {name: (before[name], after[name], "nll_per_token") for name in tests},
+            n_resamples=CURVE_RESAMPLES,
+            shared_items=True,
+        )
+        rows.append({"layer": layer, "kept": kept, **change.columns("loss_change")})
+    table = pd.DataFrame(rows)
+    study.recorder.table("sensitivity", table)
+    return table
+
+
 def keep_sets(
     study: Study,
     statistics: experts.RoutingStatistics,
-    english: experts.RoutingStatistics,
+    calibration: Calibration,
     share: float,
     *,
     method: str = "routing_mass",
     allocation: str = "divergence",
+    language: str = "",
+    rises: pd.DataFrame | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
     """Choose the experts that stay when `share` of all are pruned.
 
     Args:
         study: The started study.
-        statistics: Of the calibration text.
-        english: Of English text of the same content, for the layer budgets.
+        statistics: Of the text whose experts stay.
+        calibration: Of all texts, for the layer budgets.
         share: Share of all experts that is pruned.
         method: One of `experts.METHODS`.
-        allocation: "divergence" (published), "uniform" or "inverse".
+        allocation: "divergence" (published; its target text is the parameter `budget_text`), "divergence, written"
+            (of translations alone), "uniform", "inverse" or "sensitivity".
+        language: Language that budgets by divergence are for; empty for all.
+        rises: From `sensitivity`, for the budgets of that name.
         seed: Of the method "random".
     """
     layers, groups = len(study.layers), study.layers[0].groups
     # in units of one expert a group, since routers that choose among groups need them equal
     total = round(layers * study.n_experts * (1 - share) / groups)
-    limits = (math.ceil(study.top_k / groups), study.n_experts // groups)
+    least = min(math.ceil(study.top_k / groups), total // layers)
+    limits = (least, study.n_experts // groups)
     if allocation == "uniform":
         units = experts.allocate_uniform(total, layers, *limits)
+    elif allocation == "sensitivity":
+        assert rises is not None
+        grid = rises.pivot(index="layer", columns="kept", values="loss_change")
+        kept = [int(count) // groups for count in grid.columns.to_numpy()]
+        units = experts.allocate_by_rise(grid, kept, total, *limits)
     else:
-        apart = experts.divergence(statistics.routing_mass, english.routing_mass)
-        share_out = experts.allocate if allocation == "divergence" else experts.allocate_inverse
+        text = "written" if allocation.endswith("written") else study.params.budget_text
+        target = calibration.target(text, language)
+        apart = experts.divergence(target.routing_mass, calibration.english.routing_mass)
+        share_out = experts.allocate_inverse if allocation == "inverse" else experts.allocate
         units = share_out(apart, total, *limits)
     counts = [groups * unit for unit in units]
     return experts.select(experts.scores(statistics, method, seed=seed), counts, groups=groups)

@@ -39,11 +39,17 @@ class Overlap:
 
 @step
 def routing_table(study: Study, calibration: Calibration) -> pd.DataFrame:
-    """Return the routing mass of every expert by text, as a long table, with the layers' divergences."""
+    """Return the routing mass of every expert by text, as a long table, with the layers' divergences.
+
+    `divergence` is that of the published budgets, `divergence_written` counts translations alone.
+    """
     texts = {language: calibration.of(language) for language in calibration.parts}
-    texts |= {"English": calibration.english, "news": calibration.news}
-    pooled = calibration.pooled.routing_mass
-    apart = experts.divergence(pooled, calibration.english.routing_mass)
+    texts |= {"English": calibration.english, **calibration.kinds}
+    english = calibration.english.routing_mass
+    apart, written = (
+        experts.divergence(calibration.target(text).routing_mass, english)
+        for text in (study.params.budget_text, "written")
+    )
     idle = idle_experts(study, calibration)
     rows = [
         {
@@ -52,6 +58,7 @@ def routing_table(study: Study, calibration: Calibration) -> pd.DataFrame:
             "expert": expert,
             "routing_mass": mass,
             "divergence": apart[at],
+            "divergence_written": written[at],
             "idle": expert in idle[at],
         }
         for name, each in texts.items()
@@ -70,7 +77,7 @@ def overlap(study: Study, calibration: Calibration) -> Overlap:
     """Compare the experts that different calibration texts keep."""
     texts = {language: calibration.of(language) for language in calibration.parts}
     texts |= {f"{language} → en": each for language, each in calibration.reverse.items()}
-    texts |= {"English": calibration.english, "news": calibration.news}
+    texts |= {"English": calibration.english, **calibration.kinds}
     kept = {name: _kept(study, each) for name, each in texts.items()}
     matrix = pd.DataFrame(
         {a: {b: experts.kept_overlap(kept[a], kept[b]) for b in kept} for a in kept},

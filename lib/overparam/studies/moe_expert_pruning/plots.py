@@ -11,7 +11,7 @@ from overparam.experiment.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, 
 from overparam.studies.moe_expert_pruning.overlap import SHARE, Overlap
 from overparam.studies.moe_expert_pruning.recovery import Recovered
 from overparam.studies.moe_expert_pruning.study import Study
-from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, SENSITIVE, WRITTEN, Quality, Sweep
 from overparam.studies.moe_expert_pruning.verdicts import published_quality
 
 DARK_YELLOW = "#B8A800"
@@ -19,6 +19,8 @@ _SYSTEM = ["method", "allocation"]
 _METHODS = {
     PUBLISHED: Look(BLUE, "o", label="routing mass, by divergence"),
     ("routing_mass", "uniform"): Look(SKY, "s", label="routing mass, equal"),
+    SENSITIVE: Look(BLACK, "d", "--", label="routing mass, by sensitivity"),
+    WRITTEN: Look(BLUE, "o", "--", hollow=True, label="routing mass, by written text's divergence"),
     GUARDED: Look(DARK_YELLOW, "h", label="routing mass, super experts kept"),
     ("routing_mass", "inverse"): Look(PINK, "v", label="routing mass, inverse"),
     ("frequency", "uniform"): Look(YELLOW, "P", label="frequency, equal"),
@@ -33,11 +35,11 @@ _GROUPS = {  # groups of tests
     "reverse": Look(GREEN, "^", label="into English"),
     "interface": Look(PINK, "D", label="interface strings"),
     "wmt24++": Look(SKY, "P", label="WMT24++"),
-    "plain": Look(GREY, "v", label="English news, newsgroups"),
+    "plain": Look(GREY, "v", label="not translated"),
 }
 _SERIES = {
     "no training, by divergence": Look(BLUE, "o"),
-    "no training, equal budgets": Look(SKY, "s"),
+    "no training, by sensitivity": Look(SKY, "s"),
     "no training, super experts kept": Look(DARK_YELLOW, "h"),
     "same, one language at a time": Look(GREY, "p"),
     "recovered on references": Look(GREEN, "^"),
@@ -57,7 +59,7 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
     caption = (
         f"Share of the routing that each expert of {study.params.model} gets, by layer, on "
         f"{study.params.calibration_items} calibration sentences into each language (instruction, source and the "
-        "model's own translation), on the same sentences in English, and on English news. "
+        "model's own translation), on the same sentences in English, and on text of other kinds. "
         f"The uniform share is {1 / study.n_experts:.3f}."
     )
     with charts.figure(
@@ -87,6 +89,26 @@ def plot_routing(study: Study, routing: pd.DataFrame) -> Any:
     return figure
 
 
+def plot_sensitivity(study: Study, rises: pd.DataFrame) -> Any:
+    """Draw the increase in loss when one layer alone is cut, by the experts that it keeps."""
+    layers = {at: f"layer {layer.index}" for at, layer in enumerate(study.layers)}
+    data = rises.assign(layer=rises["layer"].map(layers))
+    caption = (
+        f"Increase in the negative log-likelihood of the calibration text's references when one layer of "
+        f"{study.params.model} alone keeps so many of its {study.n_experts} experts, those with the highest routing "
+        f"mass, mean over {', '.join(study.params.languages)}. 95 % bootstrap interval over "
+        f"{study.params.calibration_items} sentences per language."
+    )
+    with charts.figure(study, "fig:experts-sensitivity", data, caption=caption, legend=3) as axes:
+        charts.curves(axes, data, "kept", "loss_change", by="layer")
+        charts.reference(axes, 0, line="-")
+        axes.set(xlabel="experts that this layer keeps", ylabel=_LOSS)
+        axes.set_xscale("log", base=2)
+        ticks = sorted(set(data["kept"]))
+        axes.set_xticks(ticks, [str(each) for each in ticks])
+    return axes.figure
+
+
 def plot_methods(study: Study, found: Sweep) -> Any:
     """Draw the increase in loss by the share pruned, for every score, layer budget and control."""
     data = _over_choices(found.table, "loss_change")
@@ -108,7 +130,7 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
     ours, trained, paper = translated.table, recovered.table, published_quality()
     parts = [
         _of(ours, PUBLISHED),
-        _of(ours, ("routing_mass", "uniform")),
+        _of(ours, SENSITIVE),
         _of(ours, GUARDED),
         _of(ours, GUARDED, "one language"),
         *(
@@ -136,7 +158,8 @@ def plot_quality(study: Study, translated: Quality, recovered: Recovered) -> Any
     caption = (
         f"Change in chrF++ of {study.params.model} from English into {', '.join(study.params.languages)} against "
         f"the unpruned model, paired 95 % bootstrap interval over {study.params.translated_items} sentences per "
-        f"language; failed generations score 0. Recovery: {study.params.recovery_steps} steps of all parameters. "
+        f"language; failed generations score 0. Recovery: {study.params.recovery_steps} steps of all parameters; at "
+        "0 % the unpruned model, trained alike. The last point without training lets a token use one expert less. "
         "Dotted: xCOMET of GPT-OSS-20B on FLORES-200 (arXiv 2605.28042), another model and metric; at 87.5 % "
         "without training, its output was unusable."
     )
@@ -173,7 +196,7 @@ def plot_elsewhere(study: Study, table: pd.DataFrame) -> Any:
         f"from English into {', '.join(study.params.languages)}, by routing mass with budgets by divergence "
         "(left) or with super experts kept and equal budgets (right): on those "
         f"languages, on {', '.join(study.params.unseen) or 'none'}, which calibration never saw, into English, on "
-        "text of other domains, and on plain English. 95 % bootstrap interval over sentences."
+        "text of other domains, and on text that is not translated. 95 % bootstrap interval over sentences."
     )
     panels = {PUBLISHED[0]: "as published", GUARDED[0]: "super experts kept"}
     with charts.figure(

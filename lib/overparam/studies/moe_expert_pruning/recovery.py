@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,7 +25,7 @@ from overparam.studies.moe_expert_pruning.study import (
     failure_share,
     mean_chrf,
 )
-from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System, shares
 from overparam.support import progress
 from overparam.train import causal
 
@@ -38,7 +38,10 @@ TARGETS = ("references", "parent")
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to recover: how much was pruned by which score, what the model learned from, and how."""
+    """One way to recover: how much was pruned by which score, what the model learned from, and how.
+
+    With nothing pruned, it is the control: the unpruned model, trained alike.
+    """
 
     share: float
     method: str
@@ -49,6 +52,11 @@ class Kind:
     def trained(self) -> str:
         """What was trained, in words."""
         return "adapters" if self.lora else "all parameters"
+
+    @property
+    def control(self) -> Kind:
+        """The unpruned model, trained on the same targets in the same way."""
+        return replace(self, share=0.0, method=PUBLISHED[0])
 
 
 CUTS = {method: System(0.0, method, allocation).name for method, allocation in (PUBLISHED, GUARDED)}
@@ -71,8 +79,8 @@ class Recovered:
 def training_texts(study: Study) -> dict[str, Examples]:
     """Return training prompts with both kinds of targets: references, and the unpruned model's translations.
 
-    The second is sequence-level distillation (Kim & Rush, arXiv 1606.07947). Translations that did not come to an
-    end are left out.
+    No translator of this suite was trained on these sentences. The second is sequence-level distillation (Kim & Rush,
+    arXiv 1606.07947). Translations that did not come to an end are left out.
     """
     found: dict[str, Examples] = {kind: {} for kind in TARGETS}
     params = study.params
@@ -103,15 +111,20 @@ def _examples(study: Study, asked: list[str], answers: list[str]) -> list[tuple[
 def recover(
     study: Study, base: Baseline, found: Sweep, pruned: Quality, texts: Mapping[str, Examples]
 ) -> Recovered:
-    """Fine-tune the models of the published cut and of the guarded one.
+    """Fine-tune the models of the published cut and of the guarded one, and the unpruned model as a control.
 
-    All parameters, on references and on the parent's translations; adapters on the middle share; the guarded cut on
-    the parent's translations alone.
+    All parameters, on references and on the parent's translations; adapters on the middle share; the guarded cut, and
+    the cut that lets a token use fewer experts, on the parent's translations alone.
     """
     params = study.params
-    kinds = [Kind(share, PUBLISHED[0], targets) for share in params.recovery_shares for targets in TARGETS]
+    kinds = [
+        Kind(share, PUBLISHED[0], targets)
+        for share in ((0.0, *params.recovery_shares) if params.recovery_shares else ())
+        for targets in TARGETS
+    ]
     kinds += [Kind(share, GUARDED[0], "parent") for share in params.recovery_shares]
     if params.recovery_shares:
+        kinds += [Kind(share, PUBLISHED[0], "parent") for share in shares(study)[len(params.shares) :]]
         middle = sorted(params.recovery_shares)[len(params.recovery_shares) // 2]
         kinds.append(Kind(middle, PUBLISHED[0], "parent", lora=True))
     for targets in TARGETS:
@@ -123,10 +136,11 @@ def recover(
     runs = [(kind, seed) for kind in kinds for seed in params.recovery_seeds]
     for kind, seed in progress.track(runs, "recovering"):
         # in float32: in bfloat16 most updates of a short fine-tuning round to nothing
-        model = copy.deepcopy(study.pruned(found.keep[kind.method, kind.share])).float()
+        cut = study.pruned(found.keep[kind.method, kind.share]) if kind.share else study.model
+        model = copy.deepcopy(cut).float()
         _train(study, model, texts[kind.targets], kind, seed)
         model.to(study.model.dtype)
-        system = f"recovered, {CUTS[kind.method]}"
+        system = f"recovered, {CUTS[kind.method]}" if kind.share else "unpruned, trained alike"
         columns: dict[str, Any] = {
             "share": kind.share,
             "targets": kind.targets,
@@ -138,6 +152,10 @@ def recover(
         losses.setdefault(kind, []).append(study.losses(system, model, **columns))
     change = {kind: change_in_chrf(study, base.scores, several) for kind, several in scores.items()}
     rows = [_row(study, base, pruned, kind, scores[kind], losses[kind], change[kind]) for kind in scores]
+    for row, kind in zip(rows, scores, strict=True):
+        if kind.share and kind.control in scores:
+            apart = change_in_chrf(study, scores[kind.control], scores[kind])
+            row |= apart.columns("change_from_control")
     table = pd.DataFrame(rows)
     study.recorder.table("recovery", table)
     return Recovered(table, change)
@@ -207,7 +225,7 @@ def _row(
     before = mean_chrf(base.scores, languages)
     after = float(sum(mean_chrf(each, languages) for each in scores) / len(scores))
     allocation = next(each for method, each in (PUBLISHED, GUARDED) if method == kind.method)
-    unrecovered = pruned.scores[System(kind.share, kind.method, allocation)]
+    unrecovered = pruned.scores[System(kind.share, kind.method, allocation)] if kind.share else base.scores
     cut, lost = mean_chrf(unrecovered, languages), change_in_chrf(study, base.scores, unrecovered)
     groups = {test.group for test in study.tests.values()}
     risen = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from overparam import models
 from overparam.compress import experts
-from overparam.data import corpora, parallel
+from overparam.data import corpora, kinds, parallel
 from overparam.data.parallel import Pair
 from overparam.evaluate import likelihood, prompts
 from overparam.evaluate.comet import comet_command
@@ -49,7 +49,7 @@ class Test:
     Attributes:
         group: "seen" (into a language of the calibration), "unseen", "reverse" (into English), "interface" and
             "wmt24++" (out of domain, into languages of the calibration; the latter beside FLORES+) or "plain"
-            (English news and newsgroup text).
+            (text that is not translated, of the kinds of `kinds.KINDS`).
         prompts: What the model is given.
         targets: What it is to find likely.
         ends: Whether the end token follows, and is scored.
@@ -93,13 +93,23 @@ class Study(experiment.Study[Params]):
         return self.layers[0].top_k
 
     def pairs(self, source: str, target: str, part: str, n: int) -> list[Pair]:
-        """Return `n` sentence pairs for "calibration", "training" or "test", the same ones for all languages."""
+        """Return `n` sentence pairs of a part, the same ones for all languages.
+
+        The parts are "test", and of held-out text that is not tested "calibration", "training" and "examples"; they
+        share no sentence, and the translators of this suite were trained on none of them.
+        """
         params = self.params
+        before = {
+            "test": 0,
+            "calibration": 0,
+            "training": params.calibration_items,
+            "examples": params.calibration_items + params.recovery_items,
+        }[part]
         if params.corpus == "flores":
             split = "devtest" if part == "test" else "dev"
-            return parallel.flores(source, target, split, n=n, seed=params.seed)
-        split = {"calibration": "validation", "training": "train", "test": "test"}[part]
-        return parallel.verse_pairs(source, target, split, n=n, seed=params.seed)
+            return parallel.flores(source, target, split, n=before + n, seed=params.seed)[before:]
+        split = "test" if part == "test" else "validation"
+        return parallel.verse_pairs(source, target, split, n=before + n, seed=params.seed)[before:]
 
     def ask(self, sources: Sequence[str], source: str, target: str) -> list[str]:
         """Return the prompts that ask for translations."""
@@ -133,30 +143,40 @@ class Study(experiment.Study[Params]):
             if params.corpus == "flores":
                 segments = parallel.wmt24pp(language, n=n, seed=params.seed)
                 found[f"wmt24++ en-{language}"] = self._test("wmt24++", segments, "en", language)
-        for name, corpus in (("news", "reuters-r52"), ("newsgroups", "20newsgroups")):
-            found[name] = Test("plain", *self.plain(self.plain_texts(corpus, "test", n)), ends=False)
+        for kind in kinds.KINDS:
+            found[kind] = Test("plain", *self.plain(self.plain_texts(kind, "test", n)), ends=False)
         return found
 
-    def plain_texts(self, corpus: str, part: str, n: int) -> list[str]:
-        """Return `n` texts of news or newsgroups, spread over the corpus, each cut to the same length.
+    def plain_texts(self, kind: str, split: str, n: int) -> list[str]:
+        """Return `n` texts of a kind that are not translated, each cut to the same length.
 
         Raises:
-            ValueError: If the corpus has fewer.
+            ValueError: If there are fewer.
         """
-        texts = [text for _, text in corpora.topic_rows(corpus, part) if len(text.split()) > 8]
+        texts = [text for text in kinds.texts(kind, split) if len(text.split()) > 8]
         if len(texts) < n:
-            raise ValueError(f"{corpus} ({part}) has {len(texts)} texts, {n} are asked for")
-        step = len(texts) // n
-        return [text[: self.params.plain_characters].rsplit(" ", 1)[0] for text in texts[::step][:n]]
+            raise ValueError(f"{kind} ({split}) has {len(texts)} texts, {n} are asked for")
+        return [text[: self.params.plain_characters].rsplit(" ", 1)[0] for text in texts[:n]]
 
     def losses(
         self, system: str, model: PreTrainedModel, tests: Sequence[str] = (), **columns: float | str
     ) -> Losses:
         """Measure the negative log-likelihood of tests (all by default), and keep it by item."""
-        found = {}
-        for name in tests or self.tests:
-            test = self.tests[name]
-            found[name] = likelihood.negative_log_likelihood(
+        found = self.losses_on({name: self.tests[name] for name in tests or self.tests}, model)
+        for name in found:
+            self._keep(
+                self.items,
+                system,
+                name,
+                dict(zip(("nll", "tokens"), found[name].T.astype(np.float32), strict=True)),
+                columns,
+            )
+        return found
+
+    def losses_on(self, tests: Mapping[str, Test], model: PreTrainedModel) -> Losses:
+        """Measure the negative log-likelihood of texts."""
+        return {
+            name: likelihood.negative_log_likelihood(
                 model,
                 self.tokenizer,
                 test.prompts,
@@ -166,14 +186,28 @@ class Study(experiment.Study[Params]):
                 end_token=test.ends,
                 label=f"likelihood of {name}",
             )
-            self._keep(
-                self.items,
-                system,
-                name,
-                dict(zip(("nll", "tokens"), found[name].T.astype(np.float32), strict=True)),
-                columns,
+            for name, test in tests.items()
+        }
+
+    @property
+    def calibration_tests(self) -> dict[str, Test]:
+        """The calibration sentences with their references, by language."""
+        return {
+            f"en-{language}": self._test(
+                "seen",
+                self.pairs("en", language, "calibration", self.params.calibration_items),
+                "en",
+                language,
             )
-        return found
+            for language in self.params.languages
+        }
+
+    @property
+    def lowered(self) -> float | None:
+        """Share pruned where a layer keeps one expert less than a token uses, and the token uses one less; if any."""
+        if self.top_k == 1 or self.layers[0].groups > 1:
+            return None
+        return 1 - (self.top_k - 1) / self.n_experts
 
     def translations(
         self, model: PreTrainedModel, pairs: Mapping[str, Sequence[Pair]], *, label: str
@@ -232,8 +266,11 @@ class Study(experiment.Study[Params]):
         return scores, texts
 
     def pruned(self, keep: Sequence[Sequence[int]]) -> PreTrainedModel:
-        """Return a pruned copy that shares everything but its experts with the unpruned model."""
-        return experts.prune(models.sharing_copy(self.model), keep)
+        """Return a pruned copy that shares everything but its experts with the unpruned model.
+
+        A layer that keeps fewer experts than a token uses lets it use fewer.
+        """
+        return experts.prune(models.sharing_copy(self.model), keep, lower_top_k=True)
 
     def finish(self) -> Record:
         """Write per-item scores, translations and the record; its last file is record.json."""
@@ -261,11 +298,10 @@ class Study(experiment.Study[Params]):
     def _shots(self) -> prompts.Prompter:
         """Ask by examples in whichever languages are asked for; no sentence of another step is an example."""
         cached: dict[tuple[str, str], Callable[[str, str, str], str]] = {}
-        used = max(self.params.calibration_items, self.params.recovery_items)
 
         def build(text: str, source: str, target: str) -> str:
             if (source, target) not in cached:
-                examples = self.pairs(source, target, "training", used + _SHOTS)[used:]
+                examples = self.pairs(source, target, "examples", _SHOTS)
                 cached[source, target] = prompts.few_shot(examples).build
             return cached[source, target](text, source, target)
 
@@ -309,8 +345,8 @@ def start(params: Params) -> Study:
     if params.comet:
         comet_command()
     keep_freed_memory()
-    sets = ["interface", "reuters", "newsgroups", *(["verses"] if params.corpus == "verses" else [])]
-    inputs = models.provenance(params.model) | corpora.provenance(*sets)
+    sets = ["interface", *(["verses"] if params.corpus == "verses" else [])]
+    inputs = models.provenance(params.model) | corpora.provenance(*sets) | kinds.provenance()
     if params.dense_reference:
         inputs |= models.provenance(params.dense_reference)
     recorder = experiment.open_record(
@@ -325,6 +361,7 @@ def start(params: Params) -> Study:
     recorder.metric("experts", found[0].n_experts, "per layer")
     recorder.metric("top_k", found[0].top_k)
     study = Study(params, recorder, model, tokenizer)
+    study.pairs("en", params.languages[0], "examples", _SHOTS)  # there is enough text for every part
     assert study.layers  # known from here on without the model
     return study
 
@@ -337,7 +374,7 @@ def _peak(params: Params, dtype: torch.dtype) -> float:
     if not params.recovery_shares:
         return costs
     # trained in float32: weights, gradients, and two numbers a weight in the optimizer
-    recovery = 1.5 + 4 * (1 - min(params.recovery_shares)) * torch.float32.itemsize / dtype.itemsize
+    recovery = 1.5 + 4 * torch.float32.itemsize / dtype.itemsize  # of the unpruned control
     return max(costs, recovery)
 
 

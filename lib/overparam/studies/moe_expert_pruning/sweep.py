@@ -27,7 +27,12 @@ from overparam.studies.moe_expert_pruning.study import (
 from overparam.support import progress
 
 PUBLISHED = ("routing_mass", "divergence")  # score and layer budget of the paper
+WRITTEN = ("routing_mass", "divergence, written")  # of the translation alone
 GUARDED = ("routing_mass_super", "uniform")  # the same score with super experts kept: not the paper's
+SENSITIVE = (
+    "routing_mass",
+    "sensitivity",
+)  # layer budgets by what a cut of each layer costs: not the paper's
 _PEERS = (
     "frequency",
     "koishekenov",
@@ -79,22 +84,31 @@ class Sweep:
 
 def systems(study: Study, share: float) -> list[System]:
     """Return the systems that are compared at a share: the method, controls of its budgets, its peers, and chance."""
+    if share == study.lowered:  # all budgets are the same
+        return [System(share, *PUBLISHED)]
     method = PUBLISHED[0]
     found = [System(share, method, allocation) for allocation in ("divergence", "uniform", "inverse")]
-    found += [System(share, *GUARDED)]
+    found += [System(share, *WRITTEN)] if study.params.budget_text != "written" else []
+    found += [System(share, *SENSITIVE), System(share, *GUARDED)]
     found += [System(share, peer, "uniform") for peer in (*_PEERS, "inverted")]
     return found + [System(share, "random", "uniform", seed) for seed in range(study.params.random_seeds)]
 
 
+def shares(study: Study) -> list[float]:
+    """The shares of the parameters, and the one where a token uses fewer experts."""
+    lowered = study.lowered
+    return [*study.params.shares, *([lowered] if lowered and lowered > study.params.shares[-1] else [])]
+
+
 @step
-def sweep(study: Study, base: Baseline, calibration: Calibration) -> Sweep:
+def sweep(study: Study, base: Baseline, calibration: Calibration, rises: pd.DataFrame) -> Sweep:
     """Prune by every system at every share, and measure the likelihood of the reference translations."""
     seen = [f"en-{language}" for language in study.params.languages]
     pooled, idle = calibration.pooled, idle_experts(study, calibration)
     rows, losses, kept = [], {}, {}
-    every = [system for share in study.params.shares for system in systems(study, share)]
+    every = [system for share in shares(study) for system in systems(study, share)]
     for system in progress.track(every, "pruning"):
-        keep = _keep(study, system, pooled, calibration.english)
+        keep = _keep(study, system, pooled, calibration, rises)
         everywhere = (system.method, system.allocation) in (PUBLISHED, GUARDED)
         found = study.losses(
             system.name, study.pruned(keep), () if everywhere else seen, share=system.share, seed=system.seed
@@ -122,15 +136,19 @@ def _keep(
     study: Study,
     system: System,
     statistics: experts.RoutingStatistics,
-    english: experts.RoutingStatistics,
+    calibration: Calibration,
+    rises: pd.DataFrame,
+    language: str = "",
 ) -> list[list[int]]:
     return keep_sets(
         study,
         statistics,
-        english,
+        calibration,
         system.share,
         method=system.method,
         allocation=system.allocation,
+        language=language,
+        rises=rises,
         seed=study.params.seed + system.seed,
     )
 
@@ -163,21 +181,24 @@ class Quality:
 
 
 @step
-def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
+def quality(study: Study, base: Baseline, calibration: Calibration, rises: pd.DataFrame) -> Quality:
     """Translate with pruned models.
 
-    The published method, equal budgets and super experts kept at every share, and the first and the last of them for
-    each language by itself too; all systems at half; REAP and random experts also deeper.
+    The published method, equal budgets, budgets by sensitivity and super experts kept at every share, and all but equal
+    budgets for each language by itself too; all systems at half; REAP and random experts also deeper.
     """
     half, deep = (min(study.params.shares, key=lambda each: abs(each - share)) for share in (0.5, _DEEP))
     chosen = [
         System(share, *how)
         for share in study.params.shares
-        for how in (PUBLISHED, (PUBLISHED[0], "uniform"), GUARDED)
+        for how in (PUBLISHED, (PUBLISHED[0], "uniform"), SENSITIVE, GUARDED)
     ]
     chosen += [
-        System(share, *how, alone=True) for share in study.params.shares for how in (PUBLISHED, GUARDED)
+        System(share, *how, alone=True)
+        for share in study.params.shares
+        for how in (PUBLISHED, SENSITIVE, GUARDED)
     ]
+    chosen += [System(share, *PUBLISHED) for share in shares(study)[len(study.params.shares) :]]
     chosen += [system for system in systems(study, half) if system not in chosen]
     deeper = [system for system in systems(study, deep) if system.method in ("reap", "random")]
     chosen += [system for system in deeper if system not in chosen]
@@ -194,7 +215,7 @@ def quality(study: Study, base: Baseline, calibration: Calibration) -> Quality:
         scores[system] = {}
         for name, some in parts.items():
             statistics = calibration.of(name) if name else pooled
-            model = study.pruned(_keep(study, system, statistics, calibration.english))
+            model = study.pruned(_keep(study, system, statistics, calibration, rises, name))
             columns = {"share": system.share, "seed": system.seed}
             found, written = study.translate_test(system.name, model, languages=some, **columns)
             scores[system] |= found
@@ -301,7 +322,7 @@ def elsewhere(study: Study, base: Baseline, found: Sweep) -> pd.DataFrame:
 
 @step
 def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataFrame:
-    """Calibrate on one text, test on another: each language, all languages, translation into English, news.
+    """Calibrate on one text, test on another: each language, all languages, translation into English, other tasks.
 
     At the share next to 50 %. Super experts, which serve every text, stay and layer budgets are equal here, so that
     only the choice of the other experts differs; one random choice of all experts stands beside.
@@ -313,7 +334,7 @@ def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataF
     sources |= {
         "all languages": calibration.pooled,
         "into English": added(list(calibration.reverse.values())),
-        "news": calibration.news,
+        **calibration.kinds,
         "none (random)": calibration.pooled,
     }
     share = min(study.params.shares, key=lambda each: abs(each - 0.5))
@@ -323,7 +344,7 @@ def transfer(study: Study, base: Baseline, calibration: Calibration) -> pd.DataF
         keep = keep_sets(
             study,
             statistics,
-            calibration.english,
+            calibration,
             share,
             method=method,
             allocation="uniform",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pandas as pd
 
 from overparam.record import ledger, stats
@@ -10,9 +13,10 @@ from overparam.studies.moe_expert_pruning.comet import CometScores
 from overparam.studies.moe_expert_pruning.overlap import Overlap
 from overparam.studies.moe_expert_pruning.recovery import Kind, Recovered
 from overparam.studies.moe_expert_pruning.study import Baseline, Study, change_in_chrf
-from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, Quality, Sweep, System
+from overparam.studies.moe_expert_pruning.sweep import GUARDED, PUBLISHED, SENSITIVE, Quality, Sweep, System
 
 SIZE_SHARE = 0.75  # share pruned at which bytes are compared with parameters
+TASKS = ("news", "chat", "documentation", "code")  # other than translation
 _IDLE_NOTE = 0.5  # a claim is marked if at least this share of the pruned experts was idle
 
 
@@ -29,6 +33,7 @@ def verdicts(
     translated: Quality,
     recovered: Recovered,
     agreement: Overlap,
+    transferred: pd.DataFrame,
     costs: tuple[pd.DataFrame, pd.DataFrame],
     comet: CometScores | None = None,
 ) -> list[Claim]:
@@ -41,6 +46,7 @@ def verdicts(
         translated: From `sweep.quality`.
         recovered: From `recovery.recover`.
         agreement: From `overlap.overlap`.
+        transferred: From `sweep.transfer`.
         costs: From `costs.measure`.
         comet: From `comet.comet_scores`; quality is then judged by COMET, as published.
     """
@@ -72,7 +78,7 @@ def verdicts(
             margin=margin,
             note=_idle(study, found, share)
             + _guarded(translated, recovered, share, recovered_too=tuned)
-            + (_training(study) if tuned else ""),
+            + (_control(recovered, share) + _training(study) if tuned else ""),
             words={"unit": "% of COMET" if comet else "% of chrF++"},
         )
         for id, share, tuned, margin in rows
@@ -83,7 +89,8 @@ def verdicts(
         _unseen(study, base, translated),
         _shared(study, agreement),
         *size_claims(costs[0]),
-        time_claim(*costs),
+        *time_claims(*costs),
+        _other_tasks(study, transferred),
     ]
     for claim in claims:
         study.recorder.claim(claim)
@@ -108,25 +115,49 @@ def _idle(study: Study, found: Sweep, share: float) -> str:
 
 
 def _guarded(translated: Quality, recovered: Recovered, share: float, *, recovered_too: bool) -> str:
-    """The loss at the same share if super experts are kept."""
+    """The loss at the same share by ways of our own to choose: super experts kept, budgets by sensitivity."""
     table = recovered.table if recovered_too else translated.table
     if table.empty:
         return ""
-    rows = table[(table["method"] == GUARDED[0]) & (table["share_pruned"] == share)]
-    shown = [
-        f"{change:.1f} [{low:.1f}, {high:.1f}] % of chrF++"
-        for change, low, high in rows[["change_percent", "low", "high"]].itertuples(index=False)
-    ]
-    alone = f", and pruned for one language at a time {shown[1]}" if len(shown) > 1 else ""
-    return f"With super experts kept and equal budgets: {shown[0]}{alone}. " if shown else ""
+    text = ""
+    for name, (method, allocation) in {
+        "With super experts kept and equal budgets": GUARDED,
+        "With layer budgets by measured sensitivity": SENSITIVE,
+    }.items():
+        rows = table[(table["method"] == method) & (table["share_pruned"] == share)]
+        if allocation == SENSITIVE[1]:
+            rows = rows[rows["allocation"] == allocation] if "allocation" in rows else rows[:0]
+        shown = [
+            f"{change:.1f} [{low:.1f}, {high:.1f}] % of chrF++"
+            for change, low, high in rows[["change_percent", "low", "high"]].itertuples(index=False)
+        ]
+        alone = f", and pruned for one language at a time {shown[1]}" if len(shown) > 1 else ""
+        text += f"{name}: {shown[0]}{alone}. " if shown else ""
+    return text
+
+
+def _control(recovered: Recovered, share: float) -> str:
+    """The recovered model against the unpruned one that was trained alike."""
+    table = recovered.table
+    if "change_from_control" not in table:
+        return ""
+    rows = table[
+        (table["share_pruned"] == share)
+        & (table["method"] == PUBLISHED[0])
+        & (table["targets"] == "parent")
+        & (table["trained"] == "all parameters")
+    ].dropna(subset="change_from_control")
+    if rows.empty:
+        return ""
+    change, low, high = rows.filter(like="change_from_control").iloc[0]
+    return f"Against the unpruned model trained alike: {change:.1f} [{low:.1f}, {high:.1f}] % of chrF++. "
 
 
 def _training(study: Study) -> str:
     params = study.params
-    text = " The parent was trained on the same verses." if params.model == "moe-translator" else ""
     return (
         f"{params.recovery_steps} steps on {params.recovery_items} sentences in {len(params.languages)} languages, "
-        f"translated by the unpruned model (published: 10,000, three epochs).{text} "
+        "translated by the unpruned model (published: 10,000, three epochs). "
         f"{len(params.recovery_seeds)} seed(s)."
     )
 
@@ -217,16 +248,60 @@ def size_claims(costs: pd.DataFrame) -> list[Claim]:
     return claims
 
 
-def time_claim(costs: pd.DataFrame, latencies: pd.DataFrame) -> Claim:
-    """Change in translation time at the largest share, paired by round."""
+def time_claims(costs: pd.DataFrame, latencies: pd.DataFrame) -> list[Claim]:
+    """Time to translate, and parameters that a token uses, at the largest share against the unpruned model."""
     share = costs["share_pruned"].max()
     rounds = latencies[latencies["step"] == "generate_all"].groupby("share_pruned")["seconds"]
     seconds = {key: values.to_numpy() for key, values in rounds}
     active = costs.set_index("share_pruned")["active_parameters"]
+    change = stats.retention(seconds[0.0], seconds[share]).shifted(-1).scaled(100)
+    fewer = float(100 * (1 - active[share] / active[0.0]))
+    pruned = f"{_percent(share)} pruned"
+    return [
+        ledger.judged(
+            "experts-time",
+            measured=change,
+            margin=10.0,
+            note=f"{pruned}; active parameters of a token {-fewer:.1f} %. Time includes reading the prompts. On a CPU, "
+            "fewer experts also mean more tokens per expert at once.",
+        ),
+        ledger.judged(
+            "experts-faster",
+            measured=change.scaled(-1),
+            margin=10.0,
+            note=f"{pruned}, a batch of translations in one go; the same times as those of experts-time.",
+        ),
+        ledger.judged(
+            "experts-active",
+            measured=stats.Estimate(fewer, fewer, fewer, 1),
+            margin=1.0,
+            note=f"{pruned}. A token still uses as many experts as before; exact count, embeddings excluded.",
+        ),
+    ]
+
+
+def _other_tasks(study: Study, transferred: pd.DataFrame) -> Claim:
+    """What translation loses, minus what other tasks lose when each is pruned for itself, in nats a token."""
+    seen = [f"en-{language}" for language in study.params.languages]
+    by_text = dict(list(transferred.set_index("test").groupby("calibration")))
+    own = pd.concat([by_text[kind].loc[[kind]] for kind in TASKS])
+    here, there = (_independent_mean(rows) for rows in (by_text["all languages"].loc[seen], own))
+    low = here.value - there.value - math.hypot(here.value - here.low, there.high - there.value)
+    high = here.value - there.value + math.hypot(here.high - here.value, there.value - there.low)
+    shown = ", ".join(f"{kind} {rise:.2f}" for kind, rise in own["loss_change"].items())
+    chance = by_text["none (random)"]["loss_change"]
     return ledger.judged(
-        "experts-time",
-        measured=stats.retention(seconds[0.0], seconds[share]).shifted(-1).scaled(100),
-        margin=10.0,
-        note=f"{_percent(share)} pruned; active parameters of a token {100 * (active[share] / active[0.0] - 1):.1f} %. "
-        "Time includes reading the prompts. On a CPU, fewer experts also mean more tokens per expert at once.",
+        "experts-other-tasks",
+        measured=stats.Estimate(here.value - there.value, low, high, there.n),
+        margin=study.params.task_margin,
+        note=f"{_percent(transferred['share_pruned'].iloc[0])} of the experts pruned for each kind of text by itself, "
+        f"super experts kept, equal budgets. Rise of the loss: translation {here.value:.2f}, {shown}; with random "
+        f"experts translation {chance[seen].mean():.2f}, the others {chance[list(TASKS)].mean():.2f} nats a token.",
     )
+
+
+def _independent_mean(rows: pd.DataFrame) -> stats.Estimate:
+    """Mean of independent estimates."""
+    value, n = float(rows["loss_change"].mean()), len(rows)
+    low, high = (float(np.linalg.norm(rows["loss_change"] - rows[end])) / n for end in ("low", "high"))
+    return stats.Estimate(value, value - low, value + high, n)
