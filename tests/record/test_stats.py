@@ -215,3 +215,9 @@ def test_holm_by_hand():
 )
 def test_equivalence_at_the_edges(low, high, verdict):
     assert stats.equivalent(Estimate((low + high) / 2, low, high, 9), 1.0) == verdict
+
+
+def test_the_lower_end_stays_below_whatever_the_factor():
+    found = stats.Estimate(2.0, 1.0, 4.0, 9)
+    assert found.scaled(-1) == stats.Estimate(-2.0, -4.0, -1.0, 9)
+    assert found.scaled(100) == stats.Estimate(200.0, 100.0, 400.0, 9)

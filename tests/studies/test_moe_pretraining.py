@@ -55,6 +55,7 @@ TINY = Params(
     checkpoint_every=2,
     validation_batches=1,
     test_verses=3,
+    removed_verses=2,
     beams=2,
 )
 
@@ -228,9 +229,13 @@ def test_every_step_leaves_its_part_of_the_record(first, tmp_path, monkeypatch):
     assert (
         plain["perplexity"].between(100, 500).all()
     )  # an untrained model knows no token of 400 from another
-    claims = verdicts.verdicts(run, by_expert, scores)
-    assert [claim.verdict for claim in claims][1:] == ["not reproduced"] * 3
-    assert len(claims) == 4
+    removed = expert_load.removals(run, stored)
+    assert removed.groupby("layer")["expert"].apply(list).tolist() == [[0, 1, 2, 3]] * 2
+    assert (removed["loss_change_low"] <= removed["loss_change_high"]).all()
+    plots.plot_removals(run, removed)
+    claims = verdicts.verdicts(run, by_expert, scores, removed)
+    assert [claim.verdict for claim in claims][1:] == [*["not reproduced"] * 3, "reproduced"]
+    assert len(claims) == 5
     text = card.model_card(run, scores)
     assert "license: apache-2.0" in text
     assert all(sha in text for sha in run.recorder.record.provenance["inputs"].values())
@@ -241,7 +246,7 @@ def test_every_step_leaves_its_part_of_the_record(first, tmp_path, monkeypatch):
     kept = record.load(tmp_path / "job")
     assert record.problems(kept) == []
     assert {"model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md"} <= set(kept.artifacts)
-    assert len(kept.figures) == 3
+    assert len(kept.figures) == 4
     monkeypatch.setenv("OVERPARAM_MOE_TRANSLATOR", str(tmp_path / "job"))
     named, _ = models.load("moe-translator", causal=True)
     assert torch.equal(named.lm_head.weight, stored.model.lm_head.weight)
@@ -269,7 +274,7 @@ def test_without_steps_a_translator_that_is_trained_already_is_measured(first, t
 
 def test_goals_are_judged_by_the_lesser_load_and_the_whole_interval(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERPARAM_JOB_DIR", str(tmp_path))
-    run = study.start(TINY)
+    run = study.start(Params(**TINY.model_dump() | {"goal": 42.0}))
     table = pd.DataFrame(
         {"task": expert_load.MIX, "routing_mass": [1.0] * 9 + [0.3], "assignments": [1.0] * 9 + [0.2]}
     )
@@ -278,13 +283,22 @@ def test_goals_are_judged_by_the_lesser_load_and_the_whole_interval(tmp_path, mo
         | {"chrf": value, "chrf_low": value - 1, "chrf_high": value + 1}
         for target, value in {"fr": 43.5, "de": 42.5, "es": 40.0}.items()
     ]
-    found = verdicts.verdicts(run, table, pd.DataFrame(rows))
+    removed = pd.DataFrame(
+        {"layer": [0, 0, 1], "expert": [0, 1, 0], "loss_change": [0.01, 0.5, 0.02]}
+        | {"loss_change_low": [0.0, 0.4, 0.01], "loss_change_high": [0.02, 0.6, 0.03]}
+    )
+    found = verdicts.verdicts(run, table, pd.DataFrame(rows), removed)
     assert [claim.verdict for claim in found] == [
         "reproduced",
         "reproduced",
         "inconclusive",
         "not reproduced",
+        "not reproduced",
     ]
+    assert found[4].measured == Estimate(-0.5, -0.6, -0.4, 2)
+    assert "Expert 1 of layer 0" in found[4].note
+    (unmeasured,) = verdicts.verdicts(run, table, pd.DataFrame(rows), removed[:0])[4:]
+    assert unmeasured.verdict == "not testable at this scale"
     assert found[0].measured == Estimate(0.0, 0.0, 0.0, 10)
     assert found[1].note.startswith("chrF++ 43.5 on 200 held-out verses")
 

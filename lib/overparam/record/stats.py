@@ -42,8 +42,9 @@ class Estimate:
     n: int
 
     def scaled(self, factor: float) -> Estimate:
-        """Multiply value and ends, such as by 100 for percent."""
-        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
+        """Multiply value and ends, such as by 100 for percent; the lower end stays the lower one."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, low, high, self.n)
 
     def shifted(self, by: float) -> Estimate:
         """Add to value and ends, such as -1 to turn a retention into a relative change."""

@@ -221,7 +221,7 @@ def plot_transfer(study: Study, table: pd.DataFrame) -> Any:
         f"{study.params.model} are pruned by the routing mass on each calibration text, with super experts kept "
         "and equal layer budgets (except for the random choice, which ignores super experts)."
     )
-    with charts.figure(study, "fig:experts-transfer", table, caption=caption, height=0.8) as axes:
+    with charts.figure(study, "fig:experts-transfer", table, caption=caption, height=0.8, width=1.4) as axes:
         charts.heatmap(axes, grid, _LOSS, colours="viridis_r", annot=True, fmt=".1f", annot_kws={"size": 5})
         axes.set(xlabel="test", ylabel="calibration")
         axes.tick_params(axis="x", rotation=90)

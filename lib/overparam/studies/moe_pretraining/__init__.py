@@ -54,7 +54,7 @@ class Params(StudyParams):
     )
 
     steps: int = Field(
-        900, ge=0, description="optimizer steps; 0: no training, the repository's translator is measured"
+        2700, ge=0, description="optimizer steps; 0: no training, the repository's translator is measured"
     )
     rows: Count = Field(24, description="rows per batch")
     row_length: int = Field(320, ge=128, description="tokens per row")
@@ -64,12 +64,12 @@ class Params(StudyParams):
     )
     learning_rate: Positive = Field(3e-3, description="peak learning rate")
     warmup: int = Field(30, ge=0, description="steps of linear warm-up")
-    decay: int = Field(260, ge=0, description="steps of linear decay at the end")
+    decay: int = Field(540, ge=0, description="steps of linear decay at the end")
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="label smoothing of the training loss; 0: none"
     )
     balance: tuple[tuple[int, float], ...] = Field(
-        ((0, 0.01), (350, 0.1)),
+        ((0, 0.1),),
         description="(from step, factor) of the load-balancing loss, which is computed per layer",
     )
     capacity: Positive | None = Field(
@@ -91,11 +91,20 @@ class Params(StudyParams):
         description="held-out verses translated per direction, and texts of each plain corpus",
     )
     beams: Count = Field(4, description="beams of the beam search")
+    removed_verses: int = Field(
+        16,
+        ge=0,
+        le=1000,
+        description="verses per language on which the model is measured without each expert in turn; 0: not measured",
+    )
     minimum_load: Proportion = Field(
         0.25, description="an expert is idle below this share of the uniform load"
     )
     minimum_busy: Proportion = Field(0.9, description="share of all experts that must not be idle")
-    goal: Percent = Field(42.0, description="chrF++ to reach from English into each language")
+    removal_margin: Positive = Field(
+        0.1, description="how much the loss may rise without any one expert, nats a token"
+    )
+    goal: Percent = Field(48.0, description="chrF++ to reach from English into each language")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,21 +1,27 @@
-"""The load of every expert, on the training mix and by task."""
+"""The load of every expert, on the training mix and by task, and what the model is without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from overparam import models
+from overparam.compress import experts
 from overparam.data.kinds import KINDS
 from overparam.data.packing import Packed, Tree, pack
 from overparam.data.parallel import verse_pairs
+from overparam.evaluate import likelihood, prompts
 from overparam.experiment.study import step
+from overparam.experiment.sweep import CURVE_RESAMPLES
+from overparam.record import stats
 from overparam.studies.moe_pretraining import Params, corpus, training
-from overparam.studies.moe_pretraining.quality import DIRECTIONS, arrow
+from overparam.studies.moe_pretraining.quality import DIRECTIONS, TARGETS, arrow
 from overparam.studies.moe_pretraining.study import Study, Translator
+from overparam.support import progress
 from overparam.train import causal
 
 if TYPE_CHECKING:
@@ -49,6 +55,55 @@ def expert_load(study: Study, translator: Translator) -> pd.DataFrame:
     of_mix = least(table)
     study.recorder.metric("least_expert_load", float(of_mix.min()), "uniform loads")
     study.recorder.metric("busy_experts", float((of_mix >= params.minimum_load).mean()), "share")
+    return table
+
+
+@step
+def removals(study: Study, translator: Translator) -> pd.DataFrame:
+    """Remove each expert alone, and measure the loss of held-out verses from English into each language.
+
+    An expert that many heads of attention lean on, since it serves the first token alone, shows here however rarely it
+    is used (arXiv 2507.23279).
+
+    Returns:
+        One row an expert: rise of the negative log-likelihood a token, with its interval. Empty if not asked for.
+    """
+    params, model = study.params, translator.model
+    n, rows = params.removed_verses, []
+    if n:
+        pairs = {t: verse_pairs("en", t, "validation", n=n, seed=params.seed) for t in TARGETS}
+        asked = {t: prompts.tagged()([pair.source for pair in each], "en", t) for t, each in pairs.items()}
+
+        def losses(pruned: PreTrainedModel) -> dict[str, Any]:
+            return {
+                target: likelihood.negative_log_likelihood(
+                    pruned,
+                    translator.tokenizer,
+                    asked[target],
+                    [pair.target for pair in each],
+                    label=f"likelihood of {arrow('en', target)}",
+                )
+                for target, each in pairs.items()
+            }
+
+        before = losses(model)
+        counts = [layer.n_experts for layer in experts.layers(model)]
+        every = [(layer, expert) for layer, count in enumerate(counts) for expert in range(count)]
+        for layer, expert in progress.track(every, "removing one expert"):
+            keep = [
+                [each for each in range(count) if (at, each) != (layer, expert)]
+                for at, count in enumerate(counts)
+            ]
+            after = losses(experts.prune(models.sharing_copy(model), keep))
+            change = stats.suite_difference(
+                {target: (before[target], after[target], "nll_per_token") for target in TARGETS},
+                n_resamples=CURVE_RESAMPLES,
+                shared_items=True,
+            )
+            rows.append({"layer": layer, "expert": expert, **change.columns("loss_change")})
+    names = ["layer", "expert", "loss_change", "loss_change_low", "loss_change_high"]
+    table = pd.DataFrame(rows, columns=names)
+    study.recorder.table("removals", table)
     return table
 
 

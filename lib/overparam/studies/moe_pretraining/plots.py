@@ -9,9 +9,11 @@ import pandas as pd
 from overparam.experiment import charts
 from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, Look
 from overparam.studies.moe_pretraining.expert_load import MIX
-from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, arrow, best_search
+from overparam.studies.moe_pretraining.quality import CHANCE, GREEDY, TARGETS, arrow, best_search
 from overparam.studies.moe_pretraining.study import SMOOTHED_OVER, Study
 from overparam.studies.moe_pretraining.training import TrainedTranslator
+
+_SMALLEST = 1e-4  # nats, on a logarithmic axis
 
 
 def plot_curve(study: Study, trained: TrainedTranslator) -> Any:
@@ -65,6 +67,25 @@ def plot_load(study: Study, load: pd.DataFrame) -> Any:
             axes.tick_params(rotation=0)
         panels[-1].set_xlabel("expert")
     return panels[0].figure
+
+
+def plot_removals(study: Study, removed: pd.DataFrame) -> Any:
+    """Draw the rise of the loss without each expert, by layer; nothing if it was not measured."""
+    if removed.empty:
+        return None
+    params = study.params
+    caption = (
+        "Rise of the loss on held-out verses from English when one expert alone is removed, mean over "
+        f"{len(TARGETS)} languages with {params.removed_verses} verses each. Rises below {_SMALLEST:g} are drawn "
+        "there. Dashed: the most that this suite allows."
+    )
+    with charts.figure(study, "fig:moe-removals", removed, caption=caption) as axes:
+        drawn = removed.assign(loss_change=removed["loss_change"].clip(lower=_SMALLEST))
+        axes.plot(drawn["layer"], drawn["loss_change"], "o", color=BLUE, alpha=0.5, markersize=3)
+        charts.reference(axes, params.removal_margin)
+        axes.set(yscale="log", xlabel="layer", ylabel="rise of the loss (nats/token)")
+        axes.set_xticks(sorted(set(removed["layer"])))
+    return axes.figure
 
 
 def plot_quality(study: Study, translation: pd.DataFrame) -> Any:

@@ -17,7 +17,8 @@ from overparam.record import stats
 from overparam.studies.moe_pretraining import Params, corpus
 from overparam.studies.moe_pretraining.study import Study, Translator
 
-OTHERS = ("fr", "de", "es", "it")
+TARGETS = ("fr", "de", "es")  # of every verse
+OTHERS = (*TARGETS, "it")
 DIRECTIONS = (*(("en", other) for other in OTHERS), *((other, "en") for other in OTHERS))
 GREEDY, CHANCE = "greedy", "another verse"
 _BATCH_TOKENS = 16384

@@ -107,8 +107,10 @@ def state_folder(params: Params) -> Path:
 
     The length of the training is not part of its name: a longer run goes on where a shorter one ended.
     """
-    other = {"steps", "decay", "test_verses", "beams", "minimum_load", "minimum_busy", "goal", "compiled"}
-    named = params.model_dump(mode="json", exclude=other | {"checkpoint_every", "validation_batches"})
+    schedule = {"steps", "decay", "compiled", "checkpoint_every", "validation_batches"}
+    measuring = {"test_verses", "removed_verses", "beams"}
+    judging = {"minimum_load", "minimum_busy", "removal_margin", "goal"}
+    named = params.model_dump(mode="json", exclude=schedule | measuring | judging)
     return cache.folder("training") / files.digest(named)[:16]
 
 

@@ -7,13 +7,13 @@ import pandas as pd
 from overparam.record import ledger, stats
 from overparam.record.claims import Claim
 from overparam.studies.moe_pretraining.expert_load import least
-from overparam.studies.moe_pretraining.quality import best_search
+from overparam.studies.moe_pretraining.quality import TARGETS, best_search
 from overparam.studies.moe_pretraining.study import Study
 
-TARGETS = ("fr", "de", "es")
 
-
-def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> list[Claim]:
+def verdicts(
+    study: Study, load: pd.DataFrame, translation: pd.DataFrame, removed: pd.DataFrame
+) -> list[Claim]:
     """Judge each goal by its rule, and put it into the record."""
     params = study.params
     busy = least(load) >= params.minimum_load
@@ -43,6 +43,25 @@ def verdicts(study: Study, load: pd.DataFrame, translation: pd.DataFrame) -> lis
                 f"{row['bleu']:.1f}; {100 * row['failed_any']:.1f} % of the translations failed.",
             )
         )
+    found.append(_removal(study, removed))
     for claim in found:
         study.recorder.claim(claim)
     return found
+
+
+def _removal(study: Study, removed: pd.DataFrame) -> Claim:
+    """The expert that the model can spare least."""
+    margin, measured, note = study.params.removal_margin, None, "Not measured: removed_verses is 0."
+    if len(removed):
+        most = removed.nlargest(1, "loss_change").to_dict("records")[0]
+        layer, ends = most["layer"], ("loss_change", "loss_change_low", "loss_change_high")
+        rise, low, high = (float(most[end]) for end in ends)
+        measured = stats.Estimate(rise, low, high, study.params.removed_verses).scaled(-1)
+        median = removed.loc[removed["layer"] == layer, "loss_change"].median()
+        note = (
+            f"Expert {most['expert']} of layer {layer}, of {len(removed)}; median of its layer {median:.3f}. The largest "
+            "of many, so that its interval is a little too high. From English, mean over languages."
+        )
+    return ledger.judged(
+        "moe-pretraining-removal", measured=measured, margin=margin, words={"margin": margin}, note=note
+    )
