@@ -59,8 +59,8 @@ def _removal(study: Study, removed: pd.DataFrame) -> Claim:
         measured = stats.Estimate(rise, low, high, study.params.removed_verses).scaled(-1)
         median = removed.loc[removed["layer"] == layer, "loss_change"].median()
         note = (
-            f"Expert {most['expert']} of layer {layer}, of {len(removed)}; median of its layer {median:.3f}. The largest "
-            "of many, so that its interval is a little too high. From English, mean over languages."
+            f"Expert {most['expert']} of layer {layer}, of {len(removed)}; median of its layer {median:.3f}. The "
+            "largest of many, so that its interval is a little too high. From English, mean over languages."
         )
     return ledger.judged(
         "moe-pretraining-removal", measured=measured, margin=margin, words={"margin": margin}, note=note
