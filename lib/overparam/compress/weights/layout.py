@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ROUTERS = ("gate", "router", "shared_expert_gate")
-_EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # tensors of fused experts
+from overparam.compress.quantize import refuse_quantized
+from overparam.compress.quantize.weights import routers, weights
+from overparam.models import blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,65 +70,39 @@ class Counts:
 def matrices(model: PreTrainedModel) -> list[Matrix]:
     """List the matrices of a model's layers, first to last: of attention and MLP, or of each expert.
 
-    Not among them are embeddings, the head, poolers, routers, and all that is no matrix.
+    Not among them are embeddings, the head, poolers, routers, and all that inputs are not multiplied with.
 
     Raises:
-        ValueError: If no stack of layers is found, or a matrix is quantized.
+        ValueError: If the model has no single stack of layers, is quantized or has adapters, or has weights that are
+            not finite.
     """
+    refuse_quantized(model)
+    apart = routers(model)
+    multiplied = {
+        id(weight.parameter): weight
+        for weight in weights(model)
+        if weight.role == "matrix" and len(weight.columns) == 1 and weight.name not in apart
+    }
     found: list[Matrix] = []
-    for index, (name, layer) in enumerate(layers(model)):
-        for below, module in layer.named_modules():
-            path = f"{name}.{below}"
-            if below.rpartition(".")[2] in _ROUTERS:
+    for index, layer in enumerate(blocks(model.base_model).layers):
+        for path, parameter in layer.named_parameters():
+            weight = multiplied.pop(id(parameter), None)  # a tensor that layers share is listed once
+            if weight is None:
                 continue
-            if (
-                isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            ):  # GPT-2's, stored transposed
-                _check(path, module.weight)
-                found.append(
-                    Matrix(
-                        f"{path}.weight",
-                        module,
-                        "weight",
-                        index,
-                        transposed=not isinstance(module, nn.Linear),
-                    )
-                )
-            for attribute in _EXPERTS:
-                tensor = getattr(module, attribute, None)
-                if isinstance(tensor, nn.Parameter) and tensor.ndim == 3:
-                    _check(path, tensor)
-                    turned = bool(getattr(module, "is_transposed", False))
-                    found += [
-                        Matrix(f"{path}.{attribute}[{expert}]", module, attribute, index, expert, turned)
-                        for expert in range(len(tensor))
-                    ]
+            if not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"{weight.name} has weights that are not finite (NaN or infinite)")
+            below, _, attribute = path.rpartition(".")
+            owner, turned = layer.get_submodule(below), weight.columns[0] != parameter.ndim - 1
+            if parameter.ndim == 2:
+                found.append(Matrix(weight.name, owner, attribute, index, None, turned))
+            else:
+                found += [
+                    Matrix(f"{weight.name}[{expert}]", owner, attribute, index, expert, turned)
+                    for expert in range(len(parameter))
+                ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no matrices in its layers")
     return found
-
-
-def layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return the layers of a model's longest stack, with their names.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    blocks = [(name, stack) for name, stack in stacks if any(True for _ in stack[0].children())]
-    outer = [
-        (name, stack)
-        for name, stack in blocks
-        if not any(name.startswith(f"{other}.") for other, _ in blocks)
-    ]
-    if not outer:
-        raise ValueError(f"{type(model).__name__} has no stack of layers: it cannot be pruned here")
-    name, longest = max(outer, key=lambda each: sum(p.numel() for p in each[1].parameters()))
-    return [(f"{name}.{index}", layer) for index, layer in enumerate(longest)]
 
 
 def count_zeros(model: PreTrainedModel, of: Iterable[Matrix] | None = None) -> Counts:
@@ -146,16 +121,3 @@ def by_layer(chosen: Iterable[Matrix]) -> Mapping[int, list[Matrix]]:
     for matrix in chosen:
         groups.setdefault(matrix.layer, []).append(matrix)
     return groups
-
-
-def _check(path: str, weight: Tensor) -> None:
-    if (
-        not isinstance(weight, Tensor)
-        or type(weight) not in (Tensor, nn.Parameter)
-        or not weight.is_floating_point()
-    ):
-        raise ValueError(f"{path} is quantized ({type(weight).__name__}): prune first, then quantize")
-    if weight.is_meta:
-        raise ValueError(f"{path} is on the meta device: load the weights first")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{path} has weights that are not finite (NaN or infinite)")

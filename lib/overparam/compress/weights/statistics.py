@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from overparam.compress.weights.layout import Matrix, layers
+from overparam.compress.weights.layout import Matrix
+from overparam.models import blocks
 from overparam.models.hooks import hooks
 from overparam.models.proof import evaluating
 
@@ -109,7 +110,7 @@ def collect(
             collector.mask, collector.last = mask, None
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
             with suppress(_Enough):
-                _body(model)(**{name: each.to(model.device) for name, each in inputs.items()})
+                model.base_model(**{name: each.to(model.device) for name, each in inputs.items()})
     if not seen:
         raise ValueError("the calibration text has no token: give at least one text that is not empty")
     for matrix in of:
@@ -122,12 +123,6 @@ def collect(
         if not bool(torch.isfinite(collector.found[matrix.name].squares).all()):
             raise ValueError(f"what {matrix.name} reads is not finite: load the model in float32 or bfloat16")
     return collector.found
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, which nobody reads here."""
-    body: nn.Module = getattr(model, model.base_model_prefix, model)
-    return body
 
 
 @contextmanager
@@ -148,7 +143,7 @@ def _watching(model: PreTrainedModel, of: Sequence[Matrix], collector: _Collecto
         matrix.owner.register_forward_pre_hook(before((key, matrix.attribute, None)))
         for key, matrix in linear.items()
     ]
-    last = layers(model)[max(matrix.layer for matrix in of)][1]
+    last = blocks(model.base_model).layers[max(matrix.layer for matrix in of)]
     handles.append(last.register_forward_hook(stop))
     config = model.config
     original = config._experts_implementation_internal if experts else None
