@@ -102,6 +102,16 @@ def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
     assert {layer.n_experts for layer in experts.layers(reloaded)} == set(scope["half"]) == {4}
 
 
+def test_example_of_zeros_in_readme_runs(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to set to zero.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
+    again = type(scope["model"]).from_pretrained(tmp_path / "half-zeros")
+    assert 0.45 < scope["weights"].count_zeros(again).of_layers <= 0.5
+
+
 def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(# what to quantize.*?)```", text, flags=re.S)
