@@ -10,6 +10,7 @@ from overparam.studies.weight_pruning import Params, plots, study, verdicts
 
 TINY = {
     "sparsities": (0.5,),
+    "control_seeds": (0, 1),
     "calibration_texts": 8,
     "fewer_texts": (4,),
     "text_length": 16,
