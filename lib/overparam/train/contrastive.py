@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ class Recipe(BaseRecipe):
         scale: Factor on the cosine in the loss (1 / temperature).
         max_length: Maximum tokens per text.
         bf16: Compute in bfloat16.
+        all_depths: Train every depth, not only the last, by sentence-transformers' `AdaptiveLayerLoss` (arXiv
+            2402.14776): at each step one other depth has the same loss and follows the last one's similarities.
     """
 
     steps: int = 1000
@@ -50,11 +53,14 @@ class Recipe(BaseRecipe):
     scale: float = 50.0
     max_length: int = 512
     bf16: bool = False
+    all_depths: bool = False
 
     def stored(self) -> dict[str, Any]:
         """Return the fields by the names under which adapters are stored and found."""
         fields = asdict(self)
         fields["warmup_steps"] = fields.pop("warmup")
+        if not self.all_depths:  # adapters of the last depth are found under the name without it
+            del fields["all_depths"]
         return fields
 
 
@@ -168,7 +174,7 @@ def _adapt(
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
     from transformers import PrinterCallback
 
     from overparam.train.watcher import Watcher
@@ -188,6 +194,10 @@ def _adapt(
         source: Dataset.from_dict({name: [getattr(t, name) for t in members] for name in names})
         for source, members in sources.items()
     }
+    loss: Any = MultipleNegativesRankingLoss(encoder, scale=recipe.scale)
+    if recipe.all_depths:
+        random.seed(recipe.seed)  # it draws the other depth
+        loss = AdaptiveLayerLoss(encoder, loss)
     # making widget examples takes seconds, and they are not used
     encoder.model_card_data.set_widget_examples = lambda _: None
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
@@ -215,7 +225,7 @@ def _adapt(
             model=encoder,
             args=arguments,
             train_dataset=columns,
-            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
+            loss=loss,
             callbacks=[Watcher(recipe.steps, label)],
         )
         trainer.remove_callback(PrinterCallback)
