@@ -128,13 +128,15 @@ class Exits:
         loss = calibration.losses(logits.argmax(-1), numbers, risk)
         left = rules.leave(rules.confidences(logits, self.rule, self.learned), calibration.THRESHOLDS)
         place = calibration.calibrate(calibration.risks(left, loss), alpha=alpha, delta=delta, method=method)
+        threshold = float(calibration.THRESHOLDS[place])
         if (left[place] == logits.shape[1] - 1).all():
+            threshold = float("inf")
             warnings.warn(
                 f"no threshold of the rule {self.rule!r} saves anything at alpha = {alpha:g}: every text runs at full "
                 "depth",
                 stacklevel=2,
             )
-        return replace(self, threshold=float(calibration.THRESHOLDS[place]))
+        return replace(self, threshold=threshold)
 
     def numbers(self, labels: Sequence[Class]) -> NDArray[np.int64]:
         """Return labels as numbers of classes.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from overparam.compress.depth.proof import apply_tail, reading
 from overparam.compress.depth.states import each_depth
-from overparam.models import blocks
+from overparam.models import blocks, quiet
 from overparam.models.generating import generation_config
 from overparam.models.hooks import hooks
 
@@ -93,7 +93,7 @@ def decode(
         model.generation_config.num_assistant_tokens_schedule = "constant"
         model.generation_config.assistant_confidence_threshold = 0.0
         given = torch.tensor([list(ids)])
-        with torch.inference_mode(), hooks(counters):
+        with torch.inference_mode(), hooks(counters), quiet():
             output = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
     finally:
         model.generation_config, inner.num_hidden_layers = own, layers

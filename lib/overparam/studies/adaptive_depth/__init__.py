@@ -40,8 +40,8 @@ class Params(StudyParams):
         ("ReutersR8", "ReutersR52", "Newsgroups"), min_length=1, description="topics that are classified"
     )
     characters: int = Field(128, ge=16, description="of each text at most")
-    labelled: Count = Field(600, description="texts that train the exits, per task")
-    unlabelled: Count = Field(200, description="further texts: for self-distillation and the learned rule")
+    labelled: Count = Field(400, description="texts that train the exits, per task")
+    unlabelled: Count = Field(150, description="further texts: for self-distillation and the learned rule")
     pool: int = Field(
         1200, ge=4, description="test texts, which each split divides into calibration and test"
     )
@@ -61,12 +61,13 @@ class Params(StudyParams):
     queries: Count = Field(300, description="verses whose paraphrases are searched")
     searched: Count = Field(1200, description="verses to search")
 
-    timed_texts: int = Field(30, ge=2, description="texts that are timed one by one")
+    timed_texts: int = Field(16, ge=2, description="texts that are timed one by one")
     timed_batch: int = Field(32, ge=2, description="texts that are timed together")
     timed_savings: Increasing[Share] = Field(
         (0.25, 0.5, 0.75), description="layers saved at which time is measured, about"
     )
-    repeats: int = Field(3, ge=2, description="timed rounds")
+    repeats: int = Field(5, ge=2, description="timed rounds")
+    threads: Count = Field(1, description="of PyTorch while it is timed; one is steady beside other work")
     openvino: bool = Field(True, description="time the blocks in OpenVINO, too")
 
     decoder: ModelName | None = Field("gemma-3-270m", description="decoder with exits; null: none")

@@ -24,7 +24,7 @@ SYSTEMS = {
     FIXED: Look(BLACK, "o", "--", hollow=True),
     RANDOM: Look(GREY, "", "-"),
     SHUFFLED: Look(GREY, "", ":"),
-    ORACLE: Look(ORANGE, "*", ""),
+    ORACLE: Look(ORANGE, "P", ""),
 }
 _AXIS = "layers saved (%)"
 
@@ -86,7 +86,7 @@ def plot_curves(study: Study, curves: pd.DataFrame, controls: pd.DataFrame) -> A
         f"Exits of {_short(study.params.model)}: texts that become wrong ({RISK}: right at full depth, wrong at the "
         "exit) against the layers saved, over all thresholds, in percent of the pool. Black: all texts leave at "
         f"one depth. Grey: as many texts leave at each exit as by the rule {RULE!r}, but at random (line), or "
-        "confidences are shuffled among texts (dotted). Star: the oracle, which leaves as soon as nothing is lost. "
+        "confidences are shuffled among texts (dotted). Plus: the oracle, which leaves as soon as nothing is lost. "
         f"Dashed level: {study.params.alpha:.0%}. Cross: the calibrated threshold, on the test half."
     )
     with charts.figure(
@@ -98,11 +98,12 @@ def plot_curves(study: Study, curves: pd.DataFrame, controls: pd.DataFrame) -> A
             charts.curves(axes, own, "saved", "lost", by="system", look=SYSTEMS, markersize=2.5)
             at = controls[controls["task"] == task]
             axes.plot(
-                at["saved"], at["lost"], color="#D00000", marker="x", linestyle="", markersize=6, zorder=5
-            )
+                at["saved"], at["lost"], color="#D00000", marker="x", linestyle="", markersize=6, zorder=5,
+                clip_on=False, label="calibrated",
+            )  # fmt: skip
             charts.reference(axes, 100 * study.params.alpha)
-            axes.set(xlabel=_AXIS, xlim=(-2, 100), yscale="symlog", ylim=(0, None))
             axes.set_yscale("symlog", linthresh=1)
+            axes.set(xlabel=_AXIS, xlim=(-2, 100), ylim=(-0.08, None))
             axes.set_yticks([0, 1, 10], ["0", "1", "10"])
             _name(axes, task)
         panels[0][0].set_ylabel("newly wrong (% of the texts)")
@@ -191,7 +192,8 @@ def plot_timing(study: Study, timing: pd.DataFrame) -> Any:
         f"{study.params.tasks[0]}, one text at a time and {study.params.timed_batch} together, where the batch goes on "
         "without the texts that have left (regrouped), or is computed in full until the last has left (waiting). "
         f"Dotted: as much time as layers. Hollow: the calibrated threshold ({CALIBRATED}). "
-        "At 0: exits disabled, and exits that are computed and never sure. Bars: 95 % bootstrap interval."
+        "At 0: exits disabled, and exits that are computed and never sure. PyTorch with "
+        f"{study.params.threads} thread{'s' if study.params.threads > 1 else ''}. Bars: 95 % bootstrap interval."
     )
     with charts.figure(
         study, "fig:exits-time", data, caption=caption, legend=3, width=2 if len(engines) > 1 else 1, height=0.9,
