@@ -11,7 +11,7 @@ from overparam.record import record
 from overparam.studies.adaptive_depth import FULL, LABELS, Params, bounds, decoders, study, timing
 
 TINY = Params(
-    model="tiny-bert", small=None, tasks=("ReutersR8",), pool=400, resplits=60, alphas=(0.02, 0.05), alpha=0.05,
+    model="tiny-bert", small=None, tasks=("ReutersR8",), pool=400, calibration=0.5, resplits=60, alphas=(0.02, 0.05), alpha=0.05,
     timed_texts=3, timed_batch=4, repeats=2, decoder=None, translator=None,
 )  # fmt: skip
 LAYERS, CLASSES = 6, 4
@@ -50,7 +50,10 @@ def started(tmp_path):
     ("change", "message"),
     [
         ({"alpha": 0.03}, "alpha must be among alphas"),
-        ({"pool": 100}, "50 of 100 texts calibrate, which allows no alpha below 0.0450, got 0.01"),
+        (
+            {"pool": 100, "calibration": 0.5},
+            "50 of 100 texts calibrate, which allows no alpha below 0.0450, got 0.01",
+        ),
         ({"alphas": (0.0, 0.01)}, "greater than 0"),
         ({"delta": 1.0}, "less than 1"),
         ({"delta": 0.0}, "greater than 0"),
