@@ -102,6 +102,17 @@ def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
     assert {layer.n_experts for layer in experts.layers(reloaded)} == set(scope["half"]) == {4}
 
 
+def test_example_of_exits_in_readme_runs(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to classify.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
+    assert (tmp_path / "exits" / "exits.safetensors").is_file()
+    assert scope["classes"][0] in range(8)
+    assert 1 <= scope["layers"][0] <= scope["model"].config.num_hidden_layers
+
+
 def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(# what to quantize.*?)```", text, flags=re.S)

@@ -11,8 +11,8 @@ from overparam.record import record
 from overparam.studies.adaptive_depth import FULL, LABELS, Params, bounds, decoders, study, timing
 
 TINY = Params(
-    model="tiny-bert", small=None, tasks=("ReutersR8",), pool=400, calibration=0.5, resplits=60, alphas=(0.02, 0.05), alpha=0.05,
-    timed_texts=3, timed_batch=4, repeats=2, decoder=None, translator=None,
+    model="tiny-bert", small=None, tasks=("ReutersR8",), pool=400, calibration=0.5, resplits=60,
+    alphas=(0.02, 0.05), alpha=0.05, timed_texts=3, timed_batch=4, repeats=2, decoder=None, translator=None,
 )  # fmt: skip
 LAYERS, CLASSES = 6, 4
 

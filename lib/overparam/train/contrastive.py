@@ -73,12 +73,14 @@ class TrainedEncoder:
         losses: Training loss of every step.
         seconds: Wall time of the training when it ran.
         cached: Whether the adapters came from `cache`.
+        adapters: Their folder in `cache`; None without one.
     """
 
     encoder: SentenceTransformer
     losses: list[float]
     seconds: float
     cached: bool
+    adapters: Path | None = None
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
@@ -140,7 +142,7 @@ def train(
         model, tokenizer, pooling=pooling, max_length=recipe.max_length, text_recipe=text_recipe
     )
     adapt = partial(_adapt, encoder, sources, recipe, instruction, label)
-    cached = False
+    cached, stored = False, None
     if cache is None:
         report = adapt()
     else:
@@ -159,7 +161,7 @@ def train(
                     encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
                     (folder / "training.json").write_text(json.dumps(report))
     encoder[0].model = encoder[0].model.merge_and_unload()
-    return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached)
+    return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached, adapters=stored)
 
 
 def _adapt(

@@ -143,6 +143,9 @@ def train(study: Study) -> pd.DataFrame:
     table = pd.DataFrame({"step": range(1, len(found.losses) + 1), "loss": found.losses})
     study.recorder.table("training_loss", table)
     study.recorder.metric("training_seconds", found.seconds, "s")
+    assert found.adapters is not None
+    weights = found.adapters / "adapter_model.safetensors"
+    study.recorder.artifact("all-depths-adapter.safetensors", weights.read_bytes())
     return table
 
 
