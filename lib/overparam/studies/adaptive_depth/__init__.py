@@ -5,7 +5,7 @@ This module is light: it holds the parameters. The steps are in `study`, `bounds
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -64,7 +64,7 @@ class Params(StudyParams):
     timed_savings: Increasing[Share] = Field(
         (0.25, 0.5, 0.75), description="layers saved at which time is measured, about"
     )
-    repeats: int = Field(3, ge=2, description="timed rounds")
+    repeats: int = Field(6, ge=2, description="timed rounds, text by text; of batches half as many")
     threads: Count = Field(1, description="of PyTorch while it is timed; one is steady beside other work")
     openvino: bool = Field(True, description="time the blocks in OpenVINO, too")
 
@@ -96,6 +96,3 @@ class Params(StudyParams):
     def key_inputs(self) -> dict[str, str]:
         """Return the hashes that belong to the key: of a translator that this suite has trained."""
         return trained.hashes("moe-translator") if self.translator == "moe-translator" else {}
-
-
-Teaching = Literal["labels", "full model"]

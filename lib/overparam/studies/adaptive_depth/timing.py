@@ -148,7 +148,7 @@ def _together(
             if setting not in (NEVER, DISABLED):
                 names[f"{setting} {way}"] = (setting, way)
                 calls[f"{setting} {way}"] = partial(each.run, stopping, batch, regroup=regroup)
-    timed = speed.interleaved(calls, warmup=1, repeats=study.params.repeats)
+    timed = speed.interleaved(calls, warmup=1, repeats=max(2, study.params.repeats // 2))
     n, rows = len(batch["input_ids"]), []
     for name, (setting, way) in names.items():
         depths = variants[setting].run(stopping, batch).depths
