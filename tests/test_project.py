@@ -109,8 +109,8 @@ def test_example_of_exits_in_readme_runs(monkeypatch, tmp_path):
     scope = {}
     exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
     assert (tmp_path / "exits" / "exits.safetensors").is_file()
-    assert scope["classes"][0] in range(8)
-    assert 1 <= scope["layers"][0] <= scope["model"].config.num_hidden_layers
+    assert scope["ran"].classes[0] in range(8)
+    assert 1 <= scope["ran"].depths[0] <= scope["model"].config.num_hidden_layers
 
 
 def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):

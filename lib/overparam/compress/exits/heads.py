@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -103,7 +103,7 @@ class Exits:
     def calibrated(
         self,
         states: ArrayLike,
-        labels: Sequence[Class] | None,
+        labels: ArrayLike | None,
         *,
         alpha: float,
         delta: float = 0.1,
@@ -138,7 +138,7 @@ class Exits:
             )
         return replace(self, threshold=threshold)
 
-    def numbers(self, labels: Sequence[Class]) -> NDArray[np.int64]:
+    def numbers(self, labels: ArrayLike) -> NDArray[np.int64]:
         """Return labels as numbers of classes.
 
         Raises:
@@ -246,7 +246,7 @@ def load(folder: Path | str) -> Exits:
 
 
 def fit(
-    states: ArrayLike, labels: Sequence[Class], *, of: PreTrainedModel, pooling: str = "mean", seed: int = 0
+    states: ArrayLike, labels: ArrayLike, *, of: PreTrainedModel, pooling: str = "mean", seed: int = 0
 ) -> Exits:
     """Fit a linear exit after every block: logistic regression on standardised pooled states.
 

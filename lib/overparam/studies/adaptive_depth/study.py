@@ -189,14 +189,14 @@ def depths(study: Study, training: pd.DataFrame) -> pd.DataFrame:  # noqa: ARG00
         for encoder, (model, _) in study.encoders.items():
             every = states(study, encoder, [*found.texts, *found.unlabelled, *found.test_texts])
             own, free, pool = np.split(every, np.cumsum(sizes))
-            by_labels = exits.fit(own, [int(each) for each in found.labels], of=model, seed=params.seed)
+            by_labels = exits.fit(own, found.labels, of=model, seed=params.seed)
             taught = {
                 LABELS: by_labels,
                 FULL: exits.distilled(by_labels, every[: sum(sizes)], seed=params.seed),
             }
             logits = {name: each.logits(pool) for name, each in taught.items()}
             learned = {name: exits.predictor(each.logits(free)) for name, each in taught.items()}
-            labels = by_labels.numbers(found.test_labels.tolist())
+            labels = by_labels.numbers(found.test_labels)
             study.cases[encoder, task] = Case(by_labels, logits, learned, found.test_texts, labels)
             for name, each in logits.items():
                 rows += _by_depth(study, encoder, task, name, each.argmax(-1), labels)
