@@ -73,6 +73,7 @@ def test_a_model_without_a_stack_is_refused(monkeypatch):
     small = AlbertConfig(
         hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9, embedding_size=8
     )
+    monkeypatch.setattr(study, "texts_of", lambda *_: None)
     monkeypatch.setattr(study.models, "load", lambda *_, **__: (AlbertModel(small), None))
     with pytest.raises(ValueError, match="no single stack of blocks"):
         study.start(TINY)
@@ -123,7 +124,7 @@ def test_harder_texts_stay_longer(started, monkeypatch):
     found = topics.Topics(
         "ReutersR8", tuple("abcd"), ["word word"] * 40, np.arange(40) % 4, [], [], np.zeros(0, int)
     )
-    monkeypatch.setattr(topics, "topics", lambda *_, **__: found)
+    monkeypatch.setattr(bounds, "texts_of", lambda *_: found)
     table = bounds.difficulty(made, pd.DataFrame()).set_index("measure")
     assert table.loc["words", "rho_low"] > 0.5
     assert table.loc["words", "fifth_5"] > table.loc["words", "fifth_1"]

@@ -241,7 +241,8 @@ def load(folder: Path | str) -> Exits:
     plain = json.loads((path / "exits.json").read_text(encoding="utf-8"))
     arrays = load_file(path / "exits.safetensors")
     learned = arrays.pop("learned", None)
-    plain |= {"classes": tuple(plain["classes"]), "threshold": plain["threshold"] or float("inf")}
+    threshold = float("inf") if plain["threshold"] is None else plain["threshold"]
+    plain |= {"classes": tuple(plain["classes"]), "threshold": threshold}
     return Exits(**arrays, **plain, learned=None if learned is None else learned.numpy())
 
 

@@ -39,11 +39,11 @@ class Params(StudyParams):
     tasks: Topics = Field(
         ("ReutersR8", "ReutersR52", "Newsgroups"), min_length=1, description="topics that are classified"
     )
-    characters: int = Field(128, ge=16, description="of each text at most")
-    labelled: Count = Field(240, description="texts that train the exits, per task")
-    unlabelled: Count = Field(80, description="further texts: for self-distillation and the learned rule")
-    pool: int = Field(660, ge=4, description="test texts, which each split divides into calibration and test")
-    calibration: Share = Field(0.61, description="share of the pool that calibrates")
+    characters: int = Field(96, ge=16, description="of each text at most")
+    labelled: Count = Field(300, description="texts that train the exits, per task")
+    unlabelled: Count = Field(60, description="further texts: for self-distillation and the learned rule")
+    pool: int = Field(460, ge=4, description="test texts, which each split divides into calibration and test")
+    calibration: Share = Field(0.6, description="share of the pool that calibrates")
     resplits: int = Field(200, ge=3, description="splits over which the bounds are verified")
     alphas: Increasing[Share] = Field((0.01, 0.02, 0.05), description="bounds on the risk")
     alpha: Share = Field(0.01, description="of them, the one that is judged")
@@ -56,23 +56,23 @@ class Params(StudyParams):
     train_batch_size: int = Field(16, ge=2, description="triplets per step")
     learning_rate: Positive = Field(5e-4, description="of that training")
     lora_rank: Count = Field(4, description="of its adapters")
-    queries: Count = Field(300, description="verses whose paraphrases are searched")
-    searched: Count = Field(900, description="verses to search")
+    queries: Count = Field(200, description="verses whose paraphrases are searched")
+    searched: Count = Field(600, description="verses to search")
 
-    timed_texts: int = Field(10, ge=2, description="texts that are timed one by one")
+    timed_texts: int = Field(8, ge=2, description="texts that are timed one by one")
     timed_batch: int = Field(32, ge=2, description="texts that are timed together")
     timed_savings: Increasing[Share] = Field(
         (0.25, 0.5, 0.75), description="layers saved at which time is measured, about"
     )
-    repeats: int = Field(6, ge=2, description="timed rounds, text by text; of batches half as many")
+    repeats: int = Field(4, ge=2, description="timed rounds, text by text; of batches half as many")
     threads: Count = Field(1, description="of PyTorch while it is timed; one is steady beside other work")
     openvino: bool = Field(True, description="time the blocks in OpenVINO, too")
 
     decoder: ModelName | None = Field("gemma-3-270m", description="decoder with exits; null: none")
     translator: ModelName | None = Field("moe-translator", description="second decoder; null: none")
-    decoder_tokens: Count = Field(150, description="tokens whose exits are compared with the last")
+    decoder_tokens: Count = Field(100, description="tokens whose exits are compared with the last")
     prompts: Count = Field(50, description="texts that are continued with and without self-speculation")
-    new_tokens: Count = Field(5, description="tokens of a continuation at most")
+    new_tokens: Count = Field(4, description="tokens of a continuation at most")
     draft_layers: Count = Field(15, description="first layers that draft")
     drafts: Count = Field(2, description="tokens drafted at once")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from overparam.experiment.study import step
 from overparam.record import stats
 from overparam.studies.adaptive_depth import LABELS
-from overparam.studies.adaptive_depth.study import RESAMPLES, Case, Study
+from overparam.studies.adaptive_depth.study import RESAMPLES, Case, Study, texts_of
 
 RULE, RISK, METHOD = "probability", "newly wrong", "ltt"  # that are judged, set before any run
 FIXED, RANDOM, SHUFFLED, ORACLE = "fixed depth", "random exits", "shuffled confidences", "oracle"
@@ -252,7 +252,7 @@ def difficulty(study: Study, by_depth: pd.DataFrame) -> pd.DataFrame:  # noqa: A
         A row a task and measure: Spearman's `rho` with the depth, and `partial`, with length partialled out; bootstrap
         intervals over the test texts of the judged split; mean depth of each fifth of the texts, from easy to hard.
     """
-    from overparam.evaluate import classification, topics
+    from overparam.evaluate import classification
 
     params, rows = study.params, []
     test = halves(study).test
@@ -261,7 +261,7 @@ def difficulty(study: Study, by_depth: pd.DataFrame) -> pd.DataFrame:  # noqa: A
         texts, labels = [case.texts[i] for i in test], case.labels[test]
         sure = confidence(case)[test]
         _, left = at_saving(sure, 0.5)
-        found = topics.topics(task, labelled=params.labelled, characters=params.characters, seed=params.seed)
+        found = texts_of(params, task)
         chances = classification.bag_of_words(found.texts, found.labels, texts, seed=params.seed)
         right = chances[np.arange(len(labels)), labels]
         measures = {
@@ -329,8 +329,6 @@ def examples(study: Study, by_depth: pd.DataFrame) -> pd.DataFrame:  # noqa: ARG
         Five rows each: `text`, `topic`, the full model's class (`full`), and the layers that it took at the threshold
         of `difficulty`.
     """
-    from overparam.evaluate import topics
-
     params = study.params
     task = params.tasks[0]
     case = study.cases[params.model, task]
@@ -338,9 +336,7 @@ def examples(study: Study, by_depth: pd.DataFrame) -> pd.DataFrame:  # noqa: ARG
     sure = confidence(case)[test]
     _, left = at_saving(sure, 0.5)
     order = np.lexsort((-sure.max(1), left))
-    names = topics.topics(
-        task, labelled=params.labelled, characters=params.characters, seed=params.seed
-    ).classes
+    names = texts_of(params, task).classes
     rows = []
     for leaves, chosen in (("first", order[:_EXAMPLES]), ("last", order[::-1][:_EXAMPLES])):
         for at in chosen:

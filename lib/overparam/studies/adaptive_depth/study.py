@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from overparam.compress.exits import Exits
+    from overparam.evaluate.topics import Topics
 
 MAX_LENGTH = 64  # tokens of a text
 BATCH_TOKENS = 2048
@@ -69,7 +70,7 @@ def start(params: Params) -> Study:
     """Check memory, load the encoders, and open the record.
 
     Raises:
-        ValueError: An encoder has no stack of blocks that can be stopped.
+        ValueError: An encoder has no stack of blocks that can be stopped, or a task has too few texts.
         MemoryError: A model does not fit.
     """
     import torch
@@ -77,6 +78,8 @@ def start(params: Params) -> Study:
     from overparam.compress.depth.proof import reading
     from overparam.data import corpora
 
+    for task in params.tasks:
+        texts_of(params, task)
     names = [name for name in (params.model, params.small) if name]
     decoders = [name for name in (params.decoder, params.translator) if name]
     for name in [*names, *decoders]:
@@ -149,6 +152,30 @@ def train(study: Study) -> pd.DataFrame:
     return table
 
 
+def texts_of(params: Params, task: str) -> Topics:
+    """Return a task's texts.
+
+    Raises:
+        ValueError: It has fewer than are asked for, or its classes need more.
+    """
+    from overparam.evaluate import topics
+
+    found = topics.topics(
+        task,
+        labelled=params.labelled,
+        unlabelled=params.unlabelled,
+        test_items=params.pool,
+        characters=params.characters,
+        seed=params.seed,
+    )
+    if len(found.test_texts) < params.pool or len(found.unlabelled) < 2:
+        raise ValueError(
+            f"{task} has {len(found.test_texts)} test texts and {len(found.unlabelled)} further ones, pool is "
+            f"{params.pool} and unlabelled {params.unlabelled}: lower them"
+        )
+    return found
+
+
 def states(study: Study, encoder: str, texts: list[str]) -> NDArray[np.float32]:
     """Pooled states of every depth, [texts, layers + 1, hidden]."""
     from overparam.compress import depth
@@ -168,23 +195,10 @@ def depths(study: Study, training: pd.DataFrame) -> pd.DataFrame:  # noqa: ARG00
         than the full model's, both in percent with bootstrap intervals over the pool's texts.
     """
     from overparam.compress import exits
-    from overparam.evaluate import topics
 
     params, rows = study.params, []
     for task in params.tasks:
-        found = topics.topics(
-            task,
-            labelled=params.labelled,
-            unlabelled=params.unlabelled,
-            test_items=params.pool,
-            characters=params.characters,
-            seed=params.seed,
-        )
-        if len(found.test_texts) < params.pool or len(found.unlabelled) < 2:
-            raise ValueError(
-                f"{task} has {len(found.test_texts)} test texts and {len(found.unlabelled)} further ones, pool is "
-                f"{params.pool} and unlabelled {params.unlabelled}: lower them"
-            )
+        found = texts_of(params, task)
         sizes = [len(found.texts), len(found.unlabelled)]
         for encoder, (model, _) in study.encoders.items():
             every = states(study, encoder, [*found.texts, *found.unlabelled, *found.test_texts])
