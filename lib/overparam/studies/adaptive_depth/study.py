@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from overparam.evaluate.topics import Topics
 
 MAX_LENGTH = 64  # tokens of a text
+TRAINED_CHARACTERS = 128  # of a text that trains the second encoder
 BATCH_TOKENS = 2048
 RESAMPLES = 1000
 
@@ -118,7 +119,7 @@ def train(study: Study) -> pd.DataFrame:
         wanted + -wanted % (len(sources) * batch),
         sources=sources,
         seed=params.seed,
-        max_chars=params.characters,
+        max_chars=TRAINED_CHARACTERS,
     )
     recipe = contrastive.Recipe(
         steps=params.train_steps,
