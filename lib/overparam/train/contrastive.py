@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ class Recipe(BaseRecipe):
         scale: Factor on the cosine in the loss (1 / temperature).
         max_length: Maximum tokens per text.
         bf16: Compute in bfloat16.
+        all_depths: Train every depth, not only the last, by sentence-transformers' `AdaptiveLayerLoss` (arXiv
+            2402.14776): at each step one other depth has the same loss and follows the last one's similarities.
     """
 
     steps: int = 1000
@@ -50,11 +53,14 @@ class Recipe(BaseRecipe):
     scale: float = 50.0
     max_length: int = 512
     bf16: bool = False
+    all_depths: bool = False
 
     def stored(self) -> dict[str, Any]:
         """Return the fields by the names under which adapters are stored and found."""
         fields = asdict(self)
         fields["warmup_steps"] = fields.pop("warmup")
+        if not self.all_depths:  # adapters of the last depth are found under the name without it
+            del fields["all_depths"]
         return fields
 
 
@@ -67,12 +73,14 @@ class TrainedEncoder:
         losses: Training loss of every step.
         seconds: Wall time of the training when it ran.
         cached: Whether the adapters came from `cache`.
+        adapters: Their folder in `cache`; None without one.
     """
 
     encoder: SentenceTransformer
     losses: list[float]
     seconds: float
     cached: bool
+    adapters: Path | None = None
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
@@ -134,7 +142,7 @@ def train(
         model, tokenizer, pooling=pooling, max_length=recipe.max_length, text_recipe=text_recipe
     )
     adapt = partial(_adapt, encoder, sources, recipe, instruction, label)
-    cached = False
+    cached, stored = False, None
     if cache is None:
         report = adapt()
     else:
@@ -153,7 +161,7 @@ def train(
                     encoder[0].model.save_pretrained(folder, save_embedding_layers=False)
                     (folder / "training.json").write_text(json.dumps(report))
     encoder[0].model = encoder[0].model.merge_and_unload()
-    return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached)
+    return TrainedEncoder(encoder.eval(), report["losses"], report["seconds"], cached=cached, adapters=stored)
 
 
 def _adapt(
@@ -168,7 +176,7 @@ def _adapt(
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
     from transformers import PrinterCallback
 
     from overparam.train.watcher import Watcher
@@ -188,6 +196,10 @@ def _adapt(
         source: Dataset.from_dict({name: [getattr(t, name) for t in members] for name in names})
         for source, members in sources.items()
     }
+    loss: Any = MultipleNegativesRankingLoss(encoder, scale=recipe.scale)
+    if recipe.all_depths:
+        random.seed(recipe.seed)  # it draws the other depth
+        loss = AdaptiveLayerLoss(encoder, loss)
     # making widget examples takes seconds, and they are not used
     encoder.model_card_data.set_widget_examples = lambda _: None
     with tempfile.TemporaryDirectory(prefix="overparam-") as folder:
@@ -215,7 +227,7 @@ def _adapt(
             model=encoder,
             args=arguments,
             train_dataset=columns,
-            loss=MultipleNegativesRankingLoss(encoder, scale=recipe.scale),
+            loss=loss,
             callbacks=[Watcher(recipe.steps, label)],
         )
         trainer.remove_callback(PrinterCallback)

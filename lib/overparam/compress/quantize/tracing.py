@@ -52,6 +52,23 @@ def traced_encoder(model: PreTrainedModel) -> Any:
     return converted
 
 
+def traced_block(model: PreTrainedModel, hidden: int) -> Any:
+    """Return an encoder that is given hidden states in place of embeddings: hidden_states, attention_mask -> the same.
+
+    Args:
+        model: An encoder whose embeddings return `inputs_embeds` as they are.
+        hidden: Width of the states.
+    """
+    example = {
+        "hidden_states": torch.ones((2, 8, hidden)),
+        "attention_mask": torch.ones((2, 8), dtype=torch.long),
+    }
+    converted = _converted(BlockStep(in_float32(model)), example)
+    _name(converted.inputs, list(example))
+    _name(converted.outputs, ["last_hidden_state"])
+    return converted
+
+
 def traced_decoder(model: PreTrainedModel) -> Any:
     """Return a decoder as stateful `openvino.Model`: input_ids, attention_mask, position_ids, beam_idx -> logits.
 
@@ -116,6 +133,21 @@ class EncoderStep(nn.Module):
         """Return the hidden states of the last layer, [texts, tokens, hidden]."""
         with _traceable_masks(self.model):
             given = {"input_ids": input_ids, "attention_mask": attention_mask, **self.without_cache}
+            states: torch.Tensor = self.model(**given).last_hidden_state
+        return states
+
+
+class BlockStep(EncoderStep):
+    """The same of an encoder that is given hidden states."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states of the last layer, [texts, tokens, hidden]."""
+        with _traceable_masks(self.model):
+            given = {
+                "inputs_embeds": hidden_states,
+                "attention_mask": attention_mask,
+                **self.without_cache,
+            }
             states: torch.Tensor = self.model(**given).last_hidden_state
         return states
 
