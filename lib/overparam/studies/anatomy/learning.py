@@ -24,6 +24,7 @@ TRAIN, TEST = "training text", "held-out text"
 _BATCH, _STRINGS_BATCH = 16, 64  # rows of a step
 _CAPACITY_RATE, _OVERFIT_RATE = 5e-3, 3e-3
 _HELD_OUT = 6_144  # bytes of text for choices, and as many for tests
+_HUBER = 1e-3  # from here on, errors of the logarithm count linearly
 _RESAMPLES = 100  # of the scaling law
 _BITS = math.log2(SYMBOLS)
 
@@ -267,40 +268,38 @@ def fit_law(parameters: Any, seen: Any, loss: Any, start: Array | None = None) -
     Raises:
         ValueError: Fewer points than constants.
     """
-    from scipy.optimize import least_squares
+    from scipy.optimize import minimize
 
     n, d, y = (np.log(np.asarray(each, np.float64)) for each in (parameters, seen, loss))
     if len(y) < 5:
         raise ValueError(f"a law of five constants needs at least 5 points, got {len(y)}")
 
-    def parts(x: Array) -> Array:
-        return np.stack([np.full_like(n, x[0]), x[1] - np.exp(x[2]) * n, x[3] - np.exp(x[4]) * d])
+    def huber(x: Array) -> tuple[float, Array]:
+        powers = np.exp(x[[2, 4]])
+        parts = np.stack([np.full_like(n, x[0]), x[1] - powers[0] * n, x[3] - powers[1] * d])
+        said = np.logaddexp.reduce(parts, axis=0)
+        floor, more, data = np.exp(parts - said)
+        off = (said - y) / _HUBER
+        pull = np.clip(off, -1, 1)
+        slopes = np.stack([floor, more, -more * powers[0] * n, data, -data * powers[1] * d])
+        return float((pull * (off - pull / 2)).sum()), np.asarray(slopes @ pull / _HUBER)
 
-    def residuals(x: Array) -> Array:
-        return np.asarray(np.logaddexp.reduce(parts(x), axis=0) - y)
-
-    def slopes(x: Array) -> Array:
-        each = parts(x)
-        floor, more, data = np.exp(each - np.logaddexp.reduce(each, axis=0))
-        return np.stack([floor, more, -more * np.exp(x[2]) * n, data, -data * np.exp(x[4]) * d], axis=1)
-
-    bounds = (np.log([1e-3, 1e-3, 0.01, 1e-3, 0.01]), np.log([10.0, 1e9, 2.0, 1e9, 2.0]))
+    low, high = np.log([1e-3, 1e-3, 0.01, 1e-3, 0.01]), np.log([10.0, 1e9, 2.0, 1e9, 2.0])
     if start is None:
         starts = [
             np.array([np.log(floor), power * n.mean(), np.log(power), power * d.mean(), np.log(power)])
             for floor in (0.3, 1.0) for power in (0.1, 0.3, 0.6)
         ]  # fmt: skip
     else:
-        starts = [np.clip(np.log(start), *bounds)]
-    options: dict[str, Any] = {
-        "jac": slopes,
-        "bounds": bounds,
-        "loss": "huber",
-        "f_scale": 1e-3,
-        "max_nfev": 300,
-    }
-    fits = [least_squares(residuals, each, **options) for each in starts]
-    best: Array = min(fits, key=lambda each: float(each.cost)).x
+        starts = [np.log(start)]
+    fits = [
+        minimize(
+            huber, np.clip(each, low, high), jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
+            options={"maxiter": 2000 if start is None else 150},
+        )
+        for each in starts
+    ]  # fmt: skip
+    best: Array = min(fits, key=lambda each: float(each.fun)).x
     return np.asarray(np.exp(best))
 
 
