@@ -14,7 +14,7 @@ from overparam.studies.anatomy import Params, learning, small, study, tuning, ve
 
 TINY = Params(
     model="tiny-qwen3_moe",
-    published=("GPT-2", "Llama-2-7B", "GPT-OSS-20B"),
+    published=("GPT-2", "Llama-2-7B"),
     tuned=True,
     tuning_pairs=4,
     tuning_epochs=2,
@@ -32,23 +32,7 @@ def model_of(width=8, **options):
 
 @pytest.fixture
 def started(monkeypatch):
-    words = [
-        "save",
-        "open",
-        "close",
-        "the",
-        "file",
-        "page",
-        "user",
-        "name",
-        "list",
-        "of",
-        "all",
-        "settings",
-        "for",
-        "this",
-        "site",
-    ]
+    words = ["save", "open", "close", "the", "file", "page", "user", "name", "list", "of", "all", "settings"]
 
     def made(*languages, n, seed, **_):
         draw = np.random.default_rng([seed, len(languages)])
@@ -91,10 +75,11 @@ def test_a_weight_set_to_zero_changes_the_loss_as_a_changed_copy_does():
     place = small.weight_places(model, 1, 3)[0]
     (row,) = watch.zeroed(model, ROWS, [place]).to_dict("records")
     exact = copy.deepcopy(model).double()
-    base = small.losses(exact, ROWS).mean()
     with torch.no_grad():
+        base = small.losses(exact, ROWS).mean()
         exact.get_parameter(place[0]).view(-1)[place[1]] = 0
-    assert row["change"] == pytest.approx(float(small.losses(exact, ROWS).mean() - base), rel=1e-6)
+        after = small.losses(exact, ROWS).mean()
+    assert row["change"] == pytest.approx(float(after - base), rel=1e-6)
     assert row["value"] == pytest.approx(float(model.get_parameter(place[0]).view(-1)[place[1]]))
 
 
@@ -209,7 +194,7 @@ def test_counts_and_the_training_card_are_of_the_models_that_were_named(started)
     counts, card = study.count(started), study.training_card(started)
     assert list(counts["model"]) == list(TINY.published)
     assert (counts["total"] == counts["built"]).all()
-    assert counts["flops_apart"].tolist() == [0, 0, 0]
+    assert counts["flops_apart"].tolist() == [0, 0]
     (row,) = card.to_dict("records")
     assert row["model"] == "Llama-2-7B"
     assert row["updates"] == 500_000
