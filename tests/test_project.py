@@ -132,6 +132,17 @@ def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
     assert type(scope["again"].run) is type(scope["small"].run)
 
 
+def test_counting_example_in_readme_runs(capsys):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to count.*?)```", text, flags=re.S)
+    scope = {}
+    exec(example, scope)
+    printed = capsys.readouterr().out
+    assert printed.startswith("moe-translator: 22,130,304 parameters")
+    assert printed.splitlines()[-1].startswith("25% active")
+    assert scope["found"].total == 22_130_304
+
+
 def test_no_pickle_is_read():
     reads = re.compile(r"import pickle|from pickle|torch\.load\(|allow_pickle|read_pickle|joblib|dill|shelve")
     assert not [
