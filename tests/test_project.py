@@ -110,6 +110,8 @@ def test_example_of_zeros_in_readme_runs(monkeypatch, tmp_path):
     exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
     again = type(scope["model"]).from_pretrained(tmp_path / "half-zeros")
     assert 0.45 < scope["weights"].count_zeros(again).of_layers <= 0.5
+
+
 def test_example_of_exits_in_readme_runs(monkeypatch, tmp_path):
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(# what to classify.*?)```", text, flags=re.S)
