@@ -21,6 +21,8 @@ def test_the_bound_is_set_by_operations_or_by_bytes():
     assert roofline.bound(Work(1000, 150, 50), HERE, "float32") == 20
     assert roofline.bound(Work(8000, 20, 0), HERE, "best") == 20
     assert HERE.balance("bfloat16") == 40
+    emulated = Machine({"float32": 100.0, "bfloat16": 2.0}, 10.0, 1)
+    assert roofline.bound(Work(1000, 20, 0), emulated, "bfloat16") == 10
     assert Work(1000, 150, 50).intensity == 5
 
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from overparam.measure import tune
+from overparam.models import shape_costs
 from overparam.record import ledger
 from overparam.studies.hardware import Params, costs, priced_records, settings, sizes, study, verdicts
 from overparam.studies.hardware.settings import AGAIN, Sweep, Tuning
@@ -78,7 +79,7 @@ def test_a_shape_that_does_not_fit_is_a_row_with_its_reason():
     def refuse():
         raise MemoryError("Llama-3-8B needs 17.2 GiB in bfloat16, 1.0 GiB are free: keep fewer")
 
-    (row,) = sizes._guarded("Llama-3-8B", "time by layers", refuse)
+    (row,) = sizes._guarded(SimpleNamespace(release=lambda: None), "Llama-3-8B", "time by layers", refuse)
     assert row == {
         "shape": "Llama-3-8B", "what": "time by layers",
         "status": "needs 17.2 GiB in bfloat16, 1.0 GiB are free: keep fewer",
@@ -89,7 +90,7 @@ def test_extrapolated_layers_are_marked():
     found = pd.DataFrame(
         [{"layers": n, "round": r, "seconds": 0.1 * n + 0.2} for n in (4, 8, 16) for r in range(5)]
     )
-    rows = pd.DataFrame(sizes.time_rows(found, 80, "torch.float32"))
+    rows = pd.DataFrame(shape_costs.time_rows(found, 80, "torch.float32"))
     far = rows[rows["kept"] == 80].iloc[0]
     assert far["seconds"] == pytest.approx(8.2)
     assert far["status"] == "extrapolated by layer from 16 of 80 layers"
@@ -103,7 +104,7 @@ def frame(columns, *rows):
 
 def test_memory_is_compared_with_the_share_of_the_parameters():
     found = frame("experts parameters weight_bytes resident_bytes", (16, 25, 50, 52), (64, 100, 200, 200))
-    first = next(iter(sizes.memory_rows(found, "experts", "torch.bfloat16")))
+    first = next(iter(shape_costs.memory_rows(found, "experts", "torch.bfloat16")))
     assert (first["share"], first["expected"]) == (26, 25)
 
 
@@ -128,9 +129,9 @@ def judged(*, token=1.5, holds=19, gain=1.7):
     )  # fmt: skip
     near = frame(
         "model phase scheme threads bound_by intensity times_bound times_bound_low times_bound_high "
-        "least_times_bound rounds",
+        "least_times_bound seconds rounds",
         *(
-            ("gemma-3-270m", phase, "fp32", 2, "bytes", 1.0, *around(value, 0.1), value, 9)
+            ("gemma-3-270m", phase, "fp32", 2, "bytes", 1.0, *around(value, 0.1), value, 1.0, 9)
             for phase, value in (("prompt", 1.5), ("token", token))
         ),
     )

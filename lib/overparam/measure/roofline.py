@@ -81,10 +81,23 @@ def bound(work: Work, machine: Machine, dtype: str) -> float:
     Args:
         work: From `work`.
         machine: From `limits`.
-        dtype: Whose peak counts; "best" for the highest that the machine has in any.
+        dtype: As for `peak`.
     """
-    peak = max(machine.peaks.values()) if dtype == "best" else machine.peaks[dtype]
-    return max(work.flops / peak, work.bytes / machine.bandwidth)
+    return max(work.flops / peak(machine, dtype), work.bytes / machine.bandwidth)
+
+
+def peak(machine: Machine, dtype: str) -> float:
+    """Return the operations a second that count for a dtype.
+
+    Where a narrow dtype is emulated, float32's count: numbers can be widened before they are multiplied.
+
+    Args:
+        machine: From `limits`.
+        dtype: One whose peak was measured; any other, such as "best", stands for the highest of all.
+    """
+    if dtype not in machine.peaks:
+        return max(machine.peaks.values())
+    return max(machine.peaks[dtype], machine.peaks.get("float32", 0.0))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from overparam.measure import memory, speed
+from overparam.measure import memory, speed, tune
 from overparam.models import packed, shapes
 from overparam.models.published_shapes import shape
 from overparam.support import progress
@@ -249,3 +249,57 @@ def _decoding(model: PreTrainedModel, ids: torch.Tensor, bits: int) -> dict[str,
                 torch.cuda.synchronize()
 
     return {f"{bits} prompt": prompt, f"{bits} token": token}
+
+
+def time_rows(
+    found: pd.DataFrame, published: int | None, dtype: str, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Summarise `time_by_layers`: shares of the full time, the slope, and an extrapolation."""
+    whole = int(found["layers"].max())
+    grid: Any = found.pivot(index="round", columns="layers", values="seconds")
+    kind = dtype.removeprefix("torch.")
+    common = {"dtype": kind, "whole": whole, "rounds": len(grid)}
+    for kept in sorted(grid):
+        value, low, high = tune.interval(list(np.log(grid[kept] / grid[whole])), seed=seed)
+        yield {"what": "time by layers", "kept": int(kept), **common, "seconds": float(grid[kept].median()),
+               "share": 100 * value, "share_low": 100 * low, "share_high": 100 * high,
+               "expected": 100 * kept / whole}  # fmt: skip
+    slopes = np.array(slope(found))
+    draws = np.random.default_rng(seed).integers(len(slopes), size=(tune.RESAMPLES, len(slopes)))
+    low, high = np.percentile(np.median(slopes[draws], axis=1), [2.5, 97.5])
+    yield {"what": "slope", "kept": whole, **common, "share": float(np.median(slopes)), "share_low": float(low),
+           "share_high": float(high), "expected": 1.0}  # fmt: skip
+    if published:
+        seconds = extrapolated(found, published)
+        yield {"what": "time by layers", "kept": published, **common, "seconds": seconds,
+               "status": f"extrapolated by layer from {whole} of {published} layers"}  # fmt: skip
+
+
+def memory_rows(found: pd.DataFrame, by: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """Summarise `resident`: shares of the whole model's bytes, and what its parameters let expect."""
+    full = found.sort_values(by).iloc[-1]
+    for row in found.to_dict("records"):
+        yield {
+            "what": f"memory by {by}", "dtype": dtype.removeprefix("torch."), "kept": int(row[by]),
+            "whole": int(full[by]), "parameters": int(row["parameters"]), "megabytes": row["resident_bytes"] / 1e6,
+            "share": 100 * row["resident_bytes"] / full["resident_bytes"],
+            "expected": 100 * row["parameters"] / full["parameters"],
+        }  # fmt: skip
+
+
+def bits_rows(found: pd.DataFrame, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Summarise `speed_by_bits`: times as fast as 16 bits, and how many times fewer bytes a token reads."""
+    for row in found[found["reason"] != ""].to_dict("records"):
+        yield {"what": "token", "kept": int(row["bits"]), "whole": 16, "status": row["reason"]}
+    ran = found[found["reason"] == ""]
+    groups: Any = ran.groupby(["bits", "phase"], sort=False)
+    for (bits, phase), own in groups:
+        base = ran[(ran["bits"] == 16) & (ran["phase"] == phase)]
+        logs = np.log(base["seconds"].to_numpy() / own["seconds"].to_numpy())
+        value, low, high = tune.interval(list(logs), seed=seed)
+        yield {
+            "what": phase, "dtype": "bfloat16", "kept": int(bits), "whole": 16,
+            "megabytes": own["bytes_a_token"].iloc[0] / 1e6, "seconds": float(own["seconds"].median()),
+            "share": value, "share_low": low, "share_high": high,
+            "expected": float(base["bytes_a_token"].iloc[0] / own["bytes_a_token"].iloc[0]), "rounds": len(own),
+        }  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from overparam import models
@@ -79,8 +79,6 @@ def sizes(study: Study) -> pd.DataFrame:
         and "token" (`share`: how many times as fast as 16 bits; `kept`: bits; `expected`: how many times fewer bytes a
         token reads). `status`: empty, or why it was not measured, with the memory that it needs.
     """
-    import torch
-
     from overparam.models import shape_costs, shapes
 
     study.release()
@@ -89,18 +87,14 @@ def sizes(study: Study) -> pd.DataFrame:
     with roofline.threads(study.threads[-1]):
         for name in progress.track(params.shapes_by_layers, "published sizes, by layers"):
             kept = shape_costs.kept_layers(name, params.layer_shares)
-            rows += _guarded(name, "time by layers", lambda n=name, k=kept: _time(study, n, k, time_dtype))  # type: ignore[misc]
-            rows += _guarded(
-                name, "memory by layers", lambda n=name, k=kept: _memory(n, k, "layers", torch.bfloat16, False)  # type: ignore[misc]
-            )  # fmt: skip
+            rows += _guarded(study, name, "time by layers", partial(_time, study, name, kept, time_dtype))
+            rows += _guarded(study, name, "memory by layers", partial(_memory, name, kept, "layers"))
         for name in progress.track(params.shapes_by_experts, "published sizes, by experts"):
             whole = shapes.experts_of(name)
             kept = sorted({*(max(1, round(share * whole)) for share in params.expert_shares), whole})
-            rows += _guarded(
-                name, "memory by experts", lambda n=name, k=kept: _memory(n, k, "experts", torch.bfloat16, True)  # type: ignore[misc]
-            )  # fmt: skip
+            rows += _guarded(study, name, "memory by experts", partial(_memory, name, kept, "experts"))
         for name in progress.track(params.shapes_by_bits, "published sizes, by bits"):
-            rows += _guarded(name, "prompt", lambda n=name: _bits(study, n))  # type: ignore[misc]
+            rows += _guarded(study, name, "prompt", partial(_bits, study, name))
     rows += list(_not_asked(study, time_dtype))
     columns = ["shape", "what", "dtype", "kept", "whole", "parameters", "megabytes", "seconds", "share", "share_low",
                "share_high", "expected", "rounds", "status"]  # fmt: skip
@@ -109,12 +103,14 @@ def sizes(study: Study) -> pd.DataFrame:
     return table
 
 
-def _guarded(name: str, what: str, measure: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Rows of a measurement, or one that says how much memory is missing."""
+def _guarded(study: Study, name: str, what: str, measure: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Rows of a measurement, or one that says how much memory is missing; afterwards its memory is free again."""
     try:
         return [{"shape": name, **row} for row in measure()]
     except (MemoryError, ValueError) as error:
         return [{"shape": name, "what": what, "status": str(error).removeprefix(f"{name} ")}]
+    finally:
+        study.release()
 
 
 def _time(study: Study, name: str, kept: list[int], dtype: Any) -> Iterator[dict[str, Any]]:
@@ -124,52 +120,18 @@ def _time(study: Study, name: str, kept: list[int], dtype: Any) -> Iterator[dict
     found = shape_costs.time_by_layers(
         name, kept, dtype=dtype, tokens=params.size_tokens, repeats=params.size_rounds
     )
-    yield from time_rows(found, published_shapes.shape(name).published_layers, str(dtype), params.seed)
+    yield from shape_costs.time_rows(
+        found, published_shapes.shape(name).published_layers, str(dtype), params.seed
+    )
 
 
-def time_rows(
-    found: pd.DataFrame, published: int | None, dtype: str, seed: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Rows of `sizes` from `shape_costs.time_by_layers`: shares of the full time, the slope, an extrapolation."""
+def _memory(name: str, kept: list[int], by: str) -> Iterator[dict[str, Any]]:
+    import torch
+
     from overparam.models import shape_costs
 
-    whole = int(found["layers"].max())
-    grid: Any = found.pivot(index="round", columns="layers", values="seconds")
-    kind = dtype.removeprefix("torch.")
-    common = {"dtype": kind, "whole": whole, "rounds": len(grid)}
-    for kept in sorted(grid):
-        value, low, high = tune.interval(list(np.log(grid[kept] / grid[whole])), seed=seed)
-        yield {"what": "time by layers", "kept": int(kept), **common, "seconds": float(grid[kept].median()),
-               "share": 100 * value, "share_low": 100 * low, "share_high": 100 * high,
-               "expected": 100 * kept / whole}  # fmt: skip
-    slopes = np.array(shape_costs.slope(found))
-    draws = np.random.default_rng(seed).integers(len(slopes), size=(tune.RESAMPLES, len(slopes)))
-    low, high = np.percentile(np.median(slopes[draws], axis=1), [2.5, 97.5])
-    yield {"what": "slope", "kept": whole, **common, "share": float(np.median(slopes)), "share_low": float(low),
-           "share_high": float(high), "expected": 1.0}  # fmt: skip
-    if published:
-        seconds = shape_costs.extrapolated(found, published)
-        yield {"what": "time by layers", "kept": published, **common, "seconds": seconds,
-               "status": f"extrapolated by layer from {whole} of {published} layers"}  # fmt: skip
-
-
-def _memory(name: str, kept: list[int], by: str, dtype: Any, causal: bool) -> Iterator[dict[str, Any]]:
-    from overparam.models import shape_costs
-
-    found = shape_costs.resident(name, kept, by=by, dtype=dtype, causal=causal)
-    yield from memory_rows(found, by, str(dtype))
-
-
-def memory_rows(found: pd.DataFrame, by: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """Rows of `sizes` from `shape_costs.resident`."""
-    full = found.sort_values(by).iloc[-1]
-    for row in found.to_dict("records"):
-        yield {
-            "what": f"memory by {by}", "dtype": dtype.removeprefix("torch."), "kept": int(row[by]),
-            "whole": int(full[by]), "parameters": int(row["parameters"]), "megabytes": row["resident_bytes"] / 1e6,
-            "share": 100 * row["resident_bytes"] / full["resident_bytes"],
-            "expected": 100 * row["parameters"] / full["parameters"],
-        }  # fmt: skip
+    found = shape_costs.resident(name, kept, by=by, dtype=torch.bfloat16, causal=by == "experts")
+    yield from shape_costs.memory_rows(found, by, "bfloat16")
 
 
 def _bits(study: Study, name: str) -> Iterator[dict[str, Any]]:
@@ -179,25 +141,7 @@ def _bits(study: Study, name: str) -> Iterator[dict[str, Any]]:
     found = shape_costs.speed_by_bits(
         name, params.bits, prompt=params.size_tokens, repeats=params.size_rounds
     )
-    yield from bits_rows(found, params.seed)
-
-
-def bits_rows(found: pd.DataFrame, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of `sizes` from `shape_costs.speed_by_bits`."""
-    for row in found[found["reason"] != ""].to_dict("records"):
-        yield {"what": "token", "kept": int(row["bits"]), "whole": 16, "status": row["reason"]}
-    ran = found[found["reason"] == ""]
-    groups: Any = ran.groupby(["bits", "phase"], sort=False)
-    for (bits, phase), own in groups:
-        base = ran[(ran["bits"] == 16) & (ran["phase"] == phase)]
-        logs = np.log(base["seconds"].to_numpy() / own["seconds"].to_numpy())
-        value, low, high = tune.interval(list(logs), seed=seed)
-        yield {
-            "what": phase, "dtype": "bfloat16", "kept": int(bits), "whole": 16,
-            "megabytes": own["bytes_a_token"].iloc[0] / 1e6, "seconds": float(own["seconds"].median()),
-            "share": value, "share_low": low, "share_high": high,
-            "expected": float(base["bytes_a_token"].iloc[0] / own["bytes_a_token"].iloc[0]), "rounds": len(own),
-        }  # fmt: skip
+    yield from shape_costs.bits_rows(found, params.seed)
 
 
 def _not_asked(study: Study, dtype: Any) -> Iterator[dict[str, Any]]:

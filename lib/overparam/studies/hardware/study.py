@@ -363,14 +363,12 @@ def _timed_rows(
         own = found.rounds["reference"] if base else found.rounds.loc[found.rounds["cell"] == text, "seconds"]
         work, here = works[scheme], roofline.limits(limits, number)
         dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(scheme, "best")
-        dtype = dtype if dtype in here.peaks else "best"
         bound = roofline.bound(work, here, dtype)
         value, low, high = tune.interval([float(np.log(each / bound)) for each in own])
-        peak = max(here.peaks.values()) if dtype == "best" else here.peaks[dtype]
         yield {
             "model": name, "phase": phase, "scheme": scheme, "threads": number, "operations": work.flops,
             "bytes": work.bytes, "intensity": work.intensity, "bound": bound,
-            "bound_by": "operations" if work.flops / peak > work.bytes / here.bandwidth else "bytes",
+            "bound_by": "operations" if bound > work.bytes / here.bandwidth else "bytes",
             "seconds": float(np.median(own)), "times_bound": value, "times_bound_low": low, "times_bound_high": high,
             "least_times_bound": float(np.min(own) / bound),
             **{each: ratios.loc[text, each] for each in ("ratio", "ratio_low", "ratio_high", "rounds", "status")},

@@ -51,7 +51,7 @@ def _same(same: pd.DataFrame) -> Claim:
 
 
 def _near(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> list[Claim]:
-    """The best of all precisions and backends, each against the bytes of its own weights."""
+    """The fastest of all precisions and backends, against the bytes of its own weights."""
     claims, goal = [], study.params.near_bound
     for phase in (PROMPT, TOKEN):
         own = found[(found["model"] == study.params.decoder) & (found["phase"] == phase)]
@@ -59,7 +59,7 @@ def _near(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> list[Claim
         if own.empty:
             claims.append(ledger.judged(f"hw-bound-{phase}", measured=None, margin=0.0, note=_NO_DECODER))
             continue
-        row: dict[Any, Any] = own.sort_values("times_bound").iloc[0].to_dict()
+        row: dict[Any, Any] = own.sort_values("seconds").iloc[0].to_dict()
         here = roofline.limits(limits, study.threads[-1])
         claims.append(
             ledger.judged(
