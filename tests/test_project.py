@@ -113,6 +113,18 @@ def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
     assert type(scope["again"].run) is type(scope["small"].run)
 
 
+def test_tuning_example_in_readme_runs():
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to tune.*?)```", text, flags=re.S)
+    small = example.replace("[:64]", "[:8]").replace(
+        "budget_s=60", 'budget_s=20, schemes=("fp32",), batches=(8, 32)'
+    )
+    scope = {}
+    exec(small, scope)
+    assert scope["vectors"].shape == (8, 384)
+    assert scope["tuned"].gain >= 1 or scope["tuned"].low < 1
+
+
 def test_no_pickle_is_read():
     reads = re.compile(r"import pickle|from pickle|torch\.load\(|allow_pickle|read_pickle|joblib|dill|shelve")
     assert not [

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from overparam.experiment import charts
-from overparam.experiment.charts import BLUE, GREEN, GREY, ORANGE, PINK, SKY, Look
+from overparam.experiment.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, Look
 from overparam.measure import roofline
 from overparam.record import ledger
 from overparam.studies.hardware import LLAMA_CPP
@@ -47,7 +48,7 @@ def plot_roofline(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> An
     )
     columns = ["what", "scheme", "intensity", "gflops", "times_bound", "times_bound_low", "times_bound_high"]
     with charts.figure(
-        study, "fig:hardware-roofline", data[columns], caption=caption, legend=3, height=1.05
+        study, "fig:hardware-roofline", data[columns], caption=caption, legend=3, width=1.4, height=0.95
     ) as axes:
         x = np.geomspace(data["intensity"].min() / 2, data["intensity"].max() * 4, 100)
         axes.plot(
@@ -58,6 +59,10 @@ def plot_roofline(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> An
             look={key: _points(look) for key, look in LOOKS.items()},
         )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         names = data.sort_values("gflops").groupby("what", sort=False).tail(1)
         charts.label_points(axes, names, "intensity", "gflops", "what", [GREY] * len(names))
     return axes.figure
@@ -211,22 +216,11 @@ def plot_sizes(study: Study, sized: pd.DataFrame) -> Any:
             charts.curves(axes, rows, "x", "share", by="shape", look=looks)
             charts.diagonal(axes, 100)
             axes.set_xlabel(label)
-        time.set_ylabel("encoding time (% of all layers')")
-        held.set_ylabel("resident memory (% of the whole)")
-        speeds = data[data["what"].isin(["prompt", "token"])].assign(x=lambda t: 100 * t["kept"] / 16)
-        for phase, line in (("prompt", "--"), ("token", "-")):
-            own = speeds[speeds["what"] == phase].sort_values("kept")
-            look = Look(
-                GREEN if phase == "prompt" else PINK, "^" if phase == "prompt" else "X", line, label=phase
-            )
-            for number, (_, rows) in enumerate(own.groupby("shape", sort=False)):
-                charts.curves(
-                    bits,
-                    rows,
-                    "kept",
-                    "share",
-                    look=look if not number else Look(look.colour, look.marker, line),
-                )
+        time.set_ylabel("time (% of all layers')")
+        held.set_ylabel("memory (% of the whole)")
+        speeds = data[data["what"].isin(["prompt", "token"])]
+        phases = {"prompt": Look(SKY, "v", "--"), "token": Look(BLACK, "*")}
+        charts.curves(bits, speeds.sort_values(["shape", "kept"]), "kept", "share", by="what", look=phases)
         tokens = speeds[speeds["what"] == "token"].sort_values("kept")
         bits.plot(tokens["kept"], tokens["expected"], color=GREY, linestyle=":", linewidth=0.8, marker="")
         bits.set(xlabel="bits of a weight", ylabel="times as fast as 16 bits", xticks=[4, 8, 16])
