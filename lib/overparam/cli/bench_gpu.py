@@ -8,7 +8,7 @@ left out, with the reason, when less time is left. Without a GPU it says so and 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -244,7 +244,7 @@ def _alignment(bench: Bench) -> str:
 
     from overparam.measure import tune
 
-    rows, width = 512 if bench.tiny else 4096, 64 if bench.tiny else _WIDTHS[1]
+    rows, width = 8 if bench.tiny else 4096, 64 if bench.tiny else _WIDTHS[1]
     sizes = tuple(size - _WIDTHS[1] + width for size in _WIDTHS)
     vocabularies = (257, 320) if bench.tiny else _VOCABULARIES
 
