@@ -6,24 +6,12 @@ from torch import nn
 
 from overparam.models import packed, published_shapes, shape_costs, shapes
 
-PUBLISHED = {  # billions of parameters, as published with the models
-    "Qwen3-0.6B": 0.6,
-    "Llama-3.2-1B": 1.24,
-    "Llama-3.2-3B": 3.21,
-    "Phi-3-mini": 3.8,
-    "Mistral-7B": 7.24,
-    "Qwen2-7B": 7.62,
-    "Llama-3-8B": 8.03,
-    "OLMoE-1B-7B": 6.92,
-    "GPT-OSS-20B": 20.9,
-    "Qwen3-30B-A3B": 30.5,
-}
 IDS = torch.arange(3, 20)[None]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", published_shapes.SHAPES)
 def test_shapes_have_as_many_parameters_as_published(name):
-    assert shapes.parameters(name) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
+    assert shapes.parameters(name) / 1e9 == pytest.approx(published_shapes.SHAPES[name].billions, rel=0.01)
 
 
 def test_a_shape_cut_to_some_layers_says_how_many_there_are():

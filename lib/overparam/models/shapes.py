@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _BLOCK = 2**20 - 3  # random values that are repeated: a prime, so that no two rows of a matrix are alike
-_ROOM = 1.15  # memory for activations and libraries, in multiples of the weights
+ROOM = 1.15  # memory for activations and libraries, in multiples of the weights
 
 
 def config(name: str, *, layers: int | None = None, experts: int | None = None) -> PreTrainedConfig:
@@ -59,7 +59,7 @@ def parameters(name: str, *, causal: bool = True, **kept: int | None) -> int:
 
 def needed_bytes(name: str, dtype: torch.dtype, *, causal: bool = True, **kept: int | None) -> int:
     """Return the memory that a shape needs: its weights, and some for what it computes."""
-    return int(_ROOM * dtype.itemsize * parameters(name, causal=causal, **kept))
+    return int(ROOM * dtype.itemsize * parameters(name, causal=causal, **kept))
 
 
 def free_bytes(device: str = "cpu") -> int:
