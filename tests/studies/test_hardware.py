@@ -72,7 +72,7 @@ def test_costs_are_those_of_the_committed_records():
     assert table["energy_method"].notna().all()
     whole = table[(table["model"] == "Gemma") & (table["system"] == "depth 18")].iloc[0]
     assert whole["kept"] == pytest.approx(100)
-    assert whole["unit"] == "tokens"
+    assert whole["unit"] == "tokens read"
 
 
 def test_a_shape_that_does_not_fit_is_a_row_with_its_reason():
@@ -120,9 +120,9 @@ def around(value, by):
     return value, value - by, value + by
 
 
-def judged(*, token=1.5, holds=19, gain=1.7):
+def judged(*, token=1.5, holds=19, gain=1.7, **params):
     """The verdicts on made-up tables."""
-    here = recorded(shape_dtypes=("float32",))
+    here = recorded(shape_dtypes=("float32",), **params)
     limits = frame(
         "threads what best unit",
         (2, "float32", 1e11, "FLOP/s"), (2, "copy", 1e10, "byte/s"), (2, "read", 1e10, "byte/s"),
@@ -199,6 +199,12 @@ def test_verdicts_can_fail():
     assert found["hw-bound-token"].verdict == "not reproduced"
     assert found["hw-gain"].verdict == "reproduced"
     assert found["hw-gain-goal"].verdict == "not reproduced"
+
+
+def test_without_a_decoder_its_checks_say_so():
+    found = judged(decoder=None)
+    assert found["hw-bound-prompt"].measured is None
+    assert "No decoder" in found["hw-bound-token"].note
 
 
 def test_the_goal_of_seventeen_in_twenty_is_met_by_seventeen():

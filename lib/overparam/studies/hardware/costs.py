@@ -18,20 +18,21 @@ from overparam.record.stats import Estimate
 from overparam.studies.hardware import RESULTS
 from overparam.studies.hardware.study import Study
 
+TEXTS, READ, WRITTEN = UNITS = ("texts", "tokens read", "tokens written")
 _MILLION = 1e6
 # Of each study: the column that names its systems, what its throughput counts, columns of latency and throughput,
 # tables and columns of the quality kept in percent, with its interval.
 SOURCES = {
     "trailing_layer_pruning": (
-        "depth", "tokens", "single_seconds", "tokens_per_second", "kwh_per_million_tokens",
+        "depth", READ, "single_seconds", "tokens_per_second", "kwh_per_million_tokens",
         ("trained",), ("100 * retention", "100 * retention_low", "100 * retention_high"),
     ),
     "moe_expert_pruning": (
-        "share_pruned", "tokens", "generate_one_seconds", "generate_all_tokens_per_second", "kwh_per_million_tokens",
+        "share_pruned", WRITTEN, "generate_one_seconds", "generate_all_tokens_per_second", "kwh_per_million_tokens",
         ("quality", "recovery"), ("100 + change_percent", "100 + low", "100 + high"),
     ),
     "distillation_retention": (
-        "share", "texts", "single_seconds", "texts_per_second", "kwh_per_million_texts",
+        "share", TEXTS, "single_seconds", "texts_per_second", "kwh_per_million_texts",
         ("suite",), ("kept", "kept_low", "kept_high"),
     ),
 }  # fmt: skip
@@ -109,7 +110,7 @@ def _bits(record: Record, table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         seconds = row["single_seconds"] if decoder else row["batch_seconds"] / texts
         full = row["scheme"] == "fp32"
         yield {
-            "system": row["scheme"], "unit": "tokens" if decoder else "texts", "latency_s": row["single_seconds"],
+            "system": row["scheme"], "unit": WRITTEN if decoder else TEXTS, "latency_s": row["single_seconds"],
             "per_second": 1 / seconds,
             # the energy of the record is that of a batch: of an encoder, so many texts; of a decoder, a prompt
             "kwh_per_million": float("nan") if decoder else row["kwh_per_million_batches"] / texts,

@@ -13,6 +13,7 @@ from overparam.experiment.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, 
 from overparam.measure import roofline
 from overparam.record import ledger
 from overparam.studies.hardware import LLAMA_CPP
+from overparam.studies.hardware.costs import UNITS
 from overparam.studies.hardware.settings import AGAIN, Sweep, Tuning
 from overparam.studies.hardware.study import Study
 
@@ -150,32 +151,36 @@ def plot_tuning(study: Study, swept: Sweep, tuned: Tuning, same: pd.DataFrame) -
                  AGAIN: "default ÷ default", "tuned to best": "tuned ÷ sweep's best"}  # fmt: skip
         shown = confirmed.assign(role=confirmed["role"].map(names))
         charts.dots(left, shown, "role", "ratio", look=Look(BLUE, "o"))
+        left.margins(y=0.15)
         left.set_xlabel("times as fast")
         for holds, colour in ((True, BLUE), (False, ORANGE)):
             own = runs[runs["holds"] == holds]
             bars = charts.error_bars(own, "ratio")
             right.errorbar(own["ratio"], own["place"], xerr=bars, color=colour, marker="o", linestyle="")
+        right.margins(y=0.08)
         right.set(xlabel="times as fast: the default and itself", yticks=[])
     return left.figure
 
 
 def plot_alignment(study: Study, aligned: pd.DataFrame) -> Any:
-    """Draw the speed of layers a unit of work by their width."""
+    """Draw the speed of layers a unit of work, by their width, and of output layers by their vocabulary."""
     data = aligned[aligned["status"] == ""] if "size" in aligned else aligned.iloc[:0]
-    data = data[data["layer"] == "width"] if len(data) else data
     if data.empty:
         return None
+    data = data.assign(
+        name=[f"{each} {size:.0f}" for each, size in zip(data["layer"], data["size"], strict=True)]
+    )
     caption = (
-        f"Operations a second of a square layer that reads {study.params.shape_rows} tokens, by width, in percent of "
-        f"those at {study.params.aligned_width}; 95 % bootstrap interval over {study.params.shape_rounds} rounds in "
-        "turns."
+        f"Operations a second of a layer that reads {study.params.shape_rows} tokens, in percent of the aligned one's: "
+        f"square layers by width (aligned: {study.params.aligned_width}), output layers by vocabulary (aligned: "
+        f"{study.params.vocabularies[-1]}); 95 % bootstrap interval over {study.params.shape_rounds} rounds in turns."
     )
     with charts.figure(study, "fig:hardware-alignment", data, caption=caption, legend=2) as axes:
-        charts.reference(axes, 100, line="-")
+        charts.reference(axes, 100, line="-", upright=True)
         looks = {"float32": Look(BLUE, "o", ""), "bfloat16": Look(ORANGE, "s", "")}
-        charts.curves(axes, data, "size", "speed", by="dtype", look=looks)
-        axes.set(xlabel="width of the layer", ylabel="speed (% of the aligned)")
-        axes.set_xticks(study.params.widths, study.params.widths, rotation=45)
+        charts.dots(axes, data, "name", "speed", by="dtype", look=looks, spread=0.25)
+        axes.margins(y=0.1)
+        axes.set_xlabel("speed a unit of work (% of the aligned one's)")
     return axes.figure
 
 
@@ -239,19 +244,27 @@ def plot_costs(study: Study, priced: pd.DataFrame) -> Any:
     ]
     caption = (
         f"Quality kept against the price of a million, at {study.params.price_per_hour:g} € an hour and "
-        f"{study.params.utilisation:.0%} utilisation: texts, and tokens of a decoder. Points of one model and study; "
+        f"{study.params.utilisation:.0%} utilisation: texts embedded, tokens read, tokens written. "
+        "Points of one model and study; "
         "their machines are named in their records."
     )
     columns = ["curve", "unit", "system", "eur_per_million", "kept", "kept_low", "kept_high"]
     with charts.figure(
-        study, "fig:hardware-costs", data[columns], caption=caption, legend=2, width=2, height=0.75, ncols=2
+        study,
+        "fig:hardware-costs",
+        data[columns],
+        caption=caption,
+        legend=3,
+        width=2,
+        height=0.7,
+        ncols=3,
+        sharey=True,
     ) as panels:
-        looks = {
-            key: Look(look.colour, look.marker, "")
-            for key, look in charts.looks(dict.fromkeys(data["curve"])).items()
-        }
-        for axes, unit in zip(panels, ("texts", "tokens"), strict=True):
-            charts.curves(axes, data.loc[data["unit"] == unit, ["curve", "eur_per_million", "kept"]], "eur_per_million",
-                          "kept", by="curve", look=looks)  # fmt: skip
-            axes.set(xscale="log", xlabel=f"€ per million {unit}", ylabel="quality kept (%)", ylim=(0, 110))
+        every = charts.looks(dict.fromkeys(data["curve"]))
+        looks = {key: Look(look.colour, look.marker, "") for key, look in every.items()}
+        for axes, unit in zip(panels, UNITS, strict=True):
+            own = data.loc[data["unit"] == unit, ["curve", "eur_per_million", "kept"]]
+            charts.curves(axes, own, "eur_per_million", "kept", by="curve", look=looks)
+            axes.set(xscale="log", xlabel=f"€ per million {unit}")
+        panels[0].set(ylabel="quality kept (%)", ylim=(0, 110))
     return panels[0].figure

@@ -57,7 +57,11 @@ def _near(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> list[Claim
         own = found[(found["model"] == study.params.decoder) & (found["phase"] == phase)]
         own = own[(own["threads"] == study.threads[-1]) & own["times_bound_low"].notna()]
         if own.empty:
-            claims.append(ledger.judged(f"hw-bound-{phase}", measured=None, margin=0.0, note=_NO_DECODER))
+            claims.append(
+                ledger.judged(
+                    f"hw-bound-{phase}", measured=None, margin=0.0, words={"goal": goal}, note=_NO_DECODER
+                )
+            )
             continue
         row: dict[Any, Any] = own.sort_values("seconds").iloc[0].to_dict()
         here = roofline.limits(limits, study.threads[-1])
