@@ -34,6 +34,13 @@ def _points(look: Look) -> Look:
     return Look(look.colour, look.marker, "", label=look.label)
 
 
+def _plain(axis: Any, steps: tuple[int, ...]) -> None:
+    """Label an axis of powers of ten by ordinary numbers, at these steps of each."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def plot_roofline(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> Any:
     """Draw operations a second against operations a byte, under the roof of this machine."""
     number = study.threads[-1]
@@ -60,10 +67,8 @@ def plot_roofline(study: Study, limits: pd.DataFrame, found: pd.DataFrame) -> An
             look={key: _points(look) for key, look in LOOKS.items()},
         )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+        _plain(axes.xaxis, (1, 2, 5))
+        _plain(axes.yaxis, (1, 2, 5))
         names = data.sort_values("gflops").groupby("what", sort=False).tail(1)
         charts.label_points(axes, names, "intensity", "gflops", "what", [GREY] * len(names))
     return axes.figure
@@ -266,5 +271,6 @@ def plot_costs(study: Study, priced: pd.DataFrame) -> Any:
             own = data.loc[data["unit"] == unit, ["curve", "eur_per_million", "kept"]]
             charts.curves(axes, own, "eur_per_million", "kept", by="curve", look=looks)
             axes.set(xscale="log", xlabel=f"€ per million {unit}")
+            _plain(axes.xaxis, (1, 3))
         panels[0].set(ylabel="quality kept (%)", ylim=(0, 110))
     return panels[0].figure
