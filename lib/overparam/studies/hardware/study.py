@@ -292,7 +292,8 @@ def _decoder_rows(study: Study, limits: pd.DataFrame) -> Iterator[dict[str, Any]
     name = str(params.decoder)
     reasons = {scheme: decoders.reason_against(scheme) for scheme in params.decoder_schemes}
     running = [scheme for scheme, reason in reasons.items() if not reason]
-    ids = decoders.tokenizer(" ".join(study.calibration))["input_ids"][: params.prompt_tokens]
+    text, most = " ".join(study.calibration), params.prompt_tokens
+    ids = decoders.tokenizer(text, truncation=True, max_length=most)["input_ids"]
     calls = {
         (scheme, number): _decoding(decoders, scheme, number, ids, params.new_tokens)
         for scheme in progress.track(running, "preparing the decoder")
