@@ -10,7 +10,7 @@ PROFILE ?= quick
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
 
-.PHONY: help run test check bench lab setup lock clean
+.PHONY: help run test check bench bench-gpu lab setup lock clean
 
 run: $(READY)
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -20,6 +20,7 @@ help:
 	@echo "make check   lint, types, and the tests of what changed: at most a minute and a half"
 	@echo "make test    lint, types, and all tests: about ten minutes on two cores"
 	@echo "make bench   every performance goal, measured"
+	@echo "make bench-gpu  published sizes on a GPU, eight minutes, with the torch that is there: nothing is installed"
 	@echo "make lab     JupyterLab with the notebooks"
 
 check: $(READY)
@@ -36,6 +37,10 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
+
+# a server with a GPU has a torch of its own, and often no network: its Python runs this from the checkout
+bench-gpu:
+	PYTHONPATH=lib HF_HUB_OFFLINE=1 $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m overparam.cli.bench_gpu
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix $(VENV) --name python3 --display-name "Python 3 (overparam)"

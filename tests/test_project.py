@@ -143,6 +143,16 @@ def test_counting_example_in_readme_runs(capsys):
     assert printed.startswith("moe-translator: 22,130,304 parameters")
     assert printed.splitlines()[-1].startswith("25% active")
     assert scope["found"].total == 22_130_304
+def test_tuning_example_in_readme_runs():
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(# what to tune.*?)```", text, flags=re.S)
+    small = example.replace("[:64]", "[:8]").replace(
+        "budget_s=60", 'budget_s=20, schemes=("fp32",), batches=(8, 32)'
+    )
+    scope = {}
+    exec(small, scope)
+    assert scope["vectors"].shape == (8, 384)
+    assert scope["tuned"].gain >= 1 or scope["tuned"].low < 1
 
 
 def test_no_pickle_is_read():
