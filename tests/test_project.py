@@ -143,6 +143,8 @@ def test_counting_example_in_readme_runs(capsys):
     assert printed.startswith("moe-translator: 22,130,304 parameters")
     assert printed.splitlines()[-1].startswith("25% active")
     assert scope["found"].total == 22_130_304
+
+
 def test_tuning_example_in_readme_runs():
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(# what to tune.*?)```", text, flags=re.S)
