@@ -31,12 +31,16 @@ def plot_quality(study: Study, found: Quality) -> Any:
     free = table[(table["pattern"] == "") & ~table["system"].isin([UNPRUNED, FLOOR])]
     data = free[["system", "sparsity", "kept", "kept_low", "kept_high", "moved"]]
     drawn = data.assign(percent=100 * data["sparsity"])
-    lowest = 0.0 if not study.decoder else max(-100.0, float(drawn["kept"].min()))
+    floor = table.loc[table["system"] == FLOOR, "kept"]
     caption = (
         f"What {study.params.model} keeps of {study.subject.metric} (%) when a share of its layers' weights is zero, "
         "without training, by how they are chosen; 95 % bootstrap interval, random over "
         f"{len(study.params.control_seeds)} seeds. Dashed: {study.params.margin:g} % lost. "
-        + ("Less than −100 is not shown. " if study.decoder else "")
+        + (
+            "Less than −100 is not shown. "
+            if study.decoder
+            else "Dotted: a bag of words, which needs no model. "
+        )
         + "Embeddings, head and norms are never pruned."
     )
     with charts.figure(study, "fig:weights-quality", data, caption=caption, legend=3) as axes:
@@ -44,7 +48,9 @@ def plot_quality(study: Study, found: Quality) -> Any:
         charts.reference(axes, 100, line="-")
         charts.reference(axes, 100 - study.params.margin)
         axes.set(xlabel="weights of the layers that are zero (%)", ylabel="quality kept (%)")
-        axes.set_ylim(lowest, 105)
+        for level in floor:
+            charts.reference(axes, level, FLOOR, line=":")
+        axes.set_ylim(_lowest(drawn), 105)
     return axes.figure
 
 
@@ -60,7 +66,7 @@ def plot_bytes(study: Study, table: pd.DataFrame) -> Any:
         charts.curves(axes, data, "bytes_percent", "kept", by="kind", look=_KINDS)
         charts.reference(axes, 100 - study.params.margin)
         axes.set(xlabel="bytes of the layers (% of 16 bits)", ylabel="quality kept (%)")
-        axes.set_ylim(max(-100.0, min(0.0, float(data["kept"].min()))) if study.decoder else 0.0, 105)
+        axes.set_ylim(_lowest(data), 105)
     return axes.figure
 
 
@@ -86,8 +92,17 @@ def plot_times(study: Study, found: Times) -> Any:
         "compressed sparse rows, against the dense one, by the share of zeros; interleaved rounds, 95 % interval."
     )
     with charts.figure(study, "fig:weights-products", data, caption=caption, legend=2) as axes:
-        drawn = data.assign(percent=100 * data["sparsity"], series=data["tokens"].map("{} token(s)".format))
+        drawn = data.assign(percent=100 * data["sparsity"], series=data["tokens"].map(_tokens))
         charts.curves(axes, drawn, "percent", "times_as_fast", by="series")
         charts.reference(axes, 1, "as fast as dense")
-        axes.set(xlabel="zeros (%)", ylabel="times as fast as dense", yscale="log")
+        axes.set(xlabel="zeros (%)", ylabel="times as fast as dense", ylim=(0, None))
     return axes.figure
+
+
+def _lowest(data: pd.DataFrame) -> float:
+    """The lower end of the axis of quality: a perplexity may rise a thousandfold."""
+    return max(-100.0, float(data["kept_low"].min()) - 3)
+
+
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number} tokens"
