@@ -6,26 +6,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING, Any
 
 from overparam.measure import flops
-from overparam.models import source
-from overparam.models.counts import count_parameters
-from overparam.models.kinds import decodes
-from overparam.models.loading import quiet
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TABLE, HEAD, EXPERTS, OTHER = "input table", "head", "experts", "other"
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
@@ -185,6 +172,10 @@ def count(model: str | Path | PreTrainedConfig | PreTrainedModel, *, name: str |
     Raises:
         ValueError: A configuration that is not of a model in transformers, or lacks a field that the model needs.
     """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from overparam.models.counts import count_parameters
+
     notes = []
     if isinstance(model, PreTrainedModel):
         built, config = model, model.config
@@ -254,6 +245,10 @@ def lora(
         ValueError: A rank below 1, no such matrix, or "all-linear" for a mixture whose experts are fused tensors, of
             which libraries make adapters in different ways.
     """
+    from torch import nn
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     built = model if isinstance(model, PreTrainedModel) else on_meta(model)
@@ -303,6 +298,10 @@ def training_bytes(total: int, recipe: str, trained: int | None = None) -> float
 
 def _config(name: str | Path) -> PreTrainedConfig:
     """The configuration that a name, a folder or a file says."""
+    from transformers import AutoConfig
+
+    from overparam.models import source
+
     if not Path(name).expanduser().is_file():
         return source.config(str(name))
     try:
@@ -319,6 +318,10 @@ def _config(name: str | Path) -> PreTrainedConfig:
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model without weights."""
+    import torch
+
+    from overparam.models.loading import quiet
+
     plain = copy.deepcopy(config)
     if getattr(plain, "quantization_config", None) is not None:
         del plain.quantization_config
@@ -335,15 +338,19 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _class(config: PreTrainedConfig) -> Any:
     """The class of a checkpoint: the one its configuration names, or else the usual one of its kind."""
+    import transformers
+
+    from overparam.models.kinds import decodes
+
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return named
     auto = (
-        AutoModelForSeq2SeqLM
+        transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
-        else AutoModelForCausalLM
+        else transformers.AutoModelForCausalLM
         if decodes(config)
-        else AutoModel
+        else transformers.AutoModel
     )
     return auto._model_mapping[type(config)]
 
@@ -360,6 +367,8 @@ def _of(head: nn.Module | None, parameter: nn.Parameter) -> bool:
 
 def _part(path: str, owner: nn.Module) -> str:
     """The component of a parameter that is neither in the input table nor in the head, by the names of its modules."""
+    from torch import nn
+
     names = path.split(".")[:-1]
     if "experts" in names:
         return EXPERTS
@@ -373,6 +382,9 @@ def _part(path: str, owner: nn.Module) -> str:
 
 def _is_matrix(part: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Whether activations are multiplied by a parameter; fused experts have a dimension more, their biases too."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(owner, nn.Embedding):
         return False
     fused = part == EXPERTS and not isinstance(owner, nn.Linear | Conv1D)
@@ -380,6 +392,8 @@ def _is_matrix(part: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
 
 
 def _layers(model: PreTrainedModel) -> int:
+    from torch import nn
+
     lists = [
         len(module)
         for path, module in model.named_modules()

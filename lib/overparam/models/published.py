@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
-
-import transformers
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from overparam.models.anatomy import BOTH, NO_INPUT, Anatomy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Explanation = Literal["", "rounded", "table counted twice"]
 _UNITS = {"M": 1e6, "B": 1e9}
@@ -54,6 +54,8 @@ class Published:
 
     def config(self) -> PreTrainedConfig:
         """Return the configuration."""
+        import transformers
+
         config: PreTrainedConfig = getattr(transformers, self.kind)(**self.shape)
         return config
 
