@@ -18,6 +18,7 @@ from overparam.studies.anatomy.study import Study
 from overparam.studies.anatomy.tuning import EVERYWHERE, FULL, LORA
 
 _LEFT_OUT = "Left out in this profile."
+_POWER = 0.34  # of the parameters in the published law
 _PUBLISHED_LORA = 1e-4  # of GPT-3's parameters: "10,000 times fewer"
 
 
@@ -215,9 +216,10 @@ def _capacity(study: Study, capacity: pd.DataFrame) -> Iterator[Claim]:
         return
     yield ledger.judged(
         "anatomy-capacity-grows",
-        measured=learning.growth(capacity),
+        measured=learning.growth(capacity).shifted(-1),
         margin=0.1,
-        note=f"{len(capacity)} sizes, interval of the slope (Student).",
+        note=f"{len(capacity)} sizes, interval of the slope (Student). A positive number says that larger models store "
+        "more bits a parameter.",
     )
 
 
@@ -318,16 +320,28 @@ def _law(law: dict[str, pd.DataFrame]) -> Iterator[Claim]:
         measured=Estimate(miss[0], miss[1], miss[2], len(law["points"])),
         margin=2.0,
         note=f"Fitted to sizes up to {int(sorted(sizes.unique())[-2]):,}, tested on {int(sizes.max()):,}; measured "
-        f"{held['measured']:.3f}, predicted {held['predicted']:.3f} nats a byte. One seed.",
+        f"{held['measured']:.3f}, predicted {held['predicted']:.3f} nats a byte. One seed. {_steeper(law['points'])}",
     )
     power, floor = constants["a"], constants["E"]
     yield ledger.judged(
         "anatomy-law-power",
-        measured=Estimate(power["value"], power["low"], power["high"], len(law["points"])),
+        measured=Estimate(power["value"], power["low"], power["high"], len(law["points"])).shifted(-_POWER),
         margin=0.05,
         note=f"Sizes {int(sizes.min()):,} to {int(sizes.max()):,}, tables included; E = {floor['value']:.2f} "
         f"[{floor['low']:.2f}, {floor['high']:.2f}] is hardly identified.",
     )
+
+
+def _steeper(points: pd.DataFrame) -> str:
+    """Say how loss falls with the size after the least and after the most text."""
+    powers = []
+    for seen in (points["bytes"].min(), points["bytes"].max()):
+        own = points[points["bytes"] == seen]
+        powers.append(-np.polyfit(np.log(own["parameters"]), np.log(own["loss"]), 1)[0])
+    said = f"Loss falls with the power {powers[0]:.3f} of the size after the least text, {powers[1]:.3f} after the most"
+    if powers[1] > powers[0]:
+        said += ": size and text act on each other, which a sum of a part for each cannot say"
+    return f"{said}."
 
 
 def _estimate(row: Any, name: str, n: int | None = None) -> Estimate:
