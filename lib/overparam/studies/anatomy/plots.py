@@ -176,7 +176,7 @@ def plot_weight(study: Study, watched: dict[str, pd.DataFrame]) -> Any:
         charts.curves(left, path, "step", "value", look=Look(BLUE, ""))
         charts.curves(middle, path, "step", "gradient", look=Look(ORANGE, ""), linewidth=0.7)
         charts.reference(middle, 0, line="-")
-        middle.set_yscale("symlog", linthresh=float(path["gradient"].abs().quantile(0.5)))
+        middle.set_yscale("symlog", linthresh=float(path["gradient"].abs().quantile(0.9)))
         middle.tick_params(axis="y", labelsize=6)
         charts.curves(right, ranked, "weights", "share", look=Look(GREEN, ""))
         charts.diagonal(right, 100)

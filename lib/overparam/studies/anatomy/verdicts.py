@@ -206,8 +206,8 @@ def _capacity(study: Study, capacity: pd.DataFrame) -> Iterator[Claim]:
     bits = _estimate(last, "per_parameter", int(last["strings"]))
     note = (
         f"{int(last['parameters']):,} parameters, {study.params.capacity_epochs} epochs (published: 1,000), "
-        f"{last['offered']:.1f} bits a parameter offered. Of strings it did not see it stores "
-        f"{last['unseen']:.3f} bits a parameter."
+        f"{last['offered']:.1f} bits a parameter offered. On strings that it did not see: "
+        f"{last['unseen']:.1f} bits; below 0, it is wrong with confidence."
     )
     yield ledger.judged("anatomy-capacity-bits", measured=bits, margin=0.2, note=note)
     yield ledger.judged("anatomy-capacity-strings", measured=bits, margin=0.2, note=note)
