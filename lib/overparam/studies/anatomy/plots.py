@@ -72,6 +72,8 @@ def _short(total: float) -> str:
 def plot_active(study: Study, counts: pd.DataFrame) -> Any:
     """Draw total and active parameters of the mixtures, the active ones by all three definitions."""
     mixtures = counts[counts["active published"] != ""]
+    if mixtures.empty:
+        return None
     rows = []
     for row in mixtures.to_dict("records"):
         rows += [

@@ -142,14 +142,12 @@ def _training(card: pd.DataFrame) -> Iterator[Claim]:
             words={"model": row["model"]},
             note=f"{row['tokens']:.4g} tokens ÷ tokens of a step. From 100 on, it is hundreds of thousands.",
         )
-    gpt = rows.get("GPT-3 175B")
+    gpt = rows["GPT-3 175B"]
     yield ledger.judged(
         "anatomy-quadrillions",
-        measured=_exact(gpt["operations"] / 1e15) if gpt else None,
+        measured=_exact(gpt["operations"] / 1e15),
         margin=1.0,
-        note=_LEFT_OUT
-        if gpt is None
-        else f"6·N·D = {gpt['operations']:.3g} operations for GPT-3 175B. True, and far too little: one text of 2,048 "
+        note=f"6·N·D = {gpt['operations']:.3g} operations for GPT-3 175B. True, and far too little: one text of 2,048 "
         f"tokens takes {6 * gpt['parameters'] * 2048 / 1e15:.2g} quadrillion in training.",
     )
     yield ledger.judged(
@@ -168,11 +166,7 @@ def _adapters(adapters: pd.DataFrame) -> Iterator[Claim]:
         margin=0.0,
         note="peft on the meta device.",
     )
-    found = adapters[(adapters["model"] == "GPT-3 175B") & (adapters["rank"] == 4)]
-    if found.empty:
-        yield ledger.judged("anatomy-lora-share", measured=None, margin=10.0, note=_LEFT_OUT)
-        return
-    row = found.iloc[0]
+    row = adapters[(adapters["model"] == "GPT-3 175B") & (adapters["rank"] == 4)].iloc[0]
     yield ledger.judged(
         "anatomy-lora-share",
         measured=_exact(100 * (row["share"] / 100 / _PUBLISHED_LORA - 1)),
