@@ -97,7 +97,7 @@ def test_the_watched_weight_moves_by_its_updates():
     path = watch._watched(model, ROWS, name, index, 3, 0)
     assert len(path) == 3
     assert path["value"].iloc[0] + path["update"].sum() == pytest.approx(
-        float(model.get_parameter(name).view(-1)[index])
+        float(model.get_parameter(name).detach().view(-1)[index])
     )
 
 
@@ -148,6 +148,17 @@ def test_a_law_is_found_again_from_its_own_values():
     assert learning.predict(found, 1e5, 5e5) == pytest.approx(learning.predict(law, 1e5, 5e5), rel=1e-3)
     with pytest.raises(ValueError, match="needs at least 5 points, got 4"):
         learning.fit_law(sizes[:4], seen[:4], np.ones(4))
+
+
+def test_the_largest_model_is_held_out_of_the_law(monkeypatch, started):
+    monkeypatch.setattr(learning, "_RESAMPLES", 3)
+    monkeypatch.setattr(learning, "fit_law", lambda *given, **options: np.array([1.0, 9.0, 0.3, 9.0, 0.3]))
+    wanted = {"law_widths": (8, 12, 16, 20), "law_bytes": (1024, 2048, 3072), "law_rates": (1e-3, 3e-3)}
+    started.params = TINY.model_copy(update=wanted)
+    found = learning.scaling_law(started)
+    assert found["points"].groupby("width")["bytes"].apply(list).tolist() == [[1024.0, 2048.0, 3072.0]] * 4
+    assert set(found["held_out"]["parameters"]) == {found["points"]["parameters"].max()}
+    assert found["fit"]["constant"].tolist() == ["E", "A", "a", "B", "b"]
 
 
 def test_text_that_is_not_there_is_refused():
