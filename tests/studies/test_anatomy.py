@@ -97,7 +97,7 @@ def test_the_watched_weight_moves_by_its_updates():
     path = watch._watched(model, ROWS, name, index, 3, 0)
     assert len(path) == 3
     assert path["value"].iloc[0] + path["update"].sum() == pytest.approx(
-        float(model.get_parameter(name).view(-1)[index])
+        float(model.get_parameter(name).detach().view(-1)[index])
     )
 
 
@@ -150,6 +150,17 @@ def test_a_law_is_found_again_from_its_own_values():
         learning.fit_law(sizes[:4], seen[:4], np.ones(4))
 
 
+def test_the_largest_model_is_held_out_of_the_law(monkeypatch, started):
+    monkeypatch.setattr(learning, "_RESAMPLES", 3)
+    monkeypatch.setattr(learning, "fit_law", lambda *given, **options: np.array([1.0, 9.0, 0.3, 9.0, 0.3]))
+    wanted = {"law_widths": (8, 12, 16, 20), "law_bytes": (1024, 2048, 3072), "law_rates": (1e-3, 3e-3)}
+    started.params = TINY.model_copy(update=wanted)
+    found = learning.scaling_law(started)
+    assert found["points"].groupby("width")["bytes"].apply(list).tolist() == [[1024.0, 2048.0, 3072.0]] * 4
+    assert set(found["held_out"]["parameters"]) == {found["points"]["parameters"].max()}
+    assert found["fit"]["constant"].tolist() == ["E", "A", "a", "B", "b"]
+
+
 def test_text_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"test has .* bytes of verses, asked for 100,000,000"):
         small.rows_of_text("test", 100_000_000)
@@ -190,13 +201,12 @@ def test_every_token_uses_its_top_experts(started):
     assert (table["active_expert_parameters"] * 4 == table["expert_parameters"]).all()  # 2 of 8
 
 
-def test_counts_and_the_training_card_are_of_the_models_that_were_named(started):
+def test_counts_are_of_the_models_that_were_named_and_the_card_follows_from_published_tokens(started):
     counts, card = study.count(started), study.training_card(started)
     assert list(counts["model"]) == list(TINY.published)
     assert (counts["total"] == counts["built"]).all()
     assert counts["flops_apart"].tolist() == [0, 0]
-    (row,) = card.to_dict("records")
-    assert row["model"] == "Llama-2-7B"
+    (row,) = card[card["model"] == "Llama-2-7B"].to_dict("records")
     assert row["updates"] == 500_000
     assert row["operations"] == 6 * row["parameters"] * 2e12
     assert 0.3 < row["utilisation"] < 0.5

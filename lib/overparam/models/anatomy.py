@@ -71,7 +71,6 @@ class Anatomy:
         active_experts: Parameters of the experts that a token uses.
         table: Size of the input table; a tied one serves as the head, too.
         tied: Whether head and input table are the same parameters.
-        has_head: Whether the model has output embeddings.
         matrices: Weights that a token's states are multiplied by: a tied head is one of them, looked-up tables,
             experts that are not used, norms and biases are not.
         layers: Layers with weights of their own.
@@ -84,7 +83,6 @@ class Anatomy:
     active_experts: int
     table: int
     tied: bool
-    has_head: bool
     matrices: int
     layers: int
     config: PreTrainedConfig
@@ -223,7 +221,6 @@ def count(model: str | Path | PreTrainedConfig | PreTrainedModel, *, name: str |
         active_experts=active,
         table=0 if table is None else table.numel(),
         tied=tied,
-        has_head=head is not None,
         matrices=matrices + (table.numel() if tied else 0),
         layers=_layers(built),
         config=config,
@@ -251,6 +248,7 @@ def lora(
 
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     built = model if isinstance(model, PreTrainedModel) else on_meta(model)
     head = built.get_output_embeddings()
     found = {
@@ -261,7 +259,7 @@ def lora(
     chosen = [
         module
         for path, module in found.items()
-        if targets == "all-linear" or path.rpartition(".")[2] in targets
+        if targets == "all-linear" or path.rpartition(".")[2] in wanted
     ]
     names = sorted({path.rpartition(".")[2] for path in found})
     if targets == "all-linear" and any(

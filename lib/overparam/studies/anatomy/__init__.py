@@ -32,7 +32,9 @@ class Params(StudyParams):
     study: ClassVar = "anatomy"
 
     model: ModelName = Field("moe-translator", description="mixture that is counted, drawn and fine-tuned")
-    published: Distinct[str] | None = Field(None, description="published models that are counted; null: all")
+    published: Distinct[str] | None = Field(
+        None, description="published models whose parameters are tabled; null: all"
+    )
     length: Count = Field(1024, description="tokens of a sequence, for operations a token")
     utilisation: Range = Field(
         (0.3, 0.4, 0.5), description="share of the devices' peak, assumed: low, middle, high"

@@ -21,7 +21,8 @@ Array = NDArray[np.float64]
 SYMBOLS = 64  # of random strings: 6 bits each
 STRING = 32  # symbols of a string
 TRAIN, TEST = "training text", "held-out text"
-_BATCH, _STRINGS_BATCH = 16, 64  # rows of a step
+_BATCH = 16  # rows of a step
+_STRING_STEPS = 6  # in an epoch of strings, at every size: models of all sizes get as many
 _CAPACITY_RATE, _OVERFIT_RATE = 5e-3, 3e-3
 _HELD_OUT = 6_144  # bytes of text for choices, and as many for tests
 _HUBER = 1e-3  # from here on, errors of the logarithm count linearly
@@ -49,10 +50,10 @@ def capacity(study: Study) -> pd.DataFrame:
         strings, others = (
             draw.integers(SYMBOLS, size=(count, STRING)) for count in (number, min(number, 256))
         )
-        steps = params.capacity_epochs * math.ceil(number / _STRINGS_BATCH)
+        steps = params.capacity_epochs * _STRING_STEPS
         small.train(
             model,
-            small.shuffled(strings, _STRINGS_BATCH, seed),
+            small.shuffled(strings, math.ceil(number / _STRING_STEPS), seed),
             steps=steps,
             rate=_CAPACITY_RATE,
             seed=seed,

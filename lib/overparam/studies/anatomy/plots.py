@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import NullLocator
 
 from overparam.experiment import charts
 from overparam.experiment.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, Look
@@ -65,12 +65,15 @@ def plot_counts(study: Study, counts: pd.DataFrame) -> Any:
 
 
 def _short(total: float) -> str:
-    return f"{total / 1e9:.3g} B" if total >= 1e9 else f"{total / 1e6:.3g} M"
+    unit, name = next((each for each in ((1e9, "B"), (1e6, "M")) if total >= each[0]), (1e3, "K"))
+    return f"{total / unit:.3g} {name}"
 
 
 def plot_active(study: Study, counts: pd.DataFrame) -> Any:
     """Draw total and active parameters of the mixtures, the active ones by all three definitions."""
     mixtures = counts[counts["active published"] != ""]
+    if mixtures.empty:
+        return None
     rows = []
     for row in mixtures.to_dict("records"):
         rows += [
@@ -175,11 +178,12 @@ def plot_weight(study: Study, watched: dict[str, pd.DataFrame]) -> Any:
         charts.curves(left, path, "step", "value", look=Look(BLUE, ""))
         charts.curves(middle, path, "step", "gradient", look=Look(ORANGE, ""), linewidth=0.7)
         charts.reference(middle, 0, line="-")
+        middle.set_yscale("symlog", linthresh=float(path["gradient"].abs().quantile(0.9)))
+        middle.tick_params(axis="y", labelsize=6)
         charts.curves(right, ranked, "weights", "share", look=Look(GREEN, ""))
         charts.diagonal(right, 100)
         left.set(xlabel="step", ylabel="value")
         middle.set(xlabel="step", ylabel="gradient")
-        middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         right.set(
             xlabel="weights, most important first (%)",
             ylabel="of all changes (%)",
@@ -196,7 +200,8 @@ def plot_capacity(study: Study, capacity: pd.DataFrame) -> Any:
     caption = (
         f"Bits of random strings that a model stores for each of its parameters after {study.params.capacity_epochs} "
         f"epochs, when about {study.params.capacity_bits:g} are offered; 95 % bootstrap interval over strings, "
-        "one seed. Grey: strings that it did not see. Dashed: published, for facts "
+        "one seed. Grey: strings that it did not see, of which it is wrong with confidence (below 0). Dashed: "
+        "published, for facts "
         "(2 bits, arXiv 2404.05405) and for random strings (3.6, arXiv 2505.24832)."
     )
     with charts.figure(
@@ -211,10 +216,14 @@ def plot_capacity(study: Study, capacity: pd.DataFrame) -> Any:
         for at, text in ((2, "facts, published"), (3.6, "strings, published")):
             charts.reference(axes, at, text)
         axes.set(xscale="log", xlabel="parameters", ylabel="bits stored a parameter")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-        axes.tick_params(axis="x", which="both", labelsize=6)
+        _sizes_as_ticks(axes, capacity["parameters"])
     return axes.figure
+
+
+def _sizes_as_ticks(axes: Any, sizes: Any) -> None:
+    """Write the sizes of models at a logarithmic axis, and no other ticks."""
+    axes.set_xticks(list(sizes), [f"{size / 1000:.3g}k" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def plot_overfitting(study: Study, found: dict[str, pd.DataFrame]) -> Any:
@@ -310,9 +319,7 @@ def plot_law(study: Study, law: dict[str, pd.DataFrame]) -> Any:
                 drawn = Look(look.colour, look.marker, "", hollow, None if hollow else text)
                 charts.curves(axes, part[["parameters", "loss"]], "parameters", "loss", look=drawn)
         axes.set(xscale="log", xlabel="parameters", ylabel="loss (nats/byte)")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-        axes.tick_params(axis="x", which="both", labelsize=6)
+        _sizes_as_ticks(axes, points["parameters"].unique())
     return axes.figure
 
 

@@ -66,12 +66,6 @@ def _counted(study: Study) -> list[published.Published]:
     return [each for each in published.models() if names is None or each.name in names]
 
 
-def _names(study: Study, *wanted: str) -> list[str]:
-    """Those of some names whose models this run counts."""
-    counted = {each.name for each in _counted(study)}
-    return [name for name in wanted if name in counted]
-
-
 @step
 def count(study: Study) -> pd.DataFrame:
     """Count every published model on the meta device, and let PyTorch count its operations.
@@ -121,7 +115,7 @@ def memory(study: Study) -> pd.DataFrame:
     Adapters are of rank 16 on all matrices.
     """
     rows = []
-    for name in _names(study, "Gemma 3 270M", "Llama-3-8B", "Llama-3-70B"):
+    for name in ("Gemma 3 270M", "Llama-3-8B", "Llama-3-70B"):
         config = published.find(name).config()
         total = anatomy.count(config).total
         adapters = anatomy.lora(config, 16)
@@ -145,7 +139,7 @@ def training_card(study: Study) -> pd.DataFrame:
         imply), millions of dollars, MWh, tonnes of CO2e and cars, each with the ends of its assumptions.
     """
     params, rows = study.params, []
-    for each in _counted(study):
+    for each in published.models():
         if not each.tokens:
             continue
         found = anatomy.count(each.config(), name=each.name)
@@ -199,8 +193,6 @@ def adapters(study: Study) -> pd.DataFrame:
     """
     rows = []
     for name, targets, ranks in LORA:
-        if name not in _names(study, name):
-            continue
         config = published.find(name).config()
         total = anatomy.count(config).total
         if config.model_type == "gpt2":

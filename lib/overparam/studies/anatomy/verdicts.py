@@ -18,6 +18,7 @@ from overparam.studies.anatomy.study import Study
 from overparam.studies.anatomy.tuning import EVERYWHERE, FULL, LORA
 
 _LEFT_OUT = "Left out in this profile."
+_POWER = 0.34  # of the parameters in the published law
 _PUBLISHED_LORA = 1e-4  # of GPT-3's parameters: "10,000 times fewer"
 
 
@@ -141,14 +142,12 @@ def _training(card: pd.DataFrame) -> Iterator[Claim]:
             words={"model": row["model"]},
             note=f"{row['tokens']:.4g} tokens ÷ tokens of a step. From 100 on, it is hundreds of thousands.",
         )
-    gpt = rows.get("GPT-3 175B")
+    gpt = rows["GPT-3 175B"]
     yield ledger.judged(
         "anatomy-quadrillions",
-        measured=_exact(gpt["operations"] / 1e15) if gpt else None,
+        measured=_exact(gpt["operations"] / 1e15),
         margin=1.0,
-        note=_LEFT_OUT
-        if gpt is None
-        else f"6·N·D = {gpt['operations']:.3g} operations for GPT-3 175B. True, and far too little: one text of 2,048 "
+        note=f"6·N·D = {gpt['operations']:.3g} operations for GPT-3 175B. True, and far too little: one text of 2,048 "
         f"tokens takes {6 * gpt['parameters'] * 2048 / 1e15:.2g} quadrillion in training.",
     )
     yield ledger.judged(
@@ -167,11 +166,7 @@ def _adapters(adapters: pd.DataFrame) -> Iterator[Claim]:
         margin=0.0,
         note="peft on the meta device.",
     )
-    found = adapters[(adapters["model"] == "GPT-3 175B") & (adapters["rank"] == 4)]
-    if found.empty:
-        yield ledger.judged("anatomy-lora-share", measured=None, margin=10.0, note=_LEFT_OUT)
-        return
-    row = found.iloc[0]
+    row = adapters[(adapters["model"] == "GPT-3 175B") & (adapters["rank"] == 4)].iloc[0]
     yield ledger.judged(
         "anatomy-lora-share",
         measured=_exact(100 * (row["share"] / 100 / _PUBLISHED_LORA - 1)),
@@ -205,8 +200,8 @@ def _capacity(study: Study, capacity: pd.DataFrame) -> Iterator[Claim]:
     bits = _estimate(last, "per_parameter", int(last["strings"]))
     note = (
         f"{int(last['parameters']):,} parameters, {study.params.capacity_epochs} epochs (published: 1,000), "
-        f"{last['offered']:.1f} bits a parameter offered. Of strings it did not see it stores "
-        f"{last['unseen']:.3f} bits a parameter."
+        f"{last['offered']:.1f} bits a parameter offered. On strings that it did not see: "
+        f"{last['unseen']:.1f} bits; below 0, it is wrong with confidence."
     )
     yield ledger.judged("anatomy-capacity-bits", measured=bits, margin=0.2, note=note)
     yield ledger.judged("anatomy-capacity-strings", measured=bits, margin=0.2, note=note)
@@ -215,9 +210,10 @@ def _capacity(study: Study, capacity: pd.DataFrame) -> Iterator[Claim]:
         return
     yield ledger.judged(
         "anatomy-capacity-grows",
-        measured=learning.growth(capacity),
+        measured=learning.growth(capacity).shifted(-1),
         margin=0.1,
-        note=f"{len(capacity)} sizes, interval of the slope (Student).",
+        note=f"{len(capacity)} sizes, interval of the slope (Student). A positive number says that larger models store "
+        "more bits a parameter.",
     )
 
 
@@ -318,16 +314,28 @@ def _law(law: dict[str, pd.DataFrame]) -> Iterator[Claim]:
         measured=Estimate(miss[0], miss[1], miss[2], len(law["points"])),
         margin=2.0,
         note=f"Fitted to sizes up to {int(sorted(sizes.unique())[-2]):,}, tested on {int(sizes.max()):,}; measured "
-        f"{held['measured']:.3f}, predicted {held['predicted']:.3f} nats a byte. One seed.",
+        f"{held['measured']:.3f}, predicted {held['predicted']:.3f} nats a byte. One seed. {_steeper(law['points'])}",
     )
     power, floor = constants["a"], constants["E"]
     yield ledger.judged(
         "anatomy-law-power",
-        measured=Estimate(power["value"], power["low"], power["high"], len(law["points"])),
+        measured=Estimate(power["value"], power["low"], power["high"], len(law["points"])).shifted(-_POWER),
         margin=0.05,
         note=f"Sizes {int(sizes.min()):,} to {int(sizes.max()):,}, tables included; E = {floor['value']:.2f} "
         f"[{floor['low']:.2f}, {floor['high']:.2f}] is hardly identified.",
     )
+
+
+def _steeper(points: pd.DataFrame) -> str:
+    """Say how loss falls with the size after the least and after the most text."""
+    powers = []
+    for seen in (points["bytes"].min(), points["bytes"].max()):
+        own = points[points["bytes"] == seen]
+        powers.append(-np.polyfit(np.log(own["parameters"]), np.log(own["loss"]), 1)[0])
+    said = f"Loss falls with the power {powers[0]:.3f} of the size after the least text, {powers[1]:.3f} after the most"
+    if powers[1] > powers[0]:
+        said += ": size and text act on each other, which a sum of a part for each cannot say"
+    return f"{said}."
 
 
 def _estimate(row: Any, name: str, n: int | None = None) -> Estimate:
