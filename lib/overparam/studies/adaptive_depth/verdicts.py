@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -173,9 +174,7 @@ def _distilled(study: Study, depths: pd.DataFrame) -> list[Claim]:
 def _times(study: Study, timing: pd.DataFrame) -> list[Claim]:
     params = study.params
     rows = _by(timing[(timing["engine"] == TORCH) & (timing["way"] == ONE)], "setting")
-    middle = params.timed_savings[len(params.timed_savings) // 2]
-    row, calm = rows[f"{middle:.0%}"], rows[CALIBRATED]
-    has_ratio = pd.notna(row.get("ratio"))
+    calm = rows[CALIBRATED]
     return [
         ledger.judged(
             "exits-time",
@@ -185,15 +184,9 @@ def _times(study: Study, timing: pd.DataFrame) -> list[Claim]:
             note=f"{params.model}, {params.tasks[0]}, one text at a time, {calm['layers_saved']:.1f} % of the layers "
             f"saved; published with fine-tuned BERT and without a bound.",
         ),
-        ledger.judged(
-            "exits-time-layers",
-            measured=_estimate(row, "ratio", "texts").shifted(-params.proportion) if has_ratio else None,
-            margin=0.0,
-            words={"proportion": params.proportion},
-            note=f"{row['layers_saved']:.1f} % of the layers and {row['time_saved']:.1f} % of the time saved, exits "
-            "included."
-            if has_ratio
-            else "No layer was saved.",
+        *(
+            _proportion(study, rows[name])
+            for name in (*map("{:.0%}".format, params.timed_savings), CALIBRATED)
         ),
         ledger.judged(
             "exits-disabled",
@@ -202,6 +195,27 @@ def _times(study: Study, timing: pd.DataFrame) -> list[Claim]:
             note=f"Exits that are computed and never sure: {-rows[NEVER]['time_saved']:.1f} % slower.",
         ),
     ]
+
+
+def _proportion(study: Study, row: dict[str, Any]) -> Claim:
+    """Judge whether time is saved in proportion to the layers, at one threshold."""
+    time, layers, proportion = row["time_saved"], row["layers_saved"], study.params.proportion
+    note = f"{layers:.1f} % of the layers and {time:.1f} % of the time saved, exits included; {row['texts']} texts."
+    if layers == 0:
+        measured = None
+        note += " No text left early here."
+    elif pd.isna(row.get("ratio")):
+        measured = Estimate(time / layers, -math.inf, math.inf, int(row["texts"])).shifted(-proportion)
+        note += " So few of them leave early that the ratio is not bounded."
+    else:
+        measured = _estimate(row, "ratio", "texts").shifted(-proportion)
+    return ledger.judged(
+        f"exits-time-layers-{row['setting'].rstrip('%')}",
+        measured=measured,
+        margin=0.0,
+        words={"proportion": proportion, "setting": row["setting"]},
+        note=note,
+    )
 
 
 def _queries(study: Study, retrieval: pd.DataFrame) -> list[Claim]:
