@@ -252,7 +252,7 @@ def _decoders(study: Study, tokens: pd.DataFrame, speculation: pd.DataFrame) -> 
             names[1],
             measured=_around(row["equal"] - 100, 0.0, int(row["prompts"])),
             margin=0.0,
-            note=f"{row['ended']} of {row['prompts']} texts end by an end token; a count has no interval.",
+            note=f"{row['ended']:.0f} of {row['prompts']:.0f} texts end by an end token; a count has no interval.",
         ),
         ledger.judged(
             names[2],
