@@ -146,3 +146,21 @@ def test_report_and_verify_on_one_study_as_a_user_runs_them(tmp_path):
     assert checked.returncode == 1
     assert "figure_cost.csv: changed since" in checked.stdout
     assert "checks failed" in checked.stdout
+
+
+def test_of_many_claims_of_one_kind_the_figure_shows_the_furthest():
+    table = pd.DataFrame(
+        {
+            "study": ["a"] * 10,
+            "entry": ["size-{model}"] * 9 + ["loss"],
+            "claim": [f"size-{number}" for number in range(9)] + ["loss"],
+            "statement": ["has its size"] * 9 + ["loses"],
+            "value": [0.0, 0.1, -3.0, 0.2, 0.0, 0.0, 2.0, 0.0, 0.0, 5.0],
+            "published": [0.0] * 9 + [None],
+        }
+    )
+    found = steps._furthest(table)
+    assert found["claim"].tolist() == ["size-2", "loss"]
+    assert found["statement"].tolist() == ["has its size (the furthest of 9)", "loses"]
+    few = table.iloc[5:]
+    assert len(steps._furthest(few)) == len(few)

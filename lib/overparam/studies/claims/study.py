@@ -16,6 +16,8 @@ from overparam.record.ledger import Entry
 from overparam.record.record import Record
 from overparam.studies.claims import Params, record_hashes
 
+_MOST = 8  # claims of one kind that a figure shows
+
 
 @dataclass
 class Study(experiment.Study[Params]):
@@ -116,6 +118,9 @@ def conditions(study: Study) -> pd.DataFrame:
 def forest(study: Study) -> pd.DataFrame:
     """Measured and published numbers of every claim in points or percent.
 
+    Of a claim that is made of more than `_MOST` things, such as the size of each published model, only the one that is
+    furthest from what was published; the tables have all.
+
     Returns:
         Columns: claim, statement, model, study, verdict, unit, value, low, high; published, NaN where it is no number;
         bound, the end of what the claim's rule accepts.
@@ -145,6 +150,21 @@ def forest(study: Study) -> pd.DataFrame:
                 if entry.published_value is None
                 else entry.in_common(entry.published_value),
                 "bound": None if bound is None else entry.in_common(bound),
+                "entry": entry.id,
             }
         )
-    return pd.DataFrame(rows)
+    return _furthest(pd.DataFrame(rows))
+
+
+def _furthest(table: pd.DataFrame) -> pd.DataFrame:
+    if table.empty:
+        return table
+    number = table.groupby(["study", "entry"])["claim"].transform("nunique")
+    apart = (table["value"] - table["published"].astype(float).fillna(0)).abs()
+    furthest = apart.groupby([table["study"], table["entry"]]).transform("max") == apart
+    many = number > _MOST
+    kept = table[~many | furthest].copy()
+    words = kept["statement"] + " (the furthest of " + number[kept.index].astype(str) + ")"
+    kept["statement"] = kept["statement"].where(~many[kept.index], words)
+    first = ~kept.duplicated(["study", "entry"]) | ~many[kept.index]
+    return kept[first].drop(columns="entry").reset_index(drop=True)
