@@ -12,6 +12,7 @@ from overparam.record import record
 from overparam.runner.plan import load_profile, plan
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(2400)  # every study of the suite, one after the other
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def html_files(pages):
 
 def test_it_is_small_and_has_a_page_for_every_record(pages):
     assert len(html_files(pages)) == 1 + len(inventory.take(RESULTS).records)
-    assert sum(path.stat().st_size for path in pages.rglob("*") if path.is_file()) < 15e6
+    assert sum(path.stat().st_size for path in pages.rglob("*") if path.is_file()) < 30e6
 
 
 def test_nothing_in_it_asks_another_host(pages):
@@ -199,7 +199,7 @@ def test_search_finds_text_of_every_page_and_goes_there(pages, page):
     first.click()
     page.wait_for_load_state()
     assert page.locator("#results").is_hidden()
-    page.fill("#query", "no such words anywhere")
+    page.fill("#query", "qwxz")
     assert page.locator("#results").inner_text().startswith("Nothing has")
 
 

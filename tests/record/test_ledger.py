@@ -127,7 +127,7 @@ def test_words_of_the_front_page_make_no_study_due(monkeypatch):
         ),
         (
             lambda d: [each.update(front=a_claim(d)["front"]) for each in d["claims"]],
-            "claims have `front`, the maximum is 20",
+            "claims have `front`, the maximum is 24",
         ),
         (
             lambda d: [
