@@ -24,6 +24,7 @@ COLOURS = {
     "not reproduced": figures.OKABE_ITO[1],
     "inconclusive": "#777777",
 }
+_SHOWN_DPI = 90  # in the notebook, which shows a figure a study; files have 300
 _LINEAR = 10  # points or percent: up to here the axis is linear, beyond that logarithmic
 _TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
 _WIDE = 2.1 * figures.WIDTH
@@ -54,7 +55,7 @@ def _forest(study: Study, name: str, rows: pd.DataFrame) -> Any:
     )
     with figures.style():
         left, width, tall = _STATEMENT + _MODEL, _WIDE - _STATEMENT - _MODEL - 0.1, height + 0.68
-        figure, axes = plt.subplots(figsize=(_WIDE, tall), layout="none")
+        figure, axes = plt.subplots(figsize=(_WIDE, tall), layout="none", dpi=_SHOWN_DPI)
         axes.set_position((left / _WIDE, 0.42 / tall, width / _WIDE, height / tall))
         _draw_verdicts(axes, rows, places)
         end = max(115.0, 1.1 * float(rows[["low", "high"]].abs().to_numpy().max()))

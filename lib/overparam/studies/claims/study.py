@@ -16,7 +16,7 @@ from overparam.record.ledger import Entry
 from overparam.record.record import Record
 from overparam.studies.claims import Params, record_hashes
 
-_MOST = 8  # claims of one kind that a figure shows
+_MOST = 4  # claims of one kind that a figure shows
 
 
 @dataclass
