@@ -71,9 +71,15 @@ def test_notebooks_are_stored_without_outputs(path):
     assert [cell["metadata"].get("tags") for cell in code].count(["parameters"]) == 1
 
 
-def test_example_in_readme_runs(monkeypatch, tmp_path):
+def readme_example(beginning):
+    """The Python example of README whose first line begins so."""
     text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# your own model.*?)```", text, flags=re.S)
+    (example,) = re.findall(rf"```python\n({beginning}.*?)```", text, flags=re.S)
+    return example
+
+
+def test_example_in_readme_runs(monkeypatch, tmp_path):
+    example = readme_example("# your own model")
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(example.replace("gemma-3-270m", "tiny-gemma3"), scope)
@@ -83,8 +89,7 @@ def test_example_in_readme_runs(monkeypatch, tmp_path):
 
 def test_student_example_in_readme_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# your own teacher.*?)```", text, flags=re.S)
+    example = readme_example("# your own teacher")
     scope = {}
     exec(example.replace("[:256]", "[:32]").replace("steps=20", "steps=2"), scope)
     student = SentenceTransformer(str(tmp_path / "student"), device="cpu")
@@ -93,8 +98,7 @@ def test_student_example_in_readme_runs(monkeypatch, tmp_path):
 
 
 def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# a bundled name.*?)```", text, flags=re.S)
+    example = readme_example("# a bundled name")
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(example.replace("moe-translator", "tiny-qwen3_moe"), scope)
@@ -103,8 +107,7 @@ def test_expert_example_in_readme_runs(monkeypatch, tmp_path):
 
 
 def test_example_of_zeros_in_readme_runs(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# what to set to zero.*?)```", text, flags=re.S)
+    example = readme_example("# what to set to zero")
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
@@ -113,8 +116,7 @@ def test_example_of_zeros_in_readme_runs(monkeypatch, tmp_path):
 
 
 def test_example_of_exits_in_readme_runs(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# what to classify.*?)```", text, flags=re.S)
+    example = readme_example("# what to classify")
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(example.replace("all-MiniLM-L6-v2", "tiny-bert"), scope)
@@ -124,8 +126,7 @@ def test_example_of_exits_in_readme_runs(monkeypatch, tmp_path):
 
 
 def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# what to quantize.*?)```", text, flags=re.S)
+    example = readme_example("# what to quantize")
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(example, scope)
@@ -135,8 +136,7 @@ def test_quantization_example_in_readme_runs(monkeypatch, tmp_path):
 
 
 def test_counting_example_in_readme_runs(capsys):
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# what to count.*?)```", text, flags=re.S)
+    example = readme_example("# what to count")
     scope = {}
     exec(example, scope)
     printed = capsys.readouterr().out
@@ -146,8 +146,7 @@ def test_counting_example_in_readme_runs(capsys):
 
 
 def test_tuning_example_in_readme_runs():
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(# what to tune.*?)```", text, flags=re.S)
+    example = readme_example("# what to tune")
     small = example.replace("[:64]", "[:8]").replace(
         "budget_s=60", 'budget_s=20, schemes=("fp32",), batches=(8, 32)'
     )

@@ -125,9 +125,7 @@ def allocate_by_rise(
     falling = np.maximum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
     every = np.arange(top_k, n_experts + 1)
     costs = np.array([np.interp(every, [*kept, n_experts], row) for row in falling])  # [layers, every]
-    best = np.full(
-        total + 1, np.inf
-    )  # least sum of the layers so far, by the experts that they keep together
+    best = np.full(total + 1, np.inf)  # least sum of the layers so far, by the experts that they keep
     best[0] = 0.0
     choices = []
     for cost in costs[::-1]:

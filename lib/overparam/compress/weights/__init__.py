@@ -11,7 +11,7 @@ from overparam.support import lazy
 
 if TYPE_CHECKING:
     from overparam.compress.weights.layout import Counts, Matrix, count_zeros, matrices
-    from overparam.compress.weights.pruning import METHODS, keeping_zeros, masks, prune, scores
+    from overparam.compress.weights.pruning import METHODS, check_pattern, keeping_zeros, masks, prune, scores
     from overparam.compress.weights.reconstruction import refit, sparsegpt
     from overparam.compress.weights.statistics import Statistics, collect
 else:
@@ -22,6 +22,7 @@ __all__ = [
     "Counts",
     "Matrix",
     "Statistics",
+    "check_pattern",
     "collect",
     "count_zeros",
     "keeping_zeros",

@@ -84,11 +84,8 @@ def masks(
     for name, score in by_name.items():
         if bool(score.isnan().any()):
             raise ValueError(f"scores of {name} are NaN")
-        if pattern is not None and score.shape[1] % pattern[1]:
-            raise ValueError(
-                f"{pattern[0]} of every {pattern[1]} does not divide the {score.shape[1]} inputs of {name}"
-            )
     if pattern is not None:
+        check_pattern({name: each.shape[1] for name, each in by_name.items()}, pattern)
         groups = {name: each.view(len(each), -1, pattern[1]) for name, each in by_name.items()}
         return {name: ~_lowest(each, pattern[0]).view_as(by_name[name]) for name, each in groups.items()}
     if group == "row":
@@ -104,6 +101,19 @@ def masks(
         found[name] = ~gone[at : at + each.numel()].view_as(each)
         at += each.numel()
     return found
+
+
+def check_pattern(inputs: Mapping[str, int], pattern: tuple[int, int]) -> None:
+    """Refuse a pattern that does not divide the inputs of a matrix, given by name.
+
+    Raises:
+        ValueError: The message names the matrix.
+    """
+    for name, number in inputs.items():
+        if number % pattern[1]:
+            raise ValueError(
+                f"{pattern[0]} of every {pattern[1]} does not divide the {number} inputs of {name}"
+            )
 
 
 def prune(
@@ -149,7 +159,7 @@ def prune(
         raise ValueError(f"{method} goes layer by layer: use group 'row' or 'matrix'")
     every = matrices(model)
     if pattern is not None:
-        masks({each.name: each.weight for each in every}, 0.0, pattern=pattern)
+        check_pattern({each.name: each.weight.shape[1] for each in every}, pattern)
     generator = torch.Generator().manual_seed(seed)
     if group == "model":
         _zero(every, method, sparsity, pattern, group, {}, generator)

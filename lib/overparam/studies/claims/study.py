@@ -159,12 +159,10 @@ def forest(study: Study) -> pd.DataFrame:
 def _furthest(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return table
-    number = table.groupby(["study", "entry"])["claim"].transform("nunique")
+    kind = [table["study"], table["entry"]]
+    number = table["claim"].groupby(kind).transform("nunique")
     apart = (table["value"] - table["published"].astype(float).fillna(0)).abs()
-    furthest = apart.groupby([table["study"], table["entry"]]).transform("max") == apart
-    many = number > _MOST
-    kept = table[~many | furthest].copy()
-    words = kept["statement"] + " (the furthest of " + number[kept.index].astype(str) + ")"
-    kept["statement"] = kept["statement"].where(~many[kept.index], words)
-    first = ~kept.duplicated(["study", "entry"]) | ~many[kept.index]
-    return kept[first].drop(columns="entry").reset_index(drop=True)
+    many, furthest = number > _MOST, apart.groupby(kind).transform("idxmax") == table.index
+    words = table["statement"] + " (the furthest of " + number.astype(str) + ")"
+    shown = table.assign(statement=table["statement"].where(~many, words))
+    return shown[~many | furthest].drop(columns="entry").reset_index(drop=True)

@@ -189,11 +189,7 @@ def _unseen(study: Study, base: Baseline, translated: Quality) -> Claim:
         if not unseen or scores is None:
             continue
         there, here = (change_in_chrf(study, base.scores, scores, each) for each in (unseen, seen))
-        gap = there.value - here.value
-        # combines the two intervals as if independent, which is conservative for the same sentences
-        low = gap - ((there.value - there.low) ** 2 + (here.high - here.value) ** 2) ** 0.5
-        high = gap + ((there.high - there.value) ** 2 + (here.value - here.low) ** 2) ** 0.5
-        gaps[how] = stats.Estimate(gap, low, high, there.n)
+        gaps[how] = _less(there, here)  # conservative for the same sentences
     measured, guarded = gaps.get(PUBLISHED), gaps.get(GUARDED)
     kept = (
         f" With super experts kept: {guarded.value:.1f} [{guarded.low:.1f}, {guarded.high:.1f}]."
@@ -286,18 +282,24 @@ def _other_tasks(study: Study, transferred: pd.DataFrame) -> Claim:
     by_text = dict(list(transferred.set_index("test").groupby("calibration")))
     own = pd.concat([by_text[kind].loc[[kind]] for kind in TASKS])
     here, there = (_independent_mean(rows) for rows in (by_text["all languages"].loc[seen], own))
-    low = here.value - there.value - math.hypot(here.value - here.low, there.high - there.value)
-    high = here.value - there.value + math.hypot(here.high - here.value, there.value - there.low)
     shown = ", ".join(f"{kind} {rise:.2f}" for kind, rise in own["loss_change"].items())
     chance = by_text["none (random)"]["loss_change"]
     return ledger.judged(
         "experts-other-tasks",
-        measured=stats.Estimate(here.value - there.value, low, high, there.n),
+        measured=_less(here, there),
         margin=study.params.task_margin,
         note=f"{_percent(transferred['share_pruned'].iloc[0])} of the experts pruned for each kind of text by itself, "
         f"super experts kept, equal budgets. Rise of the loss: translation {here.value:.2f}, {shown}; with random "
         f"experts translation {chance[seen].mean():.2f}, the others {chance[list(TASKS)].mean():.2f} nats a token.",
     )
+
+
+def _less(one: stats.Estimate, other: stats.Estimate) -> stats.Estimate:
+    """One estimate minus another, with their intervals combined as if they were independent."""
+    value = one.value - other.value
+    low = value - math.hypot(one.value - one.low, other.high - other.value)
+    high = value + math.hypot(one.high - one.value, other.value - other.low)
+    return stats.Estimate(value, low, high, one.n)
 
 
 def _independent_mean(rows: pd.DataFrame) -> stats.Estimate:

@@ -163,7 +163,7 @@ def start(params: Params) -> Study:
     )
     found = weights.matrices(model)
     if params.two_of_four:
-        weights.masks({each.name: each.weight for each in found}, 0.0, pattern=PATTERN)
+        weights.check_pattern({each.name: each.weight.shape[1] for each in found}, PATTERN)
     embedder = models.Embedder(None if decoder else models.recipe(model))
     keep_freed_memory()
     used = {params.calibration_kind, params.other_kind, "news", *(params.test_kinds if decoder else ())}
